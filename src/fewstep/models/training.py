@@ -1,0 +1,298 @@
+"""Training the built-in kind of network: EDM's denoising loss over the whole range of noise.
+
+Half of each batch draws its noise level log-normally, as EDM does, and half log-uniformly over
+[sigma_min, sigma_max], both stratified within the batch; few-step sampling lives on the high-noise end, which
+the log-normal alone hardly visits. The learning rate is flat after a warm-up and falls linearly to zero over the
+last part of the run; the average of the weights has a window that grows with the run (power-function EMA).
+
+Every random draw is a function of (seed, step), so a run that is killed and resumed from its last checkpoint
+takes exactly the path of one that was not.
+
+Sources: Karras et al. 2022 (EDM), arXiv:2206.00364; Karras et al. 2024 (EDM2, the EMA), arXiv:2312.02696.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fewstep.files import write_whole
+from fewstep.models.data import to_unit
+from fewstep.models.edm import denoise
+from fewstep.models.unet import UNet, UNetConfig
+from fewstep.noise import generator
+
+__all__ = ["Progress", "Recipe", "train_network"]
+
+P_MEAN, P_STD = -1.2, 1.2  # the log-normal of EDM, its table 1
+EMA_GAMMA = 16.97  # a window of 5 % of the run so far; EDM2, section 3.1
+CHECKPOINT = "checkpoint.safetensors"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides the trained weights, to the bit, on one kind of machine.
+
+    pictures: length of the run, rounded up to whole batches; warmup: pictures until the learning rate is
+    reached; cooldown: the last share of the run, over which it falls to zero; dtype: the network's arithmetic.
+    """
+
+    pictures: int = 1_500_000
+    batch: int = 128
+    lr: float = 1e-3
+    warmup: int = 20_000
+    cooldown: float = 0.3
+    label_dropout: float = 0.2
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    sigma_data: float = 0.5
+    dtype: str = "bfloat16"
+    seed: int = 0
+    network: UNetConfig = UNetConfig()
+
+    def __post_init__(self) -> None:
+        if self.pictures < 1 or self.batch < 2 or self.batch % 2:
+            raise ValueError(
+                "pictures must be positive and batch even, "
+                f"got pictures={self.pictures}, batch={self.batch}"
+            )
+        if self.dtype not in ("bfloat16", "float32"):
+            raise ValueError(f"dtype must be bfloat16 or float32, got {self.dtype}")
+
+    @property
+    def total_steps(self) -> int:
+        return math.ceil(self.pictures / self.batch)
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of the update after `step` earlier ones."""
+        rise = (step + 1) * self.batch / self.warmup if self.warmup else 1.0
+        fall = (self.total_steps - step) / (self.cooldown * self.total_steps + 1)
+        return self.lr * min(1.0, rise, fall)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Recipe:
+        return cls(**{**values, "network": UNetConfig(**values["network"])})
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One training step, as `train_network` reports it. loss: EDM's, over the log-normal half of the batch."""
+
+    step: int
+    total_steps: int
+    loss: float
+    lr: float
+    pictures_per_second: float
+    validation: dict[str, float] | None = None
+
+
+def noise_levels(recipe: Recipe, gen: torch.Generator) -> Tensor:
+    """sigma [batch]: the first half log-normal, the second log-uniform, each stratified."""
+    half = recipe.batch // 2
+    u = (torch.arange(half) + torch.rand(2, half, generator=gen, dtype=torch.float64)) / half
+    log_normal = P_MEAN + P_STD * math.sqrt(2) * torch.erfinv((2 * u[0] - 1).clamp(-1 + 1e-9, 1 - 1e-9))
+    low, high = math.log(recipe.sigma_min), math.log(recipe.sigma_max)
+    log_uniform = low + (high - low) * u[1]
+    return torch.cat((log_normal.clamp(low, high), log_uniform)).exp().float()
+
+
+def batch_indices(count: int, recipe: Recipe, step: int) -> Tensor:
+    """The pictures of one step: walks through one fresh permutation of the data after another."""
+    start, parts = step * recipe.batch, []
+    while sum(map(len, parts)) < recipe.batch:
+        epoch, offset = divmod(start + sum(map(len, parts)), count)
+        order = torch.randperm(count, generator=generator(recipe.seed, "epoch", epoch))
+        parts.append(order[offset : offset + recipe.batch - sum(map(len, parts))])
+    return torch.cat(parts)
+
+
+def weighted_errors(
+    net: UNet, x_0: Tensor, sigma: Tensor, label: Tensor, eps: Tensor, recipe: Recipe
+) -> Tensor:
+    """EDM's loss per picture: (sigma^2 + sd^2) / (sigma sd)^2 times the mean squared error, [b]."""
+    x = x_0 + sigma[:, None, None, None] * eps
+    dtype = getattr(torch, recipe.dtype)
+    with torch.autocast(x.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        error = denoise(net, x, sigma, label, recipe.sigma_data) - x_0
+    weight = (sigma.square() + recipe.sigma_data**2) / (sigma * recipe.sigma_data).square()
+    return weight * error.square().mean(dim=(1, 2, 3))
+
+
+class Run:
+    """The state of a training run: weights, their average, Adam's moments and the step count."""
+
+    def __init__(self, recipe: Recipe, device: str) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            self.net = UNet(recipe.network).to(device)
+        self.recipe, self.device, self.step = recipe, device, 0
+        self.names = [name for name, _ in self.net.named_parameters()]
+        self.weights = list(self.net.parameters())
+        self.ema = [w.detach().clone() for w in self.weights]
+        self.adam = torch.optim.Adam(self.weights, lr=recipe.lr, betas=(0.9, 0.99), fused=True)
+        for w in self.weights:
+            zeros = torch.zeros_like(w)
+            self.adam.state[w] = {
+                "step": torch.zeros((), dtype=torch.float32, device=device),
+                "exp_avg": zeros,
+                "exp_avg_sq": zeros.clone(),
+            }
+
+    def tensors(self) -> dict[str, Tensor]:
+        out = {}
+        for name, w, average in zip(self.names, self.weights, self.ema, strict=True):
+            state = self.adam.state[w]
+            out |= {f"weights.{name}": w.detach(), f"ema.{name}": average}
+            out |= {f"{moment}.{name}": state[moment] for moment in ("exp_avg", "exp_avg_sq")}
+        return out
+
+    def save(self, path: Path) -> None:
+        metadata = {"step": str(self.step), "recipe": json.dumps(asdict(self.recipe))}
+        write_whole(path, safetensors.torch.save(self.tensors(), metadata))
+
+    @torch.no_grad()
+    def restore(self, path: Path) -> None:
+        """Take up the state in `path`. Errors: ValueError where it is cut short or of another recipe."""
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                if "recipe" not in metadata or "step" not in metadata:
+                    raise ValueError(f"{path} is not a training checkpoint of fewstep")
+                theirs = Recipe.from_dict(json.loads(metadata["recipe"]))
+                if replace(theirs, pictures=self.recipe.pictures) != self.recipe:
+                    raise ValueError(
+                        f"{path} was made by another recipe; give the same options or another folder"
+                    )
+                for name, tensor in self.tensors().items():
+                    tensor.copy_(file.get_tensor(name))
+        except SafetensorError as error:
+            raise ValueError(f"{path} cannot be read ({error}); remove it to start again") from None
+        self.step = int(metadata["step"])
+        for state in self.adam.state.values():
+            state["step"].fill_(self.step)
+
+    def update(self, images: Tensor, labels: Tensor) -> float:
+        """One optimiser step; returns EDM's loss, over the log-normal half."""
+        recipe, gen = self.recipe, generator(self.recipe.seed, "batch", self.step)
+        chosen = batch_indices(len(images), recipe, self.step)
+        sigma = noise_levels(recipe, gen)
+        dropped = torch.rand(recipe.batch, generator=gen) < recipe.label_dropout
+        label = torch.where(dropped, recipe.network.classes, labels[chosen])
+        x_0 = to_unit(images[chosen])
+        eps = torch.randn(x_0.shape, generator=gen)
+        x_0, sigma, label, eps = (t.to(self.device) for t in (x_0, sigma, label, eps))
+
+        lr = recipe.lr_at(self.step)
+        for group in self.adam.param_groups:
+            group["lr"] = lr
+        losses = weighted_errors(self.net, x_0, sigma, label, eps, recipe)
+        losses.mean().backward()
+        torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
+        self.adam.step()
+        self.adam.zero_grad()
+        self.step += 1
+        decay = (1 - 1 / self.step) ** (EMA_GAMMA + 1)
+        with torch.no_grad():
+            torch._foreach_lerp_(self.ema, self.weights, 1 - decay)
+        return losses[: recipe.batch // 2].mean().item()
+
+    def averaged(self) -> UNet:
+        """A copy of the network with the averaged weights."""
+        net = UNet(self.recipe.network).to(self.device)
+        net.load_state_dict(dict(zip(self.names, self.ema, strict=True)))
+        return net.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def validate(net: UNet, images: Tensor, labels: Tensor, recipe: Recipe) -> dict[str, float]:
+    """EDM's loss on held-out pictures, same noise every time, with and without class.
+
+    Also far_error: root mean square of D(sigma_max z; sigma_max) minus the data mean, averaged over z, without
+    class; a network at fault there ruins every few-step sampler.
+    """
+    device, gen = next(net.parameters()).device, generator("validation")
+    count = len(images) - len(images) % 2
+    law = replace(recipe, batch=2 * count)
+    sigma = noise_levels(law, gen)[:count]
+    sigma = sigma[torch.randperm(count, generator=gen)]
+    sums, none = [0.0, 0.0], torch.full((count,), recipe.network.classes)
+    far = torch.zeros(images.shape[1:], device=device)
+    for part in torch.arange(count).split(250):
+        x_0, eps = to_unit(images[part]), torch.randn(len(part), *images.shape[1:], generator=gen)
+        x_0, eps, level = x_0.to(device), eps.to(device), sigma[part].to(device)
+        for i, label in enumerate((labels, none)):
+            errors = weighted_errors(net, x_0, level, label[part].to(device), eps, recipe)
+            sums[i] += errors.sum().item() / count
+        top = torch.full_like(level, recipe.sigma_max)
+        far += denoise(net, eps * recipe.sigma_max, top, none[part].to(device)).sum(0) / count
+    mean = to_unit(images).mean(0).to(device)
+    return {
+        "loss": sums[0],
+        "loss_without_class": sums[1],
+        "far_error": (far - mean).square().mean().sqrt().item(),
+    }
+
+
+def train_network(
+    images: Tensor,
+    labels: Tensor,
+    held_out: tuple[Tensor, Tensor],
+    out: Path | str,
+    recipe: Recipe,
+    *,
+    device: str = "cpu",
+    checkpoint_every: int = 100,
+    validate_every: int = 1000,
+    report: Callable[[Progress], None] = lambda progress: None,
+) -> UNet:
+    """Train to the end of the recipe, resuming from a checkpoint in `out` where there is one.
+
+    images: uint8 [n, c, h, w]; labels: int64 [n]; held_out: the same, for validation; checkpoint_every and
+    validate_every count steps. Returns the network with averaged weights, float32. `out` receives
+    checkpoint.safetensors and log.jsonl (one line per validation).
+
+    Errors: ValueError for a checkpoint of another recipe, FloatingPointError where the loss is not finite (the
+    last checkpoint stays).
+    """
+    out = Path(out)
+    run = Run(recipe, device)
+    if (path := out / CHECKPOINT).exists():
+        run.restore(path)
+    lines = [line for line in log_lines(out / "log.jsonl") if line["step"] <= run.step]
+    begun, first = time.perf_counter(), run.step
+    while run.step < recipe.total_steps:
+        loss = run.update(images, labels)
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss} at step {run.step}; the last checkpoint is kept, try a lower lr"
+            )
+        last = run.step == recipe.total_steps
+        validation = None
+        if last or run.step % validate_every == 0:
+            validation = validate(run.averaged(), *held_out, recipe)
+        speed = (run.step - first) * recipe.batch / (time.perf_counter() - begun)
+        progress = Progress(
+            run.step, recipe.total_steps, loss, recipe.lr_at(run.step), speed, validation
+        )
+        if validation:
+            lines.append({"step": run.step, "pictures": run.step * recipe.batch, **validation})
+            write_whole(out / "log.jsonl", "".join(json.dumps(e) + "\n" for e in lines).encode())
+        if last or run.step % checkpoint_every == 0:
+            run.save(path)
+        report(progress)
+    return run.averaged()
+
+
+def log_lines(path: Path) -> Iterator[dict[str, float]]:
+    if path.exists():
+        yield from map(json.loads, path.read_text().splitlines())

@@ -1,0 +1,174 @@
+"""A solver as a stream of coefficients: two operations, and the plan that a static solver drains into.
+
+Every solver here updates the state by a linear combination of one anchor state and past outputs of the network:
+
+    Eval      evaluate at the current state, push the output (eps or D) on the history
+    Combine   x = a * anchor + sum_j b_j * history_j + noise * xi       history newest first
+
+so a solver never touches an image; `fewstep.loop` is the one place that does.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+__all__ = ["Combine", "Eval", "Op", "Ops", "Plan", "Seen", "flatten", "freeze", "nfe"]
+
+Level = float | Tensor
+Prediction = Literal["eps", "x0"]
+Source = Literal["net", "zero", "mean"]
+
+
+class Eval(NamedTuple):
+    """Evaluate at the current state, which is at noise level sigma, and push the output on the history.
+
+    sigma: float or [b]; cond: the level that the network is told, where it differs; source: "net", or one of
+    the analytic stand-ins that cost nothing ("zero": eps = x / sqrt(1 + sigma^2), "mean": D = the mean of the
+    network's D at sigma_max); features: whether the reply should carry the network's features.
+    """
+
+    sigma: Level
+    cond: Level | None = None
+    source: Source = "net"
+    features: bool = False
+
+
+class Combine(NamedTuple):
+    """x = a * anchor + sum_j b_j * history_j + noise * xi, at noise level sigma.
+
+    b: newest first, floats or [b] tensors; noise: standard deviation of fresh noise; interval: None for an
+    independent draw, or the two noise levels whose unit-variance Brownian increment is meant; accept: whether
+    the new state becomes the anchor (False: a trial stage).
+    """
+
+    b: tuple[Level, ...]
+    sigma: Level
+    a: Level = 1.0
+    noise: float = 0.0
+    interval: tuple[float, float] | None = None
+    accept: bool = True
+
+
+class Seen(NamedTuple):
+    """The reply to an Eval: the state, the network's D there, and its features where asked for."""
+
+    x: Tensor
+    denoised: Tensor
+    features: Tensor | None
+
+
+Op = Eval | Combine
+Ops = Generator[Op, Seen | None, None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A static solver on one grid: a header and the operations, all numbers.
+
+    prediction: what the history holds, "eps" or "x0"; depth: how many outputs are kept; solver, grid: names,
+    for the record.
+    """
+
+    prediction: Prediction
+    depth: int
+    solver: str
+    grid: str
+    sigmas: tuple[float, ...]
+    ops: tuple[Op, ...]
+
+    def __post_init__(self) -> None:
+        if self.prediction not in ("eps", "x0"):
+            raise ValueError(f"prediction must be eps or x0, got {self.prediction!r}")
+        for op in self.ops:
+            if isinstance(op, Combine) and len(op.b) > self.depth:
+                raise ValueError(f"a Combine reaches {len(op.b)} outputs back, depth is {self.depth}")
+
+    def program(self) -> Ops:
+        """The operations, as a generator that the loop can drive."""
+        for op in self.ops:
+            yield op
+
+    def to_json(self) -> str:
+        """One JSON object: the header, and each operation without its defaults."""
+        ops = [{"op": type(op).__name__.lower(), **_changed(op)} for op in self.ops]
+        return json.dumps({**asdict(self), "ops": ops}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Inverse of `to_json`, exact to the bit. Errors: ValueError where the text is not a plan."""
+        try:
+            fields = json.loads(text)
+            ops = tuple(_read_op(dict(op)) for op in fields.pop("ops"))
+            return cls(**{**fields, "sigmas": tuple(fields["sigmas"]), "ops": ops})
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"this is not a plan of fewstep: {error!r}") from None
+
+
+def _changed(op: Op) -> dict[str, Any]:
+    defaults = type(op)._field_defaults
+    return {k: v for k, v in op._asdict().items() if k not in defaults or v != defaults[k]}
+
+
+def _read_op(fields: dict[str, Any]) -> Op:
+    kind = {"eval": Eval, "combine": Combine}[fields.pop("op")]
+    for name in ("b", "interval"):
+        if fields.get(name) is not None:
+            fields[name] = tuple(fields[name])
+    return kind(**fields)
+
+
+def freeze(
+    program: Iterable[Op],
+    *,
+    prediction: Prediction,
+    depth: int,
+    solver: str = "custom",
+    grid: str = "custom",
+    sigmas: Sequence[float] = (),
+) -> Plan:
+    """Drain a static solver's generator into a plan.
+
+    Errors: ValueError where it needs replies from the network (a solver that adapts has no plan).
+    """
+    try:
+        ops = tuple(program)
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"{solver} adapts to the network, so it has no plan ({error})") from None
+    return Plan(prediction, depth, solver, grid, tuple(sigmas), ops)
+
+
+def nfe(plan: Plan) -> int:
+    """Number of network evaluations that the plan spends."""
+    return sum(isinstance(op, Eval) and op.source == "net" for op in plan.ops)
+
+
+def flatten(plan: Plan) -> np.ndarray:
+    """The plan's end as one row of weights over [x_T, D_0, D_1, ...], float64 [1 + evals].
+
+    One column per Eval, the analytic ones included (the "mean" source has its weight there; that of "zero" is
+    0, since it depends on x alone). Two deterministic solvers are equal when their rows are. Noise is left out.
+    """
+    evals = sum(isinstance(op, Eval) for op in plan.ops)
+    unit = np.eye(1 + evals)
+    anchor = x = unit[0]
+    history: list[np.ndarray] = []
+    count = 0
+    for op in plan.ops:
+        if isinstance(op, Eval):
+            count += 1
+            sigma = float(op.sigma)
+            eps = x / math.sqrt(1 + sigma**2) if op.source == "zero" else (x - unit[count]) / sigma
+            output = eps if plan.prediction == "eps" else x - sigma * eps
+            history = [output, *history[: plan.depth - 1]]
+        else:
+            terms = (float(b) * h for b, h in zip(op.b, history, strict=False))
+            x = sum(terms, float(op.a) * anchor)
+            anchor = x if op.accept else anchor
+    return x

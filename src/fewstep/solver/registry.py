@@ -1,0 +1,200 @@
+"""What a solver is to the rest: a name, coefficients, and the properties that it declares.
+
+A solver is a function `ops(sigmas)` that yields `Eval` and `Combine`, and one `register(Solver(...))`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from fewstep.plan import Combine, Eval, Ops, Plan, Prediction, freeze, nfe
+
+__all__ = ["ALIASES", "FIRST_STEPS", "Solver", "get", "intervals_for", "names", "register"]
+
+FIRST_STEPS = ("none", "zero", "mean")
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A named solver and what it promises.
+
+    ops: from a strictly decreasing grid to the operations; prediction: what its history holds; depth: how much
+    of it; order: global order of convergence on any smooth grid, history seeded; degree and variable: it
+    integrates outputs that are polynomials in `variable` up to `degree` exactly on any grid; options: the keyword
+    arguments of ops that a user may set, with their defaults; adapts: it needs the network's replies, so it has
+    no plan.
+    """
+
+    name: str
+    ops: Callable[..., Ops]
+    prediction: Prediction
+    depth: int
+    order: int
+    degree: int = 0
+    variable: Literal["sigma", "log_snr"] = "sigma"
+    stochastic: bool = False
+    adapts: bool = False
+    options: tuple[tuple[str, float], ...] = ()
+    summary: str = ""
+
+    def program(self, sigmas: Sequence[float], first: str = "none", final: bool = False) -> Ops:
+        """The operations on one grid, with an analytic first step and a last denoising step where asked for.
+
+        Errors: ValueError for an unknown `first`, for an analytic first step of a stochastic solver and for a
+        last denoising step where the grid already ends at 0.
+        """
+        if first not in FIRST_STEPS:
+            raise ValueError(f"first must be one of {', '.join(FIRST_STEPS)}, got {first!r}")
+        if first != "none" and self.stochastic:
+            raise ValueError(f"{self.name} is stochastic; an analytic first step goes with ODE solvers")
+        if final and sigmas[-1] == 0:
+            raise ValueError("final adds a denoising step at the grid's end, but the grid ends at 0")
+        ops = self.ops(sigmas)
+        if first != "none":
+            ops = analytic_first(ops, first)
+        return denoise_last(ops, sigmas[-1], self.prediction) if final else ops
+
+    def plan(
+        self,
+        sigmas: Sequence[float],
+        first: str = "none",
+        final: bool = False,
+        grid: str = "custom",
+    ) -> Plan:
+        """`program`, drained. Errors: ValueError where the solver adapts to the network."""
+        if self.adapts:
+            raise ValueError(f"{self.name} adapts to the network's features, so it has no plan")
+        return _frozen(self, tuple(sigmas), first, final, grid)
+
+    def with_options(self, **values: float) -> Solver:
+        """The same solver with other options. Errors: ValueError where it has no such option."""
+        known = dict(self.options)
+        for name in values:
+            if name not in known:
+                have = ", ".join(known) or "none"
+                raise ValueError(f"{self.name} has no option {name!r}; it has: {have}")
+        known.update(values)
+        label = ",".join(f"{k}={v:g}" for k, v in known.items())
+        base = self.name.partition(":")[0]
+        return replace(
+            self,
+            name=f"{base}:{label}",
+            ops=functools.partial(self.ops, **values),
+            options=tuple(known.items()),
+        )
+
+
+@functools.lru_cache(maxsize=256)
+def _frozen(
+    solver: Solver, sigmas: tuple[float, ...], first: str, final: bool, grid: str
+) -> Plan:
+    return freeze(
+        solver.program(sigmas, first, final),
+        prediction=solver.prediction,
+        depth=solver.depth,
+        solver=solver.name,
+        grid=grid,
+        sigmas=sigmas,
+    )
+
+
+def analytic_first(ops: Ops, source: str) -> Ops:
+    """The same operations, the first evaluation replaced by its analytic stand-in."""
+    op = next(ops)
+    assert isinstance(op, Eval)  # an ODE solver evaluates before it moves
+    op = op._replace(source=source, features=False)
+    try:
+        while True:
+            reply = yield op
+            op = ops.send(reply)
+    except StopIteration:
+        return
+
+
+def denoise_last(ops: Ops, end: float, prediction: Prediction) -> Ops:
+    """The same operations, then one evaluation at the grid's end and x = D."""
+    yield from ops
+    yield Eval(end)
+    yield Combine((1.0,), 0.0, a=0.0) if prediction == "x0" else Combine((-end,), 0.0)
+
+
+_REGISTRY: dict[str, Solver] = {}
+
+ALIASES = {
+    "euler": "ddim",
+    "dpm-solver-1": "ddim",
+    "exp-adams": "exp-adams-3",
+    "unipc": "unipc-2",
+    "deis": "deis-3",
+    "deis-rho": "deis-rho-3",
+    "ipndm": "ipndm-4",
+    "ipndm-v": "ipndm-v-4",
+    "lms": "lms-4",
+    "euler-ancestral": "ddim-eta",
+}
+
+
+def register(solver: Solver) -> Solver:
+    """Add a solver under its name. Errors: ValueError where the name is taken."""
+    if solver.name in _REGISTRY or solver.name in ALIASES:
+        raise ValueError(f"there is already a solver called {solver.name!r}")
+    _REGISTRY[solver.name] = solver
+    return solver
+
+
+def names(*, stochastic: bool | None = None) -> list[str]:
+    """Names of the registered solvers, all of them or only the (non-)stochastic ones."""
+    return [s.name for s in _REGISTRY.values() if stochastic in (None, s.stochastic)]
+
+
+def get(name: str) -> Solver:
+    """The solver of a name, an alias, or a name with options: "ddim-eta:eta=0.5".
+
+    Errors: ValueError with the nearest names.
+    """
+    base, _, text = name.partition(":")
+    solver = _REGISTRY.get(ALIASES.get(base, base))
+    if solver is None:
+        near = difflib.get_close_matches(base, [*_REGISTRY, *ALIASES], n=3, cutoff=0.4)
+        hint = f"; the nearest: {', '.join(near)}" if near else ""
+        raise ValueError(f"there is no solver called {base!r}{hint} (`fewstep plan --list` has all)")
+    if not text:
+        return solver
+    try:
+        values = {k.strip(): float(v) for k, v in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        raise ValueError(f"options are written NAME:key=number,key=number, got {name!r}") from None
+    return solver.with_options(**values)
+
+
+@functools.lru_cache(maxsize=1024)
+def _spent(solver: Solver, intervals: int, first: str, final: bool) -> int:
+    # any decreasing grid will do: no solver's count depends on where the points lie, except churn's, which does not either
+    sigmas = [80.0 * 0.5 ** (10 * i / intervals) for i in range(intervals + 1)]
+    return nfe(solver.plan(sigmas, first, final))
+
+
+def intervals_for(solver: Solver, budget: int, first: str = "none", final: bool = False) -> int:
+    """How many intervals spend exactly `budget` evaluations.
+
+    Errors: ValueError that names the nearest budgets that the solver can spend.
+    """
+    if budget < 1:
+        raise ValueError(f"nfe must be at least 1, got {budget}")
+    low, high = 1, budget + 1
+    while low < high:  # the count rises with the intervals
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if _spent(solver, middle, first, final) < budget else (low, middle)
+    if _spent(solver, low, first, final) == budget:
+        return low
+    spend = [_spent(solver, n, first, final) for n in range(max(1, low - 2), low + 3)]
+    options = [f"first={first}"] * (first != "none") + ["final"] * final
+    extra = f" with {', '.join(options)}" if options else ""
+    raise ValueError(
+        f"{solver.name}{extra} cannot spend exactly {budget} evaluations; it can spend "
+        f"{', '.join(str(n) for n in spend if n > 0)}, ..."
+    )
