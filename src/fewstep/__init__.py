@@ -1,0 +1,62 @@
+"""fewstep samples pretrained diffusion models in 1 to 10 network evaluations.
+
+    model = fewstep.load("fashion-mnist")
+    samples = fewstep.sample(model, nfe=5, seeds=range(64))
+
+or, for any callable D(x, sigma):
+
+    x = fewstep.solve(denoiser, x_T, solver="dpmpp-2m", nfe=5)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from fewstep.loop import State, iterate, solve
+    from fewstep.models import Model, load
+    from fewstep.plan import Combine, Eval, Plan, Seen, flatten, freeze, nfe
+    from fewstep.sampling import Samples, sample
+    from fewstep.solver import Solver, register
+    from fewstep.solver import names as solvers
+
+__all__ = [
+    "Combine",
+    "Eval",
+    "Model",
+    "Plan",
+    "Samples",
+    "Seen",
+    "Solver",
+    "State",
+    "flatten",
+    "freeze",
+    "iterate",
+    "load",
+    "nfe",
+    "register",
+    "sample",
+    "solve",
+    "solvers",
+]
+
+# Names are looked up on first use, so that `fewstep --help` does not wait for torch.
+_HOMES = {
+    "fewstep.loop": ("State", "iterate", "solve"),
+    "fewstep.models": ("Model", "load"),
+    "fewstep.plan": ("Combine", "Eval", "Plan", "Seen", "flatten", "freeze", "nfe"),
+    "fewstep.sampling": ("Samples", "sample"),
+    "fewstep.solver": ("Solver", "register", "solvers"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'fewstep' has no attribute {name!r}")
+    module = importlib.import_module(_HOME_OF[name])
+    value = globals()[name] = getattr(module, "names" if name == "solvers" else name)
+    return value

@@ -1,4 +1,4 @@
-"""Grids: the noise levels that a solver visits, sigma_0 = sigma_max > ... > sigma_{N-1} = sigma_min.
+"""Grids: the noise levels that a solver visits, from sigma_max strictly down to sigma_min.
 
 With u = i/(N - 1), i = 0 .. N - 1, and N the number of *points*, of which intervals are one fewer:
 
@@ -8,12 +8,12 @@ With u = i/(N - 1), i = 0 .. N - 1, and N the number of *points*, of which inter
     discrete        uniform in the model's own t
     trailing        uniform in the model's own t, with the last interval reaching past its end
 
-Sources: Karras et al. 2022 (EDM), arXiv:2206.00364, eq. 5; Lu et al. 2022 (DPM-Solver), arXiv:2206.00927,
-for log-snr; Song et al. 2021, arXiv:2011.13456, for the VP process behind time-uniform; Lin et al. 2023,
-arXiv:2305.08891, table 2, for trailing.
+Sources: Karras et al. 2022 (EDM), arXiv:2206.00364, eq. 5; Lu et al. 2022 (DPM-Solver),
+arXiv:2206.00927, for log-snr; Song et al. 2021, arXiv:2011.13456, for the VP process behind
+time-uniform; Lin et al. 2023, arXiv:2305.08891, table 2, for trailing.
 
-Every function returns Python floats, computed in float64; the first is sigma_max and the last sigma_min to
-the bit.
+Every function returns Python floats, computed in float64; the first is sigma_max and the last
+sigma_min to the bit.
 """
 
 from __future__ import annotations
@@ -37,10 +37,8 @@ __all__ = [
 ]
 
 
-def karras(
-    points: int, sigma_max: float, sigma_min: float, rho: float = 7.0
-) -> tuple[float, ...]:
-    """EDM's polynomial grid; a larger rho puts more points at low noise, rho = 1 is uniform in sigma."""
+def karras(points: int, sigma_max: float, sigma_min: float, rho: float = 7.0) -> tuple[float, ...]:
+    """EDM's polynomial grid. More rho, more points at low noise; rho = 1 is uniform in sigma."""
     _check_range(points, sigma_max, sigma_min)
     if not rho > 0:
         raise ValueError(f"rho must be > 0, got {rho}")
@@ -62,25 +60,26 @@ def log_snr(points: int, sigma_max: float, sigma_min: float) -> tuple[float, ...
 def time_uniform(
     points: int, sigma_max: float, sigma_min: float, end_time: float = 1e-3
 ) -> tuple[float, ...]:
-    """Uniform in the time of a linear VP process that has sigma_max at t = 1 and sigma_min at `end_time`.
+    """Uniform in the time of the linear VP process with sigma_max at 1, sigma_min at `end_time`.
 
-    log(1 + sigma^2) = beta_d t^2/2 + beta_min t is linear in the two betas, so the two ends give them:
-    with A = log(1 + smax^2), B = log(1 + smin^2), e = end_time,
+    log(1 + sigma^2) = beta_d t^2/2 + beta_min t is linear in the two betas, so the two ends give
+    them: with A = log(1 + smax^2), B = log(1 + smin^2), e = end_time,
 
         beta_d = 2 (A e - B) / (e (1 - e)),    beta_min = A - beta_d/2
 
-    sigma rises with t on [e, 1] only while B < A e (2 - e); beyond that (sigma_min above 0.13 for
-    sigma_max = 80 and e = 1e-3) ValueError is raised: a larger end_time, about sigma_min^2 / A, mends it.
+    sigma rises with t on [e, 1] only while B < A e (2 - e), else ValueError: for sigma_max = 80 and
+    e = 1e-3 that is a sigma_min below 0.13. An end_time above 1 - sqrt(1 - B/A) mends it.
     """
     _check_range(points, sigma_max, sigma_min)
     if not 0 < end_time < 1:
         raise ValueError(f"end_time must lie in (0, 1), got {end_time}")
     at_start, at_end = math.log1p(sigma_max**2), math.log1p(sigma_min**2)
     if not at_end < at_start * end_time * (2 - end_time):
+        least = 1 - math.sqrt(1 - at_end / at_start)
         raise ValueError(
-            f"time-uniform has no rising curve from sigma_min={sigma_min} at end_time={end_time} to "
-            f"sigma_max={sigma_max} at 1: pass an end_time above {at_end / (2 * at_start):.3g}, or "
-            "take another grid"
+            f"time-uniform has no rising curve from sigma_min={sigma_min} at end_time={end_time} "
+            f"to sigma_max={sigma_max} at 1: pass an end_time above {least:.3g}, or take another "
+            "grid"
         )
     beta_d = 2 * (at_start * end_time - at_end) / (end_time * (1 - end_time))
     beta_min = at_start - beta_d / 2
@@ -98,9 +97,9 @@ def discrete(
     sigma_max: float | None = None,
     sigma_min: float | None = None,
 ) -> tuple[float, ...]:
-    """Uniform in the model's own t, from t(sigma_max) to t(sigma_min), both included; t is not rounded.
+    """Uniform in the model's own t, from t(sigma_max) to t(sigma_min).
 
-    The ends default to the schedule's and must lie within them.
+    t is not rounded. The ends default to the schedule's and must lie within them.
     """
     schedule, sigma_max, sigma_min = _own_range("discrete", points, schedule, sigma_max, sigma_min)
     start, end = schedule.t(sigma_max), schedule.t(sigma_min)
@@ -119,19 +118,19 @@ def trailing(
 ) -> tuple[float, ...]:
     """Uniform in the model's own t, evaluated at the noisy end of each interval.
 
-    Cut the T entries of a table into N - 1 equal intervals and tell the network the last entry of each:
-    t_i = T (1 - i/(N - 1)) - 1. The first is T - 1; the last, where no evaluation takes place, is -1, one
-    entry past the table, where the data would be clean, and is put at the low end instead. Hence the last
-    interval is one entry shorter than the others.
+    Cut the T entries of a table into N - 1 equal intervals and tell the network the last entry of
+    each: t_i = T (1 - i/(N - 1)) - 1. The first is T - 1; the last, where no evaluation takes
+    place, is -1, one entry past the table, where the data would be clean, and is put at the low
+    end instead. Hence the last interval is one entry shorter than the others.
 
     On a part of the range, from t_high = t(sigma_max) to t_low = t(sigma_min), the same rule is
 
         t_i = t_high - i/(N - 1) (t_high - t_low + gap)      gap = t_min - t_clean
 
-    and the last again at the low end: there are t_high - t_low + 1 entries to cut, and the end still
-    lies one entry past the last of them. gap is 1 for a table; a flow, which reaches clean data at t = 0,
-    has gap = t_min. The ends default to the schedule's and must lie within them; ValueError where there
-    are more intervals than entries.
+    with the last again at the low end: there are t_high - t_low + 1 entries to cut, and the end
+    still lies one entry past the last of them. gap is 1 for a table; a flow, which reaches clean
+    data at t = 0, has gap = t_min. The ends default to the schedule's and must lie within them;
+    ValueError where there are as many intervals as entries, or more.
     """
     schedule, sigma_max, sigma_min = _own_range("trailing", points, schedule, sigma_max, sigma_min)
     start, end = schedule.t(sigma_max), schedule.t(sigma_min)
@@ -172,7 +171,7 @@ def make_grid(
 
 
 def check_grid(sigmas: Iterable[float]) -> tuple[float, ...]:
-    """The grid as Python floats, or ValueError: two points or more, finite, >= 0, strictly decreasing."""
+    """The grid as Python floats; ValueError unless 2 points, finite, >= 0, strictly decreasing."""
     grid = tuple(float(sigma) for sigma in sigmas)
     if len(grid) < 2:
         raise ValueError(f"a grid needs at least 2 points, got {len(grid)}")
@@ -182,7 +181,8 @@ def check_grid(sigmas: Iterable[float]) -> tuple[float, ...]:
     for i, (cur, nxt) in enumerate(pairwise(grid)):
         if not cur > nxt:
             raise ValueError(
-                f"sigmas must strictly decrease, got sigmas[{i}] = {cur} and sigmas[{i + 1}] = {nxt}"
+                f"sigmas must strictly decrease, got sigmas[{i}] = {cur} and "
+                f"sigmas[{i + 1}] = {nxt}"
             )
     return grid
 

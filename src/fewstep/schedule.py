@@ -6,16 +6,16 @@ A diffusion model has x_t = alpha_t x_0 + sigma^vp_t eps. Dividing by alpha_t gi
 
 and a schedule is the map t <-> sigma together with alpha as a function of sigma:
 
-    VP      abar_t = prod_{s <= t} (1 - beta_s)    sigma = sqrt(1/abar - 1)   alpha = 1/sqrt(1 + sigma^2)
-    EDM     x_t = x                                sigma = t                  alpha = 1
-    Flow    x_t = (1 - t) x_0 + t eps              sigma = t/(1 - t)          alpha = 1/(1 + sigma)
+    VP      abar = cumprod(1 - beta)       sigma = sqrt(1/abar - 1)   alpha = 1/sqrt(1 + sigma^2)
+    EDM     x_t = x                        sigma = t                  alpha = 1
+    Flow    x_t = (1 - t) x_0 + t eps      sigma = t/(1 - t)          alpha = 1/(1 + sigma)
 
-Sources: Karras et al. 2022 (EDM), arXiv:2206.00364, appendix C; the linear betas of Ho et al. 2020 (DDPM),
-arXiv:2006.11239; the cosine table of Nichol & Dhariwal 2021, arXiv:2102.09672; flow by Lipman et al. 2022,
-arXiv:2210.02747, and Esser et al. 2024 (Stable Diffusion 3), arXiv:2403.03206.
+Sources: Karras et al. 2022 (EDM), arXiv:2206.00364, appendix C; the linear betas of Ho et al. 2020
+(DDPM), arXiv:2006.11239; the cosine table of Nichol & Dhariwal 2021, arXiv:2102.09672; flow by
+Lipman et al. 2022, arXiv:2210.02747, and Esser et al. 2024 (Stable Diffusion 3), arXiv:2403.03206.
 
-Every map takes a float and returns a float, or takes a tensor and returns a tensor on its device and in its
-dtype; both are computed in float64, by one formula, and no map waits for the device.
+Every map takes a float and returns a float, or takes a tensor and returns a tensor on its device
+and in its dtype; both are computed in float64, by one formula, and no map waits for the device.
 """
 
 from __future__ import annotations
@@ -67,8 +67,9 @@ class VP:
 
     sigmas: the table in EDM units, strictly rising from t = 0; finite and > 0
 
-    Between entries log sigma is linear in t. Beyond the table both maps stay at its ends: `sigma(t)` and
-    `t(sigma)` are an inverse pair inside and constant outside. `alpha` holds for every sigma.
+    Between entries log sigma is linear in t. Beyond the table both maps stay at its ends:
+    `sigma(t)` and `t(sigma)` are an inverse pair inside and constant outside. `alpha` holds for
+    every sigma.
     """
 
     sigmas: tuple[float, ...]
@@ -93,12 +94,13 @@ class VP:
 
     @classmethod
     def from_betas(cls, betas: Sequence[float] | Tensor, terminal_sigma: float | None = None) -> VP:
-        """The table of a DDPM: abar = cumprod(1 - beta), every beta in (0, 1), first entry the cleanest.
+        """abar = cumprod(1 - beta); every beta in (0, 1), the cleanest first.
 
         terminal_sigma: what to put for the last entry where it is infinite. Tables rescaled to zero
-            terminal SNR (Lin et al. 2023, arXiv:2305.08891) end at beta = 1, where x_t is pure noise
-            and EDM space has no point. They are refused unless this is given; 4096, which is
-            abar = 2^-24, is the customary stand-in. The network is then told the last t at that sigma.
+            terminal SNR (Lin et al. 2023, arXiv:2305.08891) end at beta = 1, where x_t is pure
+            noise and EDM space has no point. They are refused unless this is given; 4096, which is
+            abar = 2^-24, is the customary stand-in. The network is then told the last t at that
+            sigma.
         """
         table = torch.as_tensor(betas, dtype=torch.float64).cpu()
         # log1p and expm1 keep the small betas of the clean end to full precision
@@ -106,9 +108,11 @@ class VP:
 
     @classmethod
     def from_abar(cls, abar: Sequence[float] | Tensor, terminal_sigma: float | None = None) -> VP:
-        """The table from abar itself, strictly falling in (0, 1); `terminal_sigma` as in `from_betas`.
+        """The table from abar itself, strictly falling in (0, 1).
 
-        Where the betas are known prefer them: near 1 a float32 abar has lost most digits of 1 - abar.
+        terminal_sigma: as in `from_betas`
+
+        Where the betas are known prefer them: a float32 abar near 1 has lost digits of 1 - abar.
         """
         table = torch.as_tensor(abar, dtype=torch.float64).cpu()
         return cls._from_log_abar(torch.log(table), terminal_sigma)
@@ -119,8 +123,8 @@ class VP:
         if sigmas and math.isinf(sigmas[-1]):
             if terminal_sigma is None:
                 raise ValueError(
-                    "the last noise level is infinite (a table of zero terminal SNR), which EDM space "
-                    "cannot hold: pass terminal_sigma=4096.0, or leave the last entry out"
+                    "the last noise level is infinite (a table of zero terminal SNR), which EDM "
+                    "space cannot hold: pass terminal_sigma=4096.0, or leave the last entry out"
                 )
             sigmas[-1] = terminal_sigma
         return cls(tuple(sigmas))
@@ -138,7 +142,7 @@ class VP:
 
     @classmethod
     def cosine(cls, count: int = 1000, s: float = 0.008, clip: float = 0.999) -> VP:
-        """abar(u) = cos^2((u + s)/(1 + s) pi/2) at u = t/T, its betas clipped at `clip`, below 1."""
+        """abar(u) = cos^2((u + s)/(1 + s) pi/2) at u = t/T, with betas clipped at `clip`."""
         u = torch.linspace(0, 1, count + 1, dtype=torch.float64)
         abar = torch.cos((u + s) / (1 + s) * (math.pi / 2)) ** 2
         return cls.from_betas((1 - abar[1:] / abar[:-1]).clamp(max=clip))
@@ -192,7 +196,7 @@ class VP:
         return entry + torch.log(sigma / table[entry]) / log_ratio[entry]
 
     def _table(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """sigma [T], and log(sigma[t + 1] / sigma[t]) [T], whose last entry is never used but as a divisor."""
+        """sigma [T]; log(sigma[t + 1] / sigma[t]) [T], its last entry a divisor of zeros only."""
         if device not in self._tables:
             table = torch.tensor(self.sigmas, dtype=torch.float64, device="cpu")
             log_ratio = torch.cat([table.log().diff(), table.new_ones(1)])
@@ -252,8 +256,9 @@ class Flow:
     t_max: where sampling starts; t = 1 has sigma infinite, so both maps stay at t_max beyond it
     t_min: the low end of the range; the maps themselves go on down to t = 0 = sigma
 
-    A float32 t near 1 holds few digits of 1 - t: keep sigma, and derive t from it. The time shift of
-    Stable Diffusion 3, t' = s t/(1 + (s - 1) t), is sigma' = s sigma: a matter of the grid, not of this map.
+    A float32 t near 1 holds few digits of 1 - t: keep sigma, and derive t from it. The time shift
+    of Stable Diffusion 3, t' = s t/(1 + (s - 1) t), is sigma' = s sigma: a matter of the grid, not
+    of this map.
     """
 
     t_max: float = 1 - 1e-5

@@ -1,0 +1,75 @@
+"""Models by name or path: `load`, and the protocol that everything else relies on."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fewstep.models.card import CARD_FILE, Card
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import Tensor
+
+    from fewstep.denoiser import Denoiser
+
+__all__ = ["Card", "Model", "builtin", "load"]
+
+BUILTIN = Path(__file__).parent / "builtin"
+
+
+class Model(Protocol):
+    """What sampling needs of a model. `denoiser(...)` gives D(x, sigma) with the conditions filled in."""
+
+    @property
+    def card(self) -> Card: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    def denoiser(
+        self, label: Any = None, prompt: str | None = None, guidance: float | None = None
+    ) -> Denoiser: ...
+    def prior(
+        self, seeds: Sequence[int], sigma: float | None = None, label: Any = None
+    ) -> Tensor: ...
+    def decode(self, x: Tensor) -> np.ndarray: ...
+
+
+def builtin() -> list[str]:
+    """Names of the models that ship with fewstep."""
+    return sorted(path.parent.name for path in BUILTIN.glob(f"*/{CARD_FILE}"))
+
+
+def load(
+    name_or_path: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    compile: bool = False,
+) -> Model:
+    """Load a built-in model by name, or a model folder by path.
+
+    device: a torch device; dtype: the network's arithmetic, float32, bfloat16 or float16 (the sampled state stays
+    float32); compile: torch.compile the network, worth it for many pictures. Nothing in a folder is executed.
+
+    Errors: ValueError where there is no such model (with the nearest names), or its files are damaged.
+    """
+    from fewstep.models.network import load_folder
+
+    folder = BUILTIN / str(name_or_path)
+    if str(name_or_path) not in builtin():
+        folder = Path(name_or_path)
+        if not folder.exists():
+            near = difflib.get_close_matches(str(name_or_path), builtin(), n=3, cutoff=0.4)
+            hint = f"; the nearest: {', '.join(near)}" if near else ""
+            raise ValueError(
+                f"there is no model called {str(name_or_path)!r} and no such folder{hint} "
+                "(`fewstep models` lists the built-in ones)"
+            )
+        if not (folder / CARD_FILE).is_file():
+            raise ValueError(f"{folder} is not a model folder: it has no {CARD_FILE}")
+    return load_folder(folder, device, dtype, compile)

@@ -13,10 +13,11 @@ Sources: Karras et al. 2022 (EDM), arXiv:2206.00364; Karras et al. 2024 (EDM2, t
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fewstep.files import write_whole
+from fewstep.models.card import Card
 from fewstep.models.data import to_unit
 from fewstep.models.edm import denoise
+from fewstep.models.network import data_statistics, far_means, save_folder
 from fewstep.models.unet import UNet, UNetConfig
 from fewstep.noise import generator
 
-__all__ = ["Progress", "Recipe", "train_network"]
+__all__ = ["Progress", "Recipe", "export_network", "train_network"]
 
 P_MEAN, P_STD = -1.2, 1.2  # the log-normal of EDM, its table 1
 EMA_GAMMA = 16.97  # a window of 5 % of the run so far; EDM2, section 3.1
@@ -291,6 +294,42 @@ def train_network(
             run.save(path)
         report(progress)
     return run.averaged()
+
+
+def export_network(
+    net: UNet,
+    recipe: Recipe,
+    images: Tensor,
+    labels: Tensor,
+    out: Path | str,
+    *,
+    name: str,
+    classes: Sequence[str] = (),
+    summary: str = "",
+    about: dict[str, Any] | None = None,
+) -> Card:
+    """Write a model folder from a trained network: float16 weights, statistics of the data, the card.
+
+    images, labels: the training data, for its statistics; classes: names, indices where left out.
+    """
+    count = recipe.network.classes
+    names = tuple(classes) or tuple(map(str, range(count)))
+    if len(names) != count:
+        raise ValueError(f"classes must name {count} classes, got {len(names)}")
+    stats = data_statistics(images, labels, count)
+    rounded = copy.deepcopy(net).half().float()  # what will be loaded
+    stats["far_mean"] = far_means(rounded, recipe.sigma_max, recipe.sigma_data)
+    card = Card(
+        name=name,
+        network=asdict(recipe.network),
+        summary=summary,
+        classes=names,
+        sigma_min=recipe.sigma_min,
+        sigma_max=recipe.sigma_max,
+        sigma_data=recipe.sigma_data,
+        about=about or {},
+    )
+    return save_folder(Path(out), card, net, stats)
 
 
 def log_lines(path: Path) -> Iterator[dict[str, float]]:

@@ -51,7 +51,7 @@ for _solver in (
     Solver("heun", heun, "eps", 2, 2, 1, "sigma", summary="Heun's method, as in EDM"),
     Solver("dpm-solver-2", dpm_solver_2, "eps", 2, 2, options=_HALF, summary="DPM-Solver-2, singlestep"),
     Solver("dpm-solver-3", dpm_solver_3, "eps", 3, 3, 1, "log_snr", summary="DPM-Solver-3, singlestep"),
-    Solver("dpmpp-2s", dpmpp_2s, "x0", 2, 2, options=_HALF, summary="DPM-Solver++(2S), singlestep"),
+    Solver("dpmpp-2s", dpmpp_2s, "x0", 2, 2, 0, "log_snr", options=_HALF, summary="DPM-Solver++(2S), singlestep"),
     _multistep("dpmpp-2m", rules.dpmpp_2m, "x0", 2, order=2, degree=0, variable="log_snr",
                summary="DPM-Solver++(2M)"),
     _multistep("dpmpp-3m", rules.dpmpp_3m, "x0", 3, order=2, degree=1, variable="log_snr",

@@ -155,6 +155,7 @@ def ipndm(past: Sequence[Number], nxt: Number, order: int) -> Weights:
 
 def dpmpp_2m(past: Sequence[Number], nxt: Number, order: int = 2) -> Weights:
     """DPM-Solver++(2M), on D. Order 1 into sigma = 0."""
+    past = past[:order]
     if len(past) < 2 or is_zero(nxt):
         return exp_adams(past, nxt, 1)
     h, back = log(past[0] / nxt), log(past[1] / past[0])
@@ -168,6 +169,7 @@ def dpmpp_3m(past: Sequence[Number], nxt: Number, order: int = 3) -> Weights:
 
     So it is of order 2 in practice; `exp_adams` of order 3 is the corrected method. Order 1 into sigma = 0.
     """
+    past = past[:order]
     if len(past) < 3 or is_zero(nxt):
         return dpmpp_2m(past, nxt)
     h, back, further = log(past[0] / nxt), log(past[1] / past[0]), log(past[2] / past[1])

@@ -1,0 +1,62 @@
+# Every target sets up what it needs: a virtual environment in .venv with the versions that
+# constraints.txt pins. Only Python 3.11 or later, git and make have to be there already.
+# Another interpreter:  make demo PYTHON=/path/to/python3.12
+
+SUITABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
+CANDIDATES := python3 python3.13 python3.12 python3.11
+PYTHON ?= $(or $(shell for p in $(CANDIDATES); do \
+	$$p -c "$(SUITABLE)" 2>/dev/null && echo $$p && break; done),python3)
+VENV := .venv
+CORE := $(VENV)/.core-installed
+DEV := $(VENV)/.dev-installed
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint format bench setup clean distclean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(CORE) ## Draw pictures with the built-in networks, into demo/
+	$(VENV)/bin/fewstep demo --out demo
+
+test: $(DEV) ## The everyday tests
+	$(VENV)/bin/python -m pytest -m "not slow"
+
+test-all: $(DEV) ## All tests, the slow ones too
+	$(VENV)/bin/python -m pytest
+
+lint: $(DEV) ## Style, format and types
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/pyright
+
+format: $(DEV) ## Rewrite the files in the project's format
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+
+bench: $(DEV) ## Time what a solver adds to the network's own work
+	$(VENV)/bin/python benchmarks/step_overhead.py
+
+setup: $(DEV) ## Only set up .venv, for work on fewstep itself
+
+clean: ## Remove what the targets made, but not .venv
+	rm -rf demo build dist .pytest_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+distclean: clean ## Remove .venv as well
+	rm -rf $(VENV)
+
+# Each stamp is touched last, so that an interrupted set-up starts again.
+$(CORE): pyproject.toml constraints.txt
+	@$(PYTHON) -c "$(SUITABLE)" 2>/dev/null || { echo "fewstep needs Python 3.11 or later with\
+	 the venv module (Debian, Ubuntu: apt install python3-venv), and $(PYTHON) is not that;\
+	 name one with: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@echo "Setting up $(VENV), once; torch is a large download."
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+$(DEV): $(CORE)
+	$(PIP) install -c constraints.txt -e ".[dev]"
+	@touch $@

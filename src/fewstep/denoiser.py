@@ -1,0 +1,329 @@
+"""Denoisers: the protocol that every solver sees, and the wrappers that make them of networks.
+
+A denoiser is any callable D(x, sigma) = E[x_0 | x], x = x_0 + sigma eps in EDM space. With x_t =
+alpha x and t the network's own time for sigma, the published kinds of prediction give
+
+    eps     D = x - sigma eps_net(x_t, t)
+    v       D = x / (1 + sigma^2) - v_net(x_t, t) sigma / sqrt(1 + sigma^2)
+    x0      D = x0_net(x_t, t)
+    flow    D = x_t - t v_net(x_t, t)
+
+Wrappers go from the inside out: prediction, guidance (one batched call), thresholding, counter:
+
+    Counted(Thresholded(Guided(Predicted(net, schedule, "eps"), 7.5, cond, uncond)))
+
+Sources: Karras et al. 2022 (EDM), arXiv:2206.00364; v by Salimans & Ho 2022, arXiv:2202.00512;
+guidance by Ho & Salimans 2022, arXiv:2207.12598; dynamic thresholding by Saharia et al. 2022
+(Imagen), arXiv:2205.11487.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fewstep.schedule import Schedule
+
+__all__ = [
+    "Denoiser",
+    "Wrapper",
+    "Predicted",
+    "Guided",
+    "Thresholded",
+    "Clipped",
+    "Counted",
+    "OPTIONAL",
+    "PREDICTIONS",
+]
+
+Condition = Any  # a tensor batched along dim 0, or a tuple, list or dict of conditions
+Evaluation = Callable[..., tuple[Tensor, Any]]  # (x, sigma, *conditions) -> (D, features)
+
+
+class Denoiser(Protocol):
+    """The role: D(x, sigma). A plain function fills it.
+
+    x: noisy images in EDM units, [b, ...]
+    sigma: noise level, [b]; > 0
+    returns D, [b, ...]
+
+    What a denoiser may have besides (OPTIONAL; absent where unknown, and far_mean may be None):
+
+    sigma_min, sigma_max: the range on which it may be called, floats
+    schedule: the network's Schedule
+    far_mean: the mean of D at sigma_max over x, which is the mean of the data; [1, ...] or [b, ...]
+    with_features: a callable (x, sigma) -> (D, features) at the cost of one evaluation
+    calls_per_eval: how often the network sees each sample in one evaluation; 1 where absent
+    """
+
+    def __call__(self, x: Tensor, sigma: Tensor, /) -> Tensor: ...
+
+
+OPTIONAL = ("sigma_min", "sigma_max", "schedule", "far_mean", "with_features", "calls_per_eval")
+
+
+class Wrapper(ABC):
+    """Abstract: a denoiser around `self.denoiser`, with the optional attributes of that.
+
+    A wrapper says once what it does to an evaluation, with features or without: in `change`, where
+    it turns D into another D, or in `evaluate` in general. Further arguments of a call
+    (conditions) are handed inwards.
+    """
+
+    denoiser: Any
+
+    def evaluate(
+        self, inner: Evaluation, x: Tensor, sigma: Tensor, *conditions: Condition
+    ) -> tuple[Tensor, Any]:
+        """(D, features), by way of `inner`, which is called as the wrapped denoiser is."""
+        denoised, features = inner(x, sigma, *conditions)
+        return self.change(denoised), features
+
+    def change(self, denoised: Tensor) -> Tensor:
+        """D as seen from outside; far_mean changes with it."""
+        return denoised
+
+    def __call__(self, x: Tensor, sigma: Tensor, /, *conditions: Condition) -> Tensor:
+        def inner(*args: Any) -> tuple[Tensor, Any]:
+            return self.denoiser(*args), None
+
+        return self.evaluate(inner, x, sigma, *conditions)[0]
+
+    def __getattr__(self, name: str) -> Any:
+        """Only for what the wrapper itself lacks: the inner attribute as seen from outside."""
+        if name not in OPTIONAL:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        value = getattr(self.denoiser, name)
+        if value is None:
+            return None
+        if name == "with_features":
+            return partial(self.evaluate, value)
+        return self.change(value) if name == "far_mean" else value
+
+
+PREDICTIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    # (network output, x, sigma [b, 1, ...]) -> D;   for flow x_t - t v = (x - sigma v)/(1 + sigma)
+    "eps": lambda out, x, sigma: x - sigma * out,
+    "v": lambda out, x, sigma: x / (1 + sigma**2) - out * (sigma / torch.sqrt(1 + sigma**2)),
+    "x0": lambda out, x, sigma: out,
+    "flow": lambda out, x, sigma: (x - sigma * out) / (1 + sigma),
+}
+
+ALPHA_AT_ONE = {"v": math.sqrt(0.5), "flow": 0.5}  # what these formulas take alpha(sigma = 1) to be
+
+
+@dataclass(frozen=True, eq=False)
+class Predicted(Wrapper):
+    """A denoiser from a raw network, denoiser(x_t, t) -> prediction.
+
+    denoiser: the network, called with x_t = alpha x, [b, ...], its own time t, float [b], and any
+        further arguments of the call, such as a condition. Where it has
+        with_features(x_t, t) -> (prediction, features), so has the result.
+    schedule: t <-> sigma and alpha; also gives sigma_min and sigma_max
+    prediction: "eps", "v", "x0" or "flow"; v needs a VP schedule, flow a flow schedule
+    time_scale: the network is told time_scale * t; 1000 for Stable Diffusion 3 and its like
+    round_time: tell it the nearest integer instead, as int64. The noise level stays what it was,
+        so a solver that looks for its own levels sees a staircase: for frozen plans only.
+    dtype: cast x_t to this dtype for the network, whose answer comes back in the dtype of x. t
+        keeps that of sigma: bfloat16 cannot count to 1000.
+    far_mean: see Denoiser
+    """
+
+    denoiser: Any
+    schedule: Schedule
+    prediction: str
+    time_scale: float = 1.0
+    round_time: bool = False
+    dtype: torch.dtype | None = None
+    far_mean: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.prediction not in PREDICTIONS:
+            raise ValueError(
+                f"prediction must be one of {', '.join(PREDICTIONS)}, got {self.prediction!r}"
+            )
+        alpha = self.schedule.alpha(1.0)
+        if not math.isclose(ALPHA_AT_ONE.get(self.prediction, alpha), alpha, rel_tol=1e-6):
+            raise ValueError(
+                f"prediction={self.prediction!r} does not go with {self.schedule!r}: v belongs to "
+                "VP schedules, flow to flow schedules"
+            )
+
+    @property
+    def sigma_min(self) -> float:
+        return self.schedule.sigma_min
+
+    @property
+    def sigma_max(self) -> float:
+        return self.schedule.sigma_max
+
+    def evaluate(
+        self, inner: Evaluation, x: Tensor, sigma: Tensor, *conditions: Condition
+    ) -> tuple[Tensor, Any]:
+        x_t = x * _per_sample(self.schedule.alpha(sigma), x)
+        t = self.schedule.t(sigma) * self.time_scale
+        t = t.round().long() if self.round_time else t
+        out, features = inner(x_t if self.dtype is None else x_t.to(self.dtype), t, *conditions)
+        return PREDICTIONS[self.prediction](out.to(x.dtype), x, _per_sample(sigma, x)), features
+
+
+@dataclass(frozen=True, eq=False)
+class Guided(Wrapper):
+    """Classifier-free guidance, D_u + scale (D_c - D_u), in one batched call of 2b samples.
+
+    denoiser: called as denoiser(x, sigma, condition); the conditional half comes first
+    scale: a float, or one number per sample, [b]; 1 is the conditional denoiser at twice its price
+    cond, uncond: the two conditions, alike in structure: a tensor batched along dim 0 (b rows, or
+        one for all), or a tuple, list or dict of these
+    far_means: the means of D_c and D_u at sigma_max, where known; far_mean is then guided like D.
+        Without them it is the inner one's, taken to be the same for every condition.
+
+    Features are those of the conditional half.
+    """
+
+    denoiser: Any
+    scale: float | Tensor
+    cond: Condition
+    uncond: Condition
+    far_means: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def calls_per_eval(self) -> int:
+        return 2 * _calls(self.denoiser)
+
+    @property
+    def far_mean(self) -> Tensor | None:
+        if self.far_means is None:
+            return getattr(self.denoiser, "far_mean", None)
+        return self._guide(*self.far_means)
+
+    def evaluate(
+        self, inner: Evaluation, x: Tensor, sigma: Tensor, *conditions: Condition
+    ) -> tuple[Tensor, Any]:
+        count = x.shape[0]
+        both = _join(self.cond, self.uncond, count)
+        out, features = inner(torch.cat([x, x]), torch.cat([sigma, sigma]), both, *conditions)
+        return self._guide(out[:count], out[count:]), _first(features, count)
+
+    def _guide(self, cond: Tensor, uncond: Tensor) -> Tensor:
+        scale = self.scale
+        if isinstance(scale, Tensor):
+            scale = _per_sample(scale.to(cond.device), cond)
+        return uncond + scale * (cond - uncond)
+
+
+@dataclass(frozen=True, eq=False)
+class Thresholded(Wrapper):
+    """Dynamic thresholding of D, per sample: clip to [-s, s] and scale by limit / s.
+
+    s is the quantile of |D| over a sample, or `limit` where that is larger, so that a sample
+    within the limit is left alone. The quantile lies linearly between order statistics. Where
+    limit is not 1, published code divides by s alone, which also shrinks or swells samples within
+    the limit; ours does not.
+
+    far_mean is thresholded too, with its dim 0 read as the batch.
+    """
+
+    denoiser: Any
+    quantile: float = 0.995  # default of LuChengTHU/dpm-solver
+    limit: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.quantile <= 1:
+            raise ValueError(f"quantile must lie in (0, 1], got {self.quantile}")
+        if not self.limit > 0:
+            raise ValueError(f"limit must be > 0, got {self.limit}")
+
+    def change(self, denoised: Tensor) -> Tensor:
+        size = denoised.abs().flatten(1)  # [b, d]
+        place = self.quantile * (size.shape[1] - 1)
+        rank, weight = int(place), place % 1
+        # the largest few only: torch.quantile sorts everything, and refuses more than 2^24 numbers
+        largest = size.topk(size.shape[1] - rank, dim=1).values
+        above = largest[:, -2] if largest.shape[1] > 1 else largest[:, -1]
+        s = torch.lerp(largest[:, -1], above, weight).clamp(min=self.limit)
+        s = _per_sample(s, denoised)
+        return denoised.clamp(-s, s) * (self.limit / s)
+
+
+@dataclass(frozen=True, eq=False)
+class Clipped(Wrapper):
+    """D held in [low, high], element by element; far_mean too."""
+
+    denoiser: Any
+    low: float = -1.0
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.low < self.high:
+            raise ValueError(f"low must be below high, got {self.low} and {self.high}")
+
+    def change(self, denoised: Tensor) -> Tensor:
+        return denoised.clamp(self.low, self.high)
+
+
+class Counted(Wrapper):
+    """Counts what goes through it, with features or without; the outermost wrapper.
+
+    evaluations: calls of this denoiser
+    network_calls: the same times calls_per_eval, so two per evaluation under guidance
+    """
+
+    def __init__(self, denoiser: Any) -> None:
+        self.denoiser = denoiser
+        self.evaluations = 0
+        self.network_calls = 0
+
+    def evaluate(
+        self, inner: Evaluation, x: Tensor, sigma: Tensor, *conditions: Condition
+    ) -> tuple[Tensor, Any]:
+        self.evaluations += 1
+        self.network_calls += _calls(self.denoiser)
+        return inner(x, sigma, *conditions)
+
+
+def _calls(denoiser: Any) -> int:
+    return getattr(denoiser, "calls_per_eval", None) or 1
+
+
+def _per_sample(value: Tensor, x: Tensor) -> Tensor:
+    """[b] -> [b, 1, ...], to go with x and in its dtype."""
+    return value.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype)
+
+
+def _join(cond: Condition, uncond: Condition, count: int) -> Condition:
+    """Two conditions of `count` rows as one of twice as many, leaf by leaf."""
+    if isinstance(cond, Mapping):
+        if cond.keys() != uncond.keys():
+            raise ValueError(f"cond has keys {list(cond)}, uncond {list(uncond)}: they must agree")
+        return {key: _join(cond[key], uncond[key], count) for key in cond}
+    if isinstance(cond, tuple | list):
+        return tuple(_join(c, u, count) for c, u in zip(cond, uncond, strict=True))
+    return torch.cat([_rows(cond, count), _rows(uncond, count)])
+
+
+def _rows(condition: Tensor, count: int) -> Tensor:
+    if condition.shape[0] not in (1, count):
+        raise ValueError(
+            f"a condition needs one row, or one for each of {count} samples, got "
+            f"{condition.shape[0]}"
+        )
+    return condition.expand(count, *condition.shape[1:])
+
+
+def _first(features: Any, count: int) -> Any:
+    """The first `count` rows of every tensor in a tree of features; None has none."""
+    if features is None:
+        return None
+    if isinstance(features, Mapping):
+        return {key: _first(value, count) for key, value in features.items()}
+    if isinstance(features, tuple | list):
+        return tuple(_first(value, count) for value in features)
+    return features[:count]

@@ -1,0 +1,257 @@
+"""A trained network as a model: its folder, its denoisers, its prior, its pixels.
+
+A folder holds `card.json` and `model.safetensors`; the latter has the network's weights, and for each class, and last
+for no class, what solvers may use that costs no evaluation:
+
+    stats.far_mean     mean of D(sigma_max z; sigma_max) over z                  [classes + 1, c, h, w]
+    stats.mean         mean of the data                                          [classes + 1, c h w]
+    stats.basis        leading principal directions of the data, rows            [classes + 1, k, c h w]
+    stats.variances    variances along them; stats.rest: the mean of the others  [classes + 1, k], [classes + 1]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from fewstep.denoiser import Guided, Wrapper
+from fewstep.files import file_hash, write_json, write_whole
+from fewstep.models.card import CARD_FILE, WEIGHTS_FILE, Card
+from fewstep.models.data import to_pixels, to_unit
+from fewstep.models.edm import denoise
+from fewstep.models.exact import gaussian_flow
+from fewstep.models.unet import UNet, UNetConfig
+from fewstep.noise import generator, normal
+
+__all__ = ["NetworkModel", "data_statistics", "far_means", "load_folder", "save_folder"]
+
+DIRECTIONS = 16  # principal directions kept per class
+FAR_DRAWS = 2048  # draws behind far_mean: its error is the spread of D at sigma_max over 45
+
+
+@dataclass(frozen=True, eq=False)
+class Conditional:
+    """D(x, sigma, label) of a network under EDM's preconditioning; label [b], or [1] for all."""
+
+    net: UNet
+    card: Card
+    forward: Callable[..., Tensor]
+
+    @property
+    def sigma_min(self) -> float:
+        return self.card.sigma_min
+
+    @property
+    def sigma_max(self) -> float:
+        return self.card.sigma_max
+
+    def __call__(self, x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
+        return denoise(self.forward, x, sigma, label.expand(len(x)), self.card.sigma_data)
+
+    def with_features(self, x: Tensor, sigma: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """(D, the output of the card's feature module [b, c, h, w])."""
+        seen: list[Tensor] = []
+        module = self.net.get_submodule(self.card.feature_module)
+        hook = module.register_forward_hook(lambda module, args, output: seen.append(output))
+        try:
+            return self(x, sigma, label), seen[-1]
+        finally:
+            hook.remove()
+
+
+@dataclass(frozen=True, eq=False)
+class Bound(Wrapper):
+    """A conditional denoiser with its condition filled in."""
+
+    denoiser: Any
+    condition: Any
+    far_mean: Tensor | None = None
+
+    def evaluate(self, inner: Callable[..., Any], x: Tensor, sigma: Tensor) -> tuple[Tensor, Any]:
+        return inner(x, sigma, self.condition)
+
+
+@dataclass(frozen=True, eq=False)
+class NetworkModel:
+    """A trained `UNet` with its card and statistics: everything from noise to pixels but the solver.
+
+    stats: the tensors named stats.* of the weights file, without that prefix, float32 on the device; dtype: the
+    network's arithmetic; forward: the network, compiled or not.
+    """
+
+    card: Card
+    net: UNet
+    stats: dict[str, Tensor]
+    forward: Callable[..., Tensor]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.net.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.net.parameters()).device
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of one sample, (c, h, w)."""
+        config = self.net.config
+        return config.channels, config.size, config.size
+
+    def denoiser(
+        self,
+        label: int | str | Sequence[int | str] | None = None,
+        prompt: str | None = None,
+        guidance: float | None = None,
+    ) -> Wrapper:
+        """D(x, sigma) for one label for all pictures, or one per picture; None is the network without class.
+
+        guidance: scale of classifier-free guidance, needs a label; None or 1 is none.
+        Errors: ValueError for a prompt, an unknown label, or guidance without a label.
+        """
+        if prompt is not None:
+            raise ValueError(f"{self.card.name} has no text input; use label instead of prompt")
+        rows, far = self._rows(label), self.stats["far_mean"]
+        base = Conditional(self.net, self.card, self.forward)
+        if guidance is None or guidance == 1:
+            return Bound(base, rows, far[rows])
+        if label is None:
+            raise ValueError("guidance needs a label to guide towards; give label too")
+        none = torch.full_like(rows, len(self.card.classes))
+        return Guided(base, float(guidance), rows, none, (far[rows], far[none]))
+
+    def _rows(self, label: int | str | Sequence[int | str] | None) -> Tensor:
+        """Rows of the label table, [1] or [b]."""
+        names = self.card.classes
+        if label is None:
+            return torch.tensor([len(names)], device=self.device)
+        labels = [label] if isinstance(label, int | str) else list(label)
+        rows = []
+        for one in labels:
+            text = str(one)
+            index = names.index(text) if text in names else int(text) if text.isdigit() else -1
+            if not 0 <= index < len(names):
+                have = ", ".join(f"{i} {name}" for i, name in enumerate(names)) or "none"
+                raise ValueError(f"there is no label {one!r}; this model has: {have}")
+            rows.append(index)
+        return torch.tensor(rows, device=self.device)
+
+    def prior(
+        self,
+        seeds: Sequence[int],
+        sigma: float | None = None,
+        label: int | str | Sequence[int | str] | None = None,
+    ) -> Tensor:
+        """The start of sampling, float32 [n, c, h, w]: sigma_max z, z keyed by seed.
+
+        sigma: a lower level to carry it to along the flow of a Gaussian with the data's mean and leading
+        covariance (those of the label), in closed form and without an evaluation.
+        """
+        x = self.card.sigma_max * normal(seeds, self.shape, "prior").to(self.device)
+        if sigma is None:
+            return x
+        if not self.card.sigma_min < sigma <= self.card.sigma_max:
+            raise ValueError(
+                f"head_start must lie in ({self.card.sigma_min}, {self.card.sigma_max}], got {sigma}"
+            )
+        rows = self._rows(label).expand(len(seeds))
+        flat = x.flatten(1)
+        for row in rows.unique().tolist():
+            chosen = rows == row
+            flat[chosen] = gaussian_flow(
+                flat[chosen],
+                self.card.sigma_max,
+                sigma,
+                *(self.stats[name][row] for name in ("mean", "basis", "variances", "rest")),
+            ).to(flat)
+        return flat.reshape(x.shape)
+
+    def decode(self, x: Tensor) -> np.ndarray:
+        """Pictures uint8 [n, h, w, c] from clean states in [-1, 1]."""
+        return to_pixels(x).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def load_folder(
+    folder: Path, device: str = "cpu", dtype: str = "float32", compile: bool = False
+) -> NetworkModel:
+    """Read a model folder. Nothing in it is executed: JSON and safetensors only.
+
+    Errors: ValueError where a file is missing, cut short, or does not go with the card.
+    """
+    card = Card.read(folder)
+    path = folder / WEIGHTS_FILE
+    if card.weights_sha256 and file_hash(path) != card.weights_sha256:
+        raise ValueError(f"{path} is not the file that its card names (SHA-256 differs); fetch it again")
+    try:
+        tensors = safetensors.torch.load_file(path)
+        config = UNetConfig(**card.network)
+        with torch.random.fork_rng(devices=[]):
+            net = UNet(config)
+        weights = {name: t.float() for name, t in tensors.items() if not name.startswith("stats.")}
+        net.load_state_dict(weights)
+        stats = {n.removeprefix("stats."): t.float() for n, t in tensors.items() if n[:6] == "stats."}
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read ({error}); fetch it again") from None
+    except (RuntimeError, TypeError) as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(f"{path} does not go with its card: {first}") from None
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
+    try:
+        net = net.to(device, getattr(torch, dtype)).eval().requires_grad_(False)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} is not to be had: {str(error).splitlines()[0]}") from None
+    stats = {name: t.to(device) for name, t in stats.items()}
+    return NetworkModel(card, net, stats, torch.compile(net) if compile else net)
+
+
+def save_folder(folder: Path, card: Card, net: UNet, stats: dict[str, Tensor]) -> Card:
+    """Write weights as float16 and the card, each whole; returns the card with the weights' hash."""
+    tensors = {name: value.detach().half().contiguous().cpu() for name, value in net.state_dict().items()}
+    tensors |= {f"stats.{name}": value.half().contiguous().cpu() for name, value in stats.items()}
+    write_whole(folder / WEIGHTS_FILE, safetensors.torch.save(tensors))
+    card = replace(card, weights_sha256=file_hash(folder / WEIGHTS_FILE))
+    write_json(folder / CARD_FILE, card.to_dict())
+    return card
+
+
+@torch.no_grad()
+def far_means(net: UNet, sigma_max: float, sigma_data: float, draws: int = FAR_DRAWS) -> Tensor:
+    """Mean over z of D(sigma_max z; sigma_max), for each class and for none, [classes + 1, c, h, w]."""
+    config, device = net.config, next(net.parameters()).device
+    shape = (config.channels, config.size, config.size)
+    z = torch.randn(draws, *shape, generator=generator("far means")).to(device)
+    means = []
+    for row in range(config.classes + 1):
+        total = torch.zeros(shape, dtype=torch.float64, device=device)
+        for part in z.split(256):
+            sigma = part.new_full((len(part),), sigma_max)
+            label = torch.full((len(part),), row, device=device)
+            total += denoise(net, sigma_max * part, sigma, label, sigma_data).double().sum(0)
+        means.append(total / draws)
+    return torch.stack(means).float()
+
+
+def data_statistics(images: Tensor, labels: Tensor, classes: int) -> dict[str, Tensor]:
+    """Mean, leading principal directions and variances of the data, for each class and for all together.
+
+    images: uint8 [n, c, h, w]; labels: [n]. Keys mean, basis, variances, rest, as in the module's docstring.
+    """
+    rows: dict[str, list[Tensor]] = {"mean": [], "basis": [], "variances": [], "rest": []}
+    for row in range(classes + 1):
+        chosen = images if row == classes else images[labels == row]
+        x = to_unit(chosen).flatten(1).double()
+        values, vectors = torch.linalg.eigh(torch.cov(x.T))
+        rows["mean"].append(x.mean(0))
+        rows["basis"].append(vectors[:, -DIRECTIONS:].T.flip(0))
+        rows["variances"].append(values[-DIRECTIONS:].flip(0))
+        rows["rest"].append(values[:-DIRECTIONS].mean())
+    return {name: torch.stack(parts).float() for name, parts in rows.items()}
