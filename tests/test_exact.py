@@ -116,7 +116,7 @@ def test_exact_equals_a_fine_integration(sigma, sigma_next):
 
 
 def test_exact_carries_the_covariance_along():
-    """x(sigma') has covariance C + sigma'^2 I when x(sigma) has C + sigma^2 I, down to sigma' = 0."""
+    """From C + sigma^2 I to C + sigma'^2 I, down to sigma' = 0."""
     eye = torch.eye(DIM, dtype=torch.float64)
     root = torch.linalg.cholesky(COVARIANCE + 80.0**2 * eye)
     for sigma_next in (1.0, 0.0):
@@ -226,7 +226,9 @@ def test_samples_have_the_mean_and_covariance_of_the_data(name):
     mean = BEDS[name].far_mean.flatten()
     # 5 standard errors; the largest variance is near 2, that of a product near 2 * 2^2
     torch.testing.assert_close(samples.mean(0), mean, rtol=0, atol=5 * math.sqrt(2 / count))
-    torch.testing.assert_close(torch.cov(samples.T), covariance, rtol=0, atol=5 * math.sqrt(8 / count))
+    torch.testing.assert_close(
+        torch.cov(samples.T), covariance, rtol=0, atol=5 * math.sqrt(8 / count)
+    )
 
 
 @pytest.mark.parametrize(

@@ -46,9 +46,7 @@ def test_t_and_sigma_are_an_inverse_pair(schedule, u):
 @every_schedule
 @given(u=st.floats(0, 1), v=st.floats(0, 1))
 def test_sigma_rises_with_t(schedule, u, v):
-    low, high = sorted(
-        schedule.t_min + w * (schedule.t_max - schedule.t_min) for w in (u, v)
-    )
+    low, high = sorted(schedule.t_min + w * (schedule.t_max - schedule.t_min) for w in (u, v))
     if high - low > 1e-6:
         assert schedule.sigma(low) < schedule.sigma(high)
 
@@ -75,7 +73,10 @@ def test_tables_equal_a_cumulative_product(name):
     "name, theirs",
     [
         ("linear", {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}),
-        ("scaled-linear", {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}),
+        (
+            "scaled-linear",
+            {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
+        ),
         ("cosine", {"beta_schedule": "squaredcos_cap_v2"}),
     ],
 )
@@ -218,7 +219,7 @@ def test_zero_terminal_snr_is_refused_or_replaced(build, last):
     ],
 )
 def test_impossible_schedules_are_refused(build):
-    with pytest.raises(ValueError, match="got|terminal"):
+    with pytest.raises(ValueError, match=r"got|terminal"):
         build()
 
 

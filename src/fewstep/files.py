@@ -13,7 +13,8 @@ __all__ = ["file_hash", "write_json", "write_whole"]
 
 
 def write_whole(path: Path | str, data: bytes) -> None:
-    """Write `data` to `path` so that a crash leaves either the old file or the new one, never a part."""
+    """Write `data` to `path` so that a crash leaves either the old file or the new one, never a
+    part."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

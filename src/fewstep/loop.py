@@ -1,8 +1,9 @@
 """The loop: the one place that touches pixels while sampling.
 
-It drives any solver's operations over any denoiser D(x, sigma): evaluates, turns D into eps where the solver's history
-holds eps (with the x of that very evaluation), and forms the linear combinations. It reads no value off a tensor, so
-it never waits for the device, and it leaves grad mode to the caller.
+It drives any solver's operations over any denoiser D(x, sigma): evaluates, turns D into eps where
+the solver's history holds eps (with the x of that very evaluation), and forms the linear
+combinations. It reads no value off a tensor, so it never waits for the device, and it leaves grad
+mode to the caller.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from torch import Tensor
 
 from fewstep.grid import check_grid, make_grid
 from fewstep.noise import brownian, normal
-from fewstep.plan import Combine, Eval, Ops, Plan, Prediction, Seen
+from fewstep.plan import Combine, Eval, Level, Ops, Plan, Prediction, Seen
 from fewstep.solver import Solver, get, intervals_for
 
 __all__ = ["Denoiser", "State", "iterate", "solve"]
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
+Row = tuple[Level, ...]
 DEFAULT_RANGE = (0.002, 80.0)  # EDM's
 DEFAULT_GRID = "karras"
 
@@ -32,8 +34,8 @@ DEFAULT_GRID = "karras"
 class State:
     """Where sampling stands after an accepted step.
 
-    x: [b, ...] in EDM units; history: past outputs, newest first, eps or D as the solver has it; denoised: the
-    network's last D; sigma: the level of x, float or [b]; nfe: evaluations spent.
+    x: [b, ...] in EDM units; history: past outputs, newest first, eps or D as the solver has it;
+    denoised: the network's last D; sigma: the level of x, float or [b]; nfe: evaluations spent.
     """
 
     x: Tensor
@@ -61,8 +63,11 @@ def program_for(
     first: str,
     final: bool,
 ) -> tuple[Program, tuple[float, ...]]:
-    """Resolve names and budgets. sigma_range: (sigma_min, sigma_max). Returns the program and its sigmas."""
+    """Resolve names and budgets. sigma_range: (sigma_min, sigma_max). Returns the program and its
+    sigmas."""
     if isinstance(solver, Plan):
+        if grid is not None or first != "none" or final:
+            raise ValueError("a plan has its own grid and ends: leave out grid, first and final")
         return Program(solver.program(), solver.prediction, solver.depth), solver.sigmas
     if isinstance(solver, str):
         solver = get(solver)
@@ -92,18 +97,20 @@ def solve(
     first: str = "none",
     final: bool = False,
 ) -> Tensor:
-    """Solve the probability-flow ODE (or the SDE) from x_T with exactly `nfe` evaluations of the denoiser.
+    """Solve the probability-flow ODE (or the SDE) from x_T with exactly `nfe` evaluations of the
+    denoiser.
 
-    denoiser: any callable D(x [b, ...], sigma [b]) -> [b, ...], the expected clean picture at noise level sigma;
-    x_T: the start, [b, ...], noise of standard deviation sigma_max (or a picture plus such noise, to start in the
-    middle); grid: a name ("karras", "log-snr", "time-uniform", "discrete", "trailing") or strictly decreasing
-    sigmas, and then nfe follows from them; sigma_min, sigma_max: default to the denoiser's own, else 0.002 and
-    80; seeds: one integer per picture, needed by stochastic solvers; first: analytic first step, "none", "zero" as
-    published or "mean" (needs `denoiser.far_mean`); final: a last denoising evaluation at the grid's end.
+    denoiser: any callable D(x [b, ...], sigma [b]) -> [b, ...], the expected clean picture at noise
+    level sigma; x_T: the start, [b, ...], noise of standard deviation sigma_max (or a picture plus
+    such noise, to start in the middle); grid: a name ("karras", "log-snr", "time-uniform",
+    "discrete", "trailing") or strictly decreasing sigmas, and then nfe follows from them;
+    sigma_min, sigma_max: default to the denoiser's own, else 0.002 and 80; seeds: one integer per
+    picture, needed by stochastic solvers; first: analytic first step, "none", "zero" as published
+    or "mean" (needs `denoiser.far_mean`); final: a last denoising evaluation at the grid's end.
 
-    Returns x at the grid's end (at sigma_min, or 0 with `final`), [b, ...]. The state is float32, float64 where
-    x_T is. Runs in the caller's grad mode.
-    Errors: ValueError for unknown names, impossible budgets, and a denoiser that returns another shape.
+    Returns x at the grid's end (at sigma_min, or 0 with `final`), [b, ...]. The state is float32,
+    float64 where x_T is. Runs in the caller's grad mode. Errors: ValueError for unknown names,
+    impossible budgets, and a denoiser that returns another shape.
     """
     reuse = not torch.is_grad_enabled()
     x = x_T
@@ -129,11 +136,12 @@ def iterate(
 ) -> Generator[State, State | None, None]:
     """`solve`, one accepted state at a time.
 
-    Yields a `State` after each accepted step and goes on from the State that is sent back, or from its own.
-    That serves previews, progress, projections (in-painting), restarts and detaching; close the generator to
-    cancel. Arguments and errors as in `solve`. The tensors of a yielded State are never written to again.
+    Yields a `State` after each accepted step and goes on from the State that is sent back, or from
+    its own. That serves previews, progress, projections (in-painting), restarts and detaching;
+    close the generator to cancel. Arguments and errors as in `solve`. The tensors of a yielded
+    State are never written to again.
     """
-    yield from _iterate(
+    return _iterate(
         denoiser, x_T, solver, nfe, grid, sigma_min, sigma_max, seeds, first, final, False
     )
 
@@ -153,57 +161,68 @@ def _iterate(
 def _run(
     program: Program, denoiser: Denoiser, x_T: Tensor, seeds: Sequence[int] | None, reuse: bool
 ) -> Generator[State, State | None, None]:
-    """Drive the operations. reuse: write into buffers of earlier steps; only for callers that keep no State."""
+    """Drive the operations. reuse: write into buffers of earlier steps; only for callers that keep
+    no State."""
     as_eps = program.prediction == "eps"
     anchor = x = x_T if x_T.dtype == torch.float64 else x_T.float()
     history: deque[Tensor] = deque(maxlen=program.depth)
     denoised = spare = reply = None
     evals = draws = 0
-    at_anchor, level = False, 0.0
+    # Since the anchor was set: the D's, oldest first; x and the outputs (newest first) as weights
+    # over [anchor, D_0, D_1, ...]; x has none where it came from older outputs or took up noise.
+    fresh: list[Tensor] = []
+    place: Row | None = (1.0,)
+    rows: list[Row] = []
     ops = program.ops
     while True:
         try:
             op = ops.send(reply)
         except StopIteration:
             return
-        if type(op) is Eval:
-            denoised, features = _evaluate(denoiser, x, op)
+        if isinstance(op, Eval):
+            denoised, features = _evaluate(denoiser, x, op, reuse)
             evals += op.source == "net"
             if as_eps:
                 old = history[-1] if reuse and len(history) == program.depth else None
                 output = _to_eps(x, denoised, op.sigma, old)
+                if place is None:
+                    rows = []
+                else:
+                    fresh = [*fresh, denoised]
+                    rows = [_eps_row(place, len(fresh), op.sigma), *rows[: program.depth - 1]]
             else:
                 output = denoised
             history.appendleft(output)
-            at_anchor = x is anchor
-            level = op.sigma
             reply = Seen(x, denoised, features)
             continue
         reply = None
-        if as_eps and at_anchor and len(history) == 1:
-            x = _combine(anchor, (denoised,), _in_d_form(op, level), spare)
+        if 0 < len(op.b) <= len(rows):
+            place = _in_d_form(op, rows, len(fresh))
+            x = _combine(anchor, fresh, place[0], place[1:], spare)
         else:
-            x = _combine(anchor, history, op, spare)
+            place = None
+            x = _combine(anchor, history, op.a, op.b, spare)
         if op.noise:
+            place = None
             x = x + op.noise * _noise(seeds, op, draws, x)
             draws += 1
         if not op.accept:
             spare = x if reuse else None
             continue
         spare = anchor if reuse and anchor is not x_T else None
-        anchor = x
+        anchor, fresh, place, rows = x, [], (1.0,), []
         sent = yield State(x, tuple(history), denoised, op.sigma, evals)
         if sent is not None:
             anchor = x = sent.x
-            history = deque(sent.history, maxlen=program.depth)
+            history = deque(sent.history[: program.depth], maxlen=program.depth)
 
 
-def _evaluate(denoiser: Denoiser, x: Tensor, op: Eval) -> tuple[Tensor, Tensor | None]:
+def _evaluate(denoiser: Denoiser, x: Tensor, op: Eval, reuse: bool) -> tuple[Tensor, Tensor | None]:
     features = None
     if op.source == "net":
         told = op.sigma if op.cond is None else op.cond
         if isinstance(told, Tensor):
-            sigma = told.to(x)
+            sigma = told.to(x).expand(x.shape[0])
         else:
             sigma = torch.full((x.shape[0],), told, dtype=x.dtype, device=x.device)
         if op.features and hasattr(denoiser, "with_features"):
@@ -223,11 +242,14 @@ def _evaluate(denoiser: Denoiser, x: Tensor, op: Eval) -> tuple[Tensor, Tensor |
         mean = getattr(denoiser, "far_mean", None)
         if mean is None:
             raise ValueError(
-                "first='mean' needs denoiser.far_mean, the mean of D at sigma_max; set it, or use first='zero'"
+                "first='mean' needs denoiser.far_mean, the mean of D at sigma_max; "
+                "set it, or use first='zero'"
             )
         denoised = mean.to(x).expand_as(x)
     denoised = denoised.to(x.dtype)
-    return (denoised.clone() if denoised is x else denoised), features
+    if denoised is x or (reuse and denoised.data_ptr() == x.data_ptr()):
+        denoised = denoised.clone()  # x's memory may be written to again
+    return denoised, features
 
 
 def _to_eps(x: Tensor, denoised: Tensor, sigma: float | Tensor, out: Tensor | None) -> Tensor:
@@ -236,34 +258,47 @@ def _to_eps(x: Tensor, denoised: Tensor, sigma: float | Tensor, out: Tensor | No
     return torch.sub(x, denoised, out=out).mul_(1 / sigma)
 
 
-def _in_d_form(op: Combine, sigma: float | Tensor) -> Combine:
-    """The same step from one output at the anchor, on D rather than eps.
+def _eps_row(place: Row, count: int, sigma: Level) -> Row:
+    """Weights of eps = (x - D) / sigma over [anchor, *D's], from x's; D is the last of `count`."""
+    padded = (*place, *[0.0] * (count - len(place)))
+    return (*(weight / sigma for weight in padded), -1 / sigma)
 
-    a x + b (x - D) / sigma = (a + b / sigma) x - (b / sigma) D: no cancellation where sigma is huge, as at the
-    start of a flow model.
+
+def _in_d_form(op: Combine, rows: Sequence[Row], count: int) -> Row:
+    """Weights of the same step over [anchor, *D's], where all its outputs came after the anchor.
+
+    a x + b (x - D) / sigma = (a + b / sigma) x - (b / sigma) D: no cancellation where sigma is
+    huge, as at the start of a flow model.
     """
-    share = op.b[0] / sigma if op.b else 0.0
-    return op._replace(a=op.a + share, b=(-share,))
+    total: list[Level] = [op.a, *[0.0] * count]
+    for b, row in zip(op.b, rows, strict=False):
+        for k, weight in enumerate(row):
+            total[k] = total[k] + b * weight
+    return tuple(total)
 
 
-def _combine(anchor: Tensor, history: Sequence[Tensor], op: Combine, out: Tensor | None) -> Tensor:
-    if isinstance(op.a, Tensor) or any(isinstance(b, Tensor) for b in op.b):
-        x = _column(op.a, anchor) * anchor
-        for b, output in zip(op.b, history, strict=False):
-            x = x + _column(b, anchor) * output
-        return x
-    a, b = op.a, op.b
+def _combine(
+    anchor: Tensor, history: Sequence[Tensor], a: Level, b: Row, out: Tensor | None
+) -> Tensor:
     if len(b) > len(history):
-        raise ValueError(f"a step uses {len(b)} outputs, but only {len(history)} are in the history")
+        raise ValueError(
+            f"a step uses {len(b)} outputs, but only {len(history)} are in the history"
+        )
+    floats = [weight for weight in b if not isinstance(weight, Tensor)]
+    if isinstance(a, Tensor) or len(floats) < len(b):
+        x = _column(a, anchor) * anchor
+        for weight, output in zip(b, history, strict=False):
+            x = x + _column(weight, anchor) * output
+        return x
     if not b:
         return torch.mul(anchor, a, out=out)
     if a == 1:
-        x = torch.add(anchor, history[0], alpha=b[0], out=out)
+        x = torch.add(anchor, history[0], alpha=floats[0], out=out)
     else:
-        x = torch.mul(anchor, a, out=out).add_(history[0], alpha=b[0])
-    for j in range(1, len(b)):
-        if b[j]:
-            x.add_(history[j], alpha=b[j])
+        x = torch.mul(anchor, a, out=out).add_(history[0], alpha=floats[0])
+    for weight, output in zip(floats[1:], list(history)[1:], strict=False):
+        if weight:
+            x.add_(output, alpha=weight)
     return x
 
 

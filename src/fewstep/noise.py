@@ -1,12 +1,13 @@
 """Randomness as a pure function of named keys.
 
-Every draw is addressed by (seed, stream, index): picture i depends on its own seed alone, never on its batch,
-its neighbours or what was drawn before, and a resumed run needs no generator state. Draws are made on the CPU,
-so every device sees the same bits.
+Every draw is addressed by (seed, stream, index): picture i depends on its own seed alone, never on
+its batch, its neighbours or what was drawn before, and a resumed run needs no generator state.
+Draws are made on the CPU, so every device sees the same bits.
 
-The Brownian path of a seed lives on a dyadic tree over log2(sigma) in [-20, 20]: the value at a point comes
-from the bridges down to its leaf, so increments over nested or neighbouring intervals belong to one path,
-whatever the grid. Source: the virtual Brownian tree of Li et al. 2020, arXiv:2001.01328.
+The Brownian path of a seed lives on a dyadic tree over log2(sigma) in [-20, 20]: the value at a
+point comes from the bridges down to its leaf, so increments over nested or neighbouring intervals
+belong to one path, whatever the grid. Source: the virtual Brownian tree of Li et al. 2020,
+arXiv:2001.01328.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def normal(
     index: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Standard normal noise [len(seeds), *shape] on the CPU, drawn in float32 at (seed, stream, index)."""
+    """Standard normal noise [len(seeds), *shape] on the CPU, drawn in float32 at (seed, stream,
+    index)."""
     out = torch.empty(len(seeds), *shape, dtype=torch.float32)
     for row, seed in zip(out, seeds, strict=True):
         row.normal_(generator=generator(seed, stream, index))
@@ -55,10 +57,11 @@ def brownian(
     interval: tuple[float, float],
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Increment of each seed's Brownian path between two noise levels, scaled to unit variance, on the CPU.
+    """Increment of each seed's Brownian path between two noise levels, scaled to unit variance, on
+    the CPU.
 
-    interval: (sigma_from, sigma_to), sigma_from > sigma_to >= 0; the path's clock is log2(sigma), held inside
-    [-20, 20]. [len(seeds), *shape].
+    interval: (sigma_from, sigma_to), sigma_from > sigma_to >= 0; the path's clock is log2(sigma),
+    held inside [-20, 20]. [len(seeds), *shape].
     """
     start, end = (_clock(sigma) for sigma in interval)
     if not start > end:
@@ -72,7 +75,8 @@ def _clock(sigma: float) -> float:
 
 
 def _path(seed: int, shape: Sequence[int], time: float) -> Tensor:
-    """W(time) of one seed, W(LOW) = 0, by bridges down to the leaf and a line across it; float64."""
+    """W(time) of one seed, W(LOW) = 0, by bridges down to the leaf and a line across it;
+    float64."""
 
     def draw(*node: int) -> Tensor:
         gen = generator(seed, "brownian", *node)

@@ -1,6 +1,8 @@
-"""A solver as a stream of coefficients: two operations, and the plan that a static solver drains into.
+"""A solver as a stream of coefficients: two operations, and the plan that a static solver drains
+into.
 
-Every solver here updates the state by a linear combination of one anchor state and past outputs of the network:
+Every solver here updates the state by a linear combination of one anchor state and past outputs of
+the network:
 
     Eval      evaluate at the current state, push the output (eps or D) on the history
     Combine   x = a * anchor + sum_j b_j * history_j + noise * xi       history newest first
@@ -27,11 +29,13 @@ Source = Literal["net", "zero", "mean"]
 
 
 class Eval(NamedTuple):
-    """Evaluate at the current state, which is at noise level sigma, and push the output on the history.
+    """Evaluate at the current state, which is at noise level sigma, and push the output on the
+    history.
 
-    sigma: float or [b]; cond: the level that the network is told, where it differs; source: "net", or one of
-    the analytic stand-ins that cost nothing ("zero": eps = x / sqrt(1 + sigma^2), "mean": D = the mean of the
-    network's D at sigma_max); features: whether the reply should carry the network's features.
+    sigma: float or [b]; cond: the level that the network is told, where it differs; source: "net",
+    or one of the analytic stand-ins that cost nothing ("zero": eps = x / sqrt(1 + sigma^2), "mean":
+    D = the mean of the network's D at sigma_max); features: whether the reply should carry the
+    network's features.
     """
 
     sigma: Level
@@ -43,9 +47,9 @@ class Eval(NamedTuple):
 class Combine(NamedTuple):
     """x = a * anchor + sum_j b_j * history_j + noise * xi, at noise level sigma.
 
-    b: newest first, floats or [b] tensors; noise: standard deviation of fresh noise; interval: None for an
-    independent draw, or the two noise levels whose unit-variance Brownian increment is meant; accept: whether
-    the new state becomes the anchor (False: a trial stage).
+    b: newest first, floats or [b] tensors; noise: standard deviation of fresh noise; interval: None
+    for an independent draw, or the two noise levels whose unit-variance Brownian increment is
+    meant; accept: whether the new state becomes the anchor (False: a trial stage).
     """
 
     b: tuple[Level, ...]
@@ -72,8 +76,8 @@ Ops = Generator[Op, Seen | None, None]
 class Plan:
     """A static solver on one grid: a header and the operations, all numbers.
 
-    prediction: what the history holds, "eps" or "x0"; depth: how many outputs are kept; solver, grid: names,
-    for the record.
+    prediction: what the history holds, "eps" or "x0"; depth: how many outputs are kept; solver,
+    grid: names, for the record.
     """
 
     prediction: Prediction
@@ -88,7 +92,9 @@ class Plan:
             raise ValueError(f"prediction must be eps or x0, got {self.prediction!r}")
         for op in self.ops:
             if isinstance(op, Combine) and len(op.b) > self.depth:
-                raise ValueError(f"a Combine reaches {len(op.b)} outputs back, depth is {self.depth}")
+                raise ValueError(
+                    f"a Combine reaches {len(op.b)} outputs back, depth is {self.depth}"
+                )
 
     def program(self) -> Ops:
         """The operations, as a generator that the loop can drive."""
@@ -102,7 +108,8 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """Inverse of `to_json`, exact to the bit. Errors: ValueError where the text is not a plan."""
+        """Inverse of `to_json`, exact to the bit. Errors: ValueError where the text is not a
+        plan."""
         try:
             fields = json.loads(text)
             ops = tuple(_read_op(dict(op)) for op in fields.pop("ops"))
@@ -152,8 +159,9 @@ def nfe(plan: Plan) -> int:
 def flatten(plan: Plan) -> np.ndarray:
     """The plan's end as one row of weights over [x_T, D_0, D_1, ...], float64 [1 + evals].
 
-    One column per Eval, the analytic ones included (the "mean" source has its weight there; that of "zero" is
-    0, since it depends on x alone). Two deterministic solvers are equal when their rows are. Noise is left out.
+    One column per Eval, the analytic ones included (the "mean" source has its weight there; that of
+    "zero" is 0, since it depends on x alone). Two deterministic solvers are equal when their rows
+    are. Noise is left out.
     """
     evals = sum(isinstance(op, Eval) for op in plan.ops)
     unit = np.eye(1 + evals)

@@ -11,23 +11,25 @@ import torch
 from torch import Tensor
 
 from fewstep.denoiser import Counted
+from fewstep.grid import check_grid
 from fewstep.loop import DEFAULT_GRID, iterate, solve
 from fewstep.plan import Plan
-from fewstep.solver import Solver
+from fewstep.plan import nfe as plan_nfe
+from fewstep.solver import Solver, get
 
 if TYPE_CHECKING:
     from fewstep.models import Model
 
-__all__ = ["Samples", "Settings", "sample"]
+__all__ = ["Samples", "Settings", "describe", "sample"]
 
 
 @dataclass(frozen=True)
 class Samples:
     """Pictures and how they came about.
 
-    images: uint8 [n, h, w, c]; seeds: one per picture; nfe: evaluations of the denoiser per picture;
-    network_calls: forward passes of the network per picture (twice nfe under guidance); provenance: everything
-    needed to make them again, JSON-ready.
+    images: uint8 [n, h, w, c]; seeds: one per picture; nfe: evaluations of the denoiser per
+    picture; network_calls: forward passes of the network per picture (twice nfe under guidance);
+    provenance: everything needed to make them again, JSON-ready.
     """
 
     images: np.ndarray
@@ -39,7 +41,8 @@ class Samples:
 
 @dataclass(frozen=True)
 class Settings:
-    """How a solver is run: its name or itself, the budget, the grid, the first and the last step."""
+    """How a solver is run: its name or itself, the budget, the grid, the first and the last
+    step."""
 
     solver: str | Solver | Plan
     nfe: int
@@ -57,8 +60,8 @@ class Settings:
         first: str | None = None,
         final: bool = False,
     ) -> Settings:
-        """Fill in what was left open. "auto" is the best that the model's card knows for the budget; what the
-        caller did name (grid, first) is kept."""
+        """Fill in what was left open. "auto" is the best that the model's card knows for the
+        budget; what the caller did name (grid, first) is kept."""
         known: dict[str, Any] = {}
         if solver == "auto":
             table = {int(budget): entry for budget, entry in model.card.auto.items()}
@@ -66,13 +69,13 @@ class Settings:
             known = table[max(within) if within else min(table)] if table else {}
             solver = known.get("solver", "dpmpp-2m")
         chosen = known.get("grid", DEFAULT_GRID) if grid is None else grid
-        return cls(
-            solver,
-            nfe,
-            chosen if isinstance(chosen, str) else tuple(chosen),
-            known.get("first", "none") if first is None else first,
-            final,
-        )
+        start = known.get("first", "none") if first is None else first
+        if not isinstance(chosen, str):
+            chosen = check_grid(chosen)
+            found = get(solver) if isinstance(solver, str) else solver
+            if isinstance(found, Solver) and not found.adapts:
+                nfe = plan_nfe(found.plan(chosen, start, final))
+        return cls(solver, nfe, chosen, start, final)
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of `solve` and `iterate`."""
@@ -82,6 +85,30 @@ class Settings:
         """The same for provenance: names and numbers only."""
         name = self.solver if isinstance(self.solver, str) else getattr(self.solver, "name", "plan")
         return {**self.arguments(), "solver": name}
+
+
+def describe(
+    model: Model,
+    settings: Settings,
+    *,
+    prompt: str | None = None,
+    guidance: float | None = None,
+    head_start: float | None = None,
+) -> dict[str, Any]:
+    """What makes a picture, besides its seed and label, JSON-ready: known before it is made."""
+    record = settings.record()
+    guided = guidance is not None and guidance != 1
+    return {
+        "model": model.card.name,
+        "weights": model.card.weights_sha256,
+        **record,
+        "grid": record["grid"] if isinstance(record["grid"], str) else list(record["grid"]),
+        "network_calls": settings.nfe * (1 + guided),
+        "prompt": prompt,
+        "guidance": guidance,
+        "head_start": head_start,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
 
 
 @torch.no_grad()
@@ -103,14 +130,16 @@ def sample(
 ) -> Samples:
     """Sample one picture per seed in `nfe` evaluations each.
 
-    solver: a name, "auto" (the best that the model's card knows for the budget), a Solver or a Plan; label: one
-    for all pictures or one per seed, an index or a class name; guidance: classifier-free guidance scale, 1 =
-    none; batch: pictures at a time, 64 unless given; grid, first, final: as in `solve`; head_start: a noise level
-    to which the prior is carried analytically, as the flow of a Gaussian, at no evaluation; report: called with
-    the number of pictures done after each batch.
+    solver: a name, "auto" (the best that the model's card knows for the budget), a Solver or a
+    Plan; label: one for all pictures or one per seed, an index or a class name; guidance:
+    classifier-free guidance scale, 1 = none; batch: pictures at a time, 64 unless given; grid,
+    first, final: as in `solve`; head_start: a noise level to which the prior is carried
+    analytically, as the flow of a Gaussian, at no evaluation; report: called with the number of
+    pictures done after each batch.
 
-    Picture i depends on seed i alone. Errors: ValueError for what the model or the solver cannot do, and
-    FloatingPointError, with the step and the seeds, where the network returns NaN or infinity.
+    Picture i depends on seed i alone. Errors: ValueError for what the model or the solver cannot
+    do, and FloatingPointError, with the step and the seeds, where the network returns NaN or
+    infinity.
     """
     seeds = tuple(int(seed) for seed in seeds)
     if not seeds:
@@ -132,29 +161,27 @@ def sample(
         evals, calls = denoiser.evaluations, denoiser.network_calls
         report(min(start + size, len(seeds)))
     provenance = {
-        "model": model.card.name,
-        "weights": model.card.weights_sha256,
-        **settings.record(),
+        **describe(model, settings, prompt=prompt, guidance=guidance, head_start=head_start),
         "nfe": evals,
         "network_calls": calls,
         "label": label if isinstance(label, int | str | None) else list(label),
-        "prompt": prompt,
-        "guidance": guidance,
-        "head_start": head_start,
-        "dtype": str(model.dtype).removeprefix("torch."),
     }
     return Samples(np.concatenate(images), seeds, evals, calls, provenance)
 
 
 def _diagnose(denoiser: Callable[[Tensor, Tensor], Tensor], x_T: Tensor, run: dict) -> str:
-    """Where the first value that is not finite came up; walks the same path again, looking at every state."""
+    """Where the first value that is not finite came up; walks the same path again, looking at every
+    state."""
     for step, state in enumerate(iterate(denoiser, x_T, **run)):
         good = torch.isfinite(state.x).flatten(1).all(dim=1)
         if not good.all():
             bad = [seed for seed, fine in zip(run["seeds"], good.tolist(), strict=True) if not fine]
             named = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
             return (
-                f"the network returned NaN or infinity in step {step + 1}, at sigma {state.sigma:.4g}, "
-                f"for seeds {named}; try dtype float32, or another guidance scale"
+                f"the network returned NaN or infinity in step {step + 1}, on the way to "
+                f"sigma {state.sigma:.4g}, for seeds {named}; "
+                "try dtype float32, or another guidance scale"
             )
-    return "the result is not finite, but a second run over the same path was; is the device at fault?"
+    return (
+        "the result is not finite, but a second run over the same path was; is the device at fault?"
+    )

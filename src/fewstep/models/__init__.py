@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
     from fewstep.denoiser import Denoiser
 
-__all__ = ["Card", "Model", "builtin", "load"]
+__all__ = ["Card", "Model", "builtin", "load", "read_card"]
 
 BUILTIN = Path(__file__).parent / "builtin"
 
 
 class Model(Protocol):
-    """What sampling needs of a model. `denoiser(...)` gives D(x, sigma) with the conditions filled in."""
+    """What sampling needs of a model. `denoiser(...)` gives D(x, sigma) with the conditions filled
+    in."""
 
     @property
     def card(self) -> Card: ...
@@ -53,23 +54,35 @@ def load(
 ) -> Model:
     """Load a built-in model by name, or a model folder by path.
 
-    device: a torch device; dtype: the network's arithmetic, float32, bfloat16 or float16 (the sampled state stays
-    float32); compile: torch.compile the network, worth it for many pictures. Nothing in a folder is executed.
+    device: a torch device; dtype: the network's arithmetic, float32, bfloat16 or float16 (the
+    sampled state stays float32); compile: torch.compile the network, worth it for many pictures.
+    Nothing in a folder is executed.
 
-    Errors: ValueError where there is no such model (with the nearest names), or its files are damaged.
+    Errors: ValueError where there is no such model (with the nearest names), or its files are
+    damaged.
     """
     from fewstep.models.network import load_folder
 
-    folder = BUILTIN / str(name_or_path)
-    if str(name_or_path) not in builtin():
-        folder = Path(name_or_path)
-        if not folder.exists():
-            near = difflib.get_close_matches(str(name_or_path), builtin(), n=3, cutoff=0.4)
-            hint = f"; the nearest: {', '.join(near)}" if near else ""
-            raise ValueError(
-                f"there is no model called {str(name_or_path)!r} and no such folder{hint} "
-                "(`fewstep models` lists the built-in ones)"
-            )
-        if not (folder / CARD_FILE).is_file():
-            raise ValueError(f"{folder} is not a model folder: it has no {CARD_FILE}")
-    return load_folder(folder, device, dtype, compile)
+    return load_folder(_folder(name_or_path), device, dtype, compile)
+
+
+def read_card(name_or_path: str | Path) -> Card:
+    """The card of a model, by name or path, without its weights. Errors as in `load`."""
+    return Card.read(_folder(name_or_path))
+
+
+def _folder(name_or_path: str | Path) -> Path:
+    name = str(name_or_path)
+    if name in builtin():
+        return BUILTIN / name
+    folder = Path(name_or_path)
+    if not folder.exists():
+        near = difflib.get_close_matches(name, builtin(), n=3, cutoff=0.4)
+        hint = f"; the nearest: {', '.join(near)}" if near else ""
+        raise ValueError(
+            f"there is no model called {name!r} and no such folder{hint} "
+            "(`fewstep models` lists the built-in ones)"
+        )
+    if not (folder / CARD_FILE).is_file():
+        raise ValueError(f"{folder} is not a model folder: it has no {CARD_FILE}")
+    return folder

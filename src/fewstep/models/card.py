@@ -17,9 +17,10 @@ FORMAT = "fewstep-model/1"
 class Card:
     """Facts about a model, JSON-ready.
 
-    network: the configuration of its `UNet`; classes: their names, in order; feature_module: dotted name of the
-    module whose output feature taps read; weights_sha256: hash of the weights file; auto: for each budget (as a
-    string) the best known solver, grid and first step; about: recipe, data, licence and figures, for people.
+    network: the configuration of its `UNet`; classes: their names, in order; feature_module: dotted
+    name of the module whose output feature taps read; weights_sha256: hash of the weights file;
+    auto: for each budget (as a string) the best known solver, grid and first step; about: recipe,
+    data, licence and figures, for people.
     """
 
     name: str
@@ -38,7 +39,9 @@ class Card:
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", tuple(self.classes))
         if not 0 < self.sigma_min < self.sigma_max:
-            raise ValueError(f"need 0 < sigma_min < sigma_max, got {self.sigma_min}, {self.sigma_max}")
+            raise ValueError(
+                f"need 0 < sigma_min < sigma_max, got {self.sigma_min}, {self.sigma_max}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return {"format": self.format, **asdict(self)}
@@ -51,7 +54,8 @@ class Card:
             values = json.loads(path.read_text())
             if values["format"] != FORMAT:
                 raise ValueError(
-                    f"{path} has format {values['format']!r}, this version reads {FORMAT!r}; update fewstep"
+                    f"{path} has format {values['format']!r}, this version reads {FORMAT!r}; "
+                    "update fewstep"
                 )
             return cls(**values)
         except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:

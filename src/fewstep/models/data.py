@@ -42,7 +42,8 @@ def find_idx(folder: Path, stem: str) -> Path:
         if (path := folder / f"{stem}-ubyte{suffix}").is_file():
             return path
     raise FileNotFoundError(
-        f"{folder} has no {stem}-ubyte (raw, .gz or .xz); give the folder that holds the four idx files"
+        f"{folder} has no {stem}-ubyte (raw, .gz or .xz); "
+        "give the folder that holds the four idx files"
     )
 
 

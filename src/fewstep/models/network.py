@@ -1,12 +1,13 @@
 """A trained network as a model: its folder, its denoisers, its prior, its pixels.
 
-A folder holds `card.json` and `model.safetensors`; the latter has the network's weights, and for each class, and last
-for no class, what solvers may use that costs no evaluation:
+A folder holds `card.json` and `model.safetensors`; the latter has the network's weights, and for
+each class, and last for no class, what solvers may use that costs no evaluation:
 
-    stats.far_mean     mean of D(sigma_max z; sigma_max) over z                  [classes + 1, c, h, w]
-    stats.mean         mean of the data                                          [classes + 1, c h w]
-    stats.basis        leading principal directions of the data, rows            [classes + 1, k, c h w]
-    stats.variances    variances along them; stats.rest: the mean of the others  [classes + 1, k], [classes + 1]
+    stats.far_mean     mean of D(sigma_max z; sigma_max) over z          [classes + 1, c, h, w]
+    stats.mean         mean of the data                                  [classes + 1, c h w]
+    stats.basis        leading principal directions of the data, rows    [classes + 1, k, c h w]
+    stats.variances    variances along them                              [classes + 1, k]
+    stats.rest         mean of the other variances                       [classes + 1]
 """
 
 from __future__ import annotations
@@ -54,11 +55,13 @@ class Conditional:
         return self.card.sigma_max
 
     def __call__(self, x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
-        return denoise(self.forward, x, sigma, label.expand(len(x)), self.card.sigma_data)
+        dtype = next(self.net.parameters()).dtype
+        rows = label.expand(len(x))
+        return denoise(self.forward, x, sigma, rows, self.card.sigma_data, dtype)
 
     def with_features(self, x: Tensor, sigma: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """(D, the output of the card's feature module [b, c, h, w])."""
-        seen: list[Tensor] = []
+        seen: list[Any] = []
         module = self.net.get_submodule(self.card.feature_module)
         hook = module.register_forward_hook(lambda module, args, output: seen.append(output))
         try:
@@ -81,10 +84,11 @@ class Bound(Wrapper):
 
 @dataclass(frozen=True, eq=False)
 class NetworkModel:
-    """A trained `UNet` with its card and statistics: everything from noise to pixels but the solver.
+    """A trained `UNet` with its card and statistics: everything from noise to pixels but the
+    solver.
 
-    stats: the tensors named stats.* of the weights file, without that prefix, float32 on the device; dtype: the
-    network's arithmetic; forward: the network, compiled or not.
+    stats: the tensors named stats.* of the weights file, without that prefix, float32 on the
+    device; dtype: the network's arithmetic; forward: the network, compiled or not.
     """
 
     card: Card
@@ -112,7 +116,8 @@ class NetworkModel:
         prompt: str | None = None,
         guidance: float | None = None,
     ) -> Wrapper:
-        """D(x, sigma) for one label for all pictures, or one per picture; None is the network without class.
+        """D(x, sigma) for one label for all pictures, or one per picture; None is the network
+        without class.
 
         guidance: scale of classifier-free guidance, needs a label; None or 1 is none.
         Errors: ValueError for a prompt, an unknown label, or guidance without a label.
@@ -152,16 +157,15 @@ class NetworkModel:
     ) -> Tensor:
         """The start of sampling, float32 [n, c, h, w]: sigma_max z, z keyed by seed.
 
-        sigma: a lower level to carry it to along the flow of a Gaussian with the data's mean and leading
-        covariance (those of the label), in closed form and without an evaluation.
+        sigma: a lower level to carry it to along the flow of a Gaussian with the data's mean and
+        leading covariance (those of the label), in closed form and without an evaluation.
         """
         x = self.card.sigma_max * normal(seeds, self.shape, "prior").to(self.device)
         if sigma is None:
             return x
         if not self.card.sigma_min < sigma <= self.card.sigma_max:
-            raise ValueError(
-                f"head_start must lie in ({self.card.sigma_min}, {self.card.sigma_max}], got {sigma}"
-            )
+            span = f"({self.card.sigma_min}, {self.card.sigma_max}]"
+            raise ValueError(f"head_start must lie in {span}, got {sigma}")
         rows = self._rows(label).expand(len(seeds))
         flat = x.flatten(1)
         for row in rows.unique().tolist():
@@ -189,7 +193,9 @@ def load_folder(
     card = Card.read(folder)
     path = folder / WEIGHTS_FILE
     if card.weights_sha256 and file_hash(path) != card.weights_sha256:
-        raise ValueError(f"{path} is not the file that its card names (SHA-256 differs); fetch it again")
+        raise ValueError(
+            f"{path} is not the file that its card names (SHA-256 differs); fetch it again"
+        )
     try:
         tensors = safetensors.torch.load_file(path)
         config = UNetConfig(**card.network)
@@ -197,7 +203,9 @@ def load_folder(
             net = UNet(config)
         weights = {name: t.float() for name, t in tensors.items() if not name.startswith("stats.")}
         net.load_state_dict(weights)
-        stats = {n.removeprefix("stats."): t.float() for n, t in tensors.items() if n[:6] == "stats."}
+        stats = {
+            n.removeprefix("stats."): t.float() for n, t in tensors.items() if n[:6] == "stats."
+        }
     except SafetensorError as error:
         raise ValueError(f"{path} cannot be read ({error}); fetch it again") from None
     except (RuntimeError, TypeError) as error:
@@ -208,14 +216,19 @@ def load_folder(
     try:
         net = net.to(device, getattr(torch, dtype)).eval().requires_grad_(False)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} is not to be had: {str(error).splitlines()[0]}") from None
+        raise ValueError(
+            f"device {device!r} is not to be had: {str(error).splitlines()[0]}"
+        ) from None
     stats = {name: t.to(device) for name, t in stats.items()}
     return NetworkModel(card, net, stats, torch.compile(net) if compile else net)
 
 
 def save_folder(folder: Path, card: Card, net: UNet, stats: dict[str, Tensor]) -> Card:
-    """Write weights as float16 and the card, each whole; returns the card with the weights' hash."""
-    tensors = {name: value.detach().half().contiguous().cpu() for name, value in net.state_dict().items()}
+    """Write weights as float16 and the card, each whole; returns the card with the weights'
+    hash."""
+    tensors = {
+        name: value.detach().half().contiguous().cpu() for name, value in net.state_dict().items()
+    }
     tensors |= {f"stats.{name}": value.half().contiguous().cpu() for name, value in stats.items()}
     write_whole(folder / WEIGHTS_FILE, safetensors.torch.save(tensors))
     card = replace(card, weights_sha256=file_hash(folder / WEIGHTS_FILE))
@@ -225,7 +238,8 @@ def save_folder(folder: Path, card: Card, net: UNet, stats: dict[str, Tensor]) -
 
 @torch.no_grad()
 def far_means(net: UNet, sigma_max: float, sigma_data: float, draws: int = FAR_DRAWS) -> Tensor:
-    """Mean over z of D(sigma_max z; sigma_max), for each class and for none, [classes + 1, c, h, w]."""
+    """Mean over z of D(sigma_max z; sigma_max), for each class and for none, [classes + 1, c, h,
+    w]."""
     config, device = net.config, next(net.parameters()).device
     shape = (config.channels, config.size, config.size)
     z = torch.randn(draws, *shape, generator=generator("far means")).to(device)
@@ -241,9 +255,11 @@ def far_means(net: UNet, sigma_max: float, sigma_data: float, draws: int = FAR_D
 
 
 def data_statistics(images: Tensor, labels: Tensor, classes: int) -> dict[str, Tensor]:
-    """Mean, leading principal directions and variances of the data, for each class and for all together.
+    """Mean, leading principal directions and variances of the data, for each class and for all
+    together.
 
-    images: uint8 [n, c, h, w]; labels: [n]. Keys mean, basis, variances, rest, as in the module's docstring.
+    images: uint8 [n, c, h, w]; labels: [n]. Keys mean, basis, variances, rest, as in the module's
+    docstring.
     """
     rows: dict[str, list[Tensor]] = {"mean": [], "basis": [], "variances": [], "rest": []}
     for row in range(classes + 1):

@@ -1,14 +1,16 @@
 """Training the built-in kind of network: EDM's denoising loss over the whole range of noise.
 
 Half of each batch draws its noise level log-normally, as EDM does, and half log-uniformly over
-[sigma_min, sigma_max], both stratified within the batch; few-step sampling lives on the high-noise end, which
-the log-normal alone hardly visits. The learning rate is flat after a warm-up and falls linearly to zero over the
-last part of the run; the average of the weights has a window that grows with the run (power-function EMA).
+[sigma_min, sigma_max], both stratified within the batch; few-step sampling lives on the high-noise
+end, which the log-normal alone hardly visits. The learning rate is flat after a warm-up and falls
+linearly to zero over the last part of the run; the average of the weights has a window that grows
+with the run (power-function EMA).
 
-Every random draw is a function of (seed, step), so a run that is killed and resumed from its last checkpoint
-takes exactly the path of one that was not.
+Every random draw is a function of (seed, step), so a run that is killed and resumed from its last
+checkpoint takes exactly the path of one that was not.
 
-Sources: Karras et al. 2022 (EDM), arXiv:2206.00364; Karras et al. 2024 (EDM2, the EMA), arXiv:2312.02696.
+Sources: Karras et al. 2022 (EDM), arXiv:2206.00364; Karras et al. 2024 (EDM2, the EMA),
+arXiv:2312.02696.
 """
 
 from __future__ import annotations
@@ -46,8 +48,9 @@ CHECKPOINT = "checkpoint.safetensors"
 class Recipe:
     """What decides the trained weights, to the bit, on one kind of machine.
 
-    pictures: length of the run, rounded up to whole batches; warmup: pictures until the learning rate is
-    reached; cooldown: the last share of the run, over which it falls to zero; dtype: the network's arithmetic.
+    pictures: length of the run, rounded up to whole batches; warmup: pictures until the learning
+    rate is reached; cooldown: the last share of the run, over which it falls to zero; dtype: the
+    network's arithmetic.
     """
 
     pictures: int = 1_500_000
@@ -89,7 +92,8 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Progress:
-    """One training step, as `train_network` reports it. loss: EDM's, over the log-normal half of the batch."""
+    """One training step, as `train_network` reports it. loss: EDM's, over the log-normal half of
+    the batch."""
 
     step: int
     total_steps: int
@@ -103,7 +107,9 @@ def noise_levels(recipe: Recipe, gen: torch.Generator) -> Tensor:
     """sigma [batch]: the first half log-normal, the second log-uniform, each stratified."""
     half = recipe.batch // 2
     u = (torch.arange(half) + torch.rand(2, half, generator=gen, dtype=torch.float64)) / half
-    log_normal = P_MEAN + P_STD * math.sqrt(2) * torch.erfinv((2 * u[0] - 1).clamp(-1 + 1e-9, 1 - 1e-9))
+    log_normal = P_MEAN + P_STD * math.sqrt(2) * torch.erfinv(
+        (2 * u[0] - 1).clamp(-1 + 1e-9, 1 - 1e-9)
+    )
     low, high = math.log(recipe.sigma_min), math.log(recipe.sigma_max)
     log_uniform = low + (high - low) * u[1]
     return torch.cat((log_normal.clamp(low, high), log_uniform)).exp().float()
@@ -165,7 +171,8 @@ class Run:
 
     @torch.no_grad()
     def restore(self, path: Path) -> None:
-        """Take up the state in `path`. Errors: ValueError where it is cut short or of another recipe."""
+        """Take up the state in `path`. Errors: ValueError where it is cut short or of another
+        recipe."""
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
@@ -174,7 +181,7 @@ class Run:
                 theirs = Recipe.from_dict(json.loads(metadata["recipe"]))
                 if replace(theirs, pictures=self.recipe.pictures) != self.recipe:
                     raise ValueError(
-                        f"{path} was made by another recipe; give the same options or another folder"
+                        f"{path} was made by another recipe; give its options, or another folder"
                     )
                 for name, tensor in self.tensors().items():
                     tensor.copy_(file.get_tensor(name))
@@ -206,7 +213,8 @@ class Run:
         self.step += 1
         decay = (1 - 1 / self.step) ** (EMA_GAMMA + 1)
         with torch.no_grad():
-            torch._foreach_lerp_(self.ema, self.weights, 1 - decay)
+            for average, w in zip(self.ema, self.weights, strict=True):
+                average.lerp_(w, 1 - decay)
         return losses[: recipe.batch // 2].mean().item()
 
     def averaged(self) -> UNet:
@@ -220,8 +228,8 @@ class Run:
 def validate(net: UNet, images: Tensor, labels: Tensor, recipe: Recipe) -> dict[str, float]:
     """EDM's loss on held-out pictures, same noise every time, with and without class.
 
-    Also far_error: root mean square of D(sigma_max z; sigma_max) minus the data mean, averaged over z, without
-    class; a network at fault there ruins every few-step sampler.
+    Also far_error: root mean square of D(sigma_max z; sigma_max) minus the data mean, averaged over
+    z, without class; a network at fault there ruins every few-step sampler.
     """
     device, gen = next(net.parameters()).device, generator("validation")
     count = len(images) - len(images) % 2
@@ -260,12 +268,12 @@ def train_network(
 ) -> UNet:
     """Train to the end of the recipe, resuming from a checkpoint in `out` where there is one.
 
-    images: uint8 [n, c, h, w]; labels: int64 [n]; held_out: the same, for validation; checkpoint_every and
-    validate_every count steps. Returns the network with averaged weights, float32. `out` receives
-    checkpoint.safetensors and log.jsonl (one line per validation).
+    images: uint8 [n, c, h, w]; labels: int64 [n]; held_out: the same, for validation;
+    checkpoint_every and validate_every count steps. Returns the network with averaged weights,
+    float32. `out` receives checkpoint.safetensors and log.jsonl (one line per validation).
 
-    Errors: ValueError for a checkpoint of another recipe, FloatingPointError where the loss is not finite (the
-    last checkpoint stays).
+    Errors: ValueError for a checkpoint of another recipe, FloatingPointError where the loss is not
+    finite (the last checkpoint stays).
     """
     out = Path(out)
     run = Run(recipe, device)
@@ -277,7 +285,7 @@ def train_network(
         loss = run.update(images, labels)
         if not math.isfinite(loss):
             raise FloatingPointError(
-                f"the loss is {loss} at step {run.step}; the last checkpoint is kept, try a lower lr"
+                f"the loss is {loss} at step {run.step}; the last checkpoint stays, try a lower lr"
             )
         last = run.step == recipe.total_steps
         validation = None
@@ -308,7 +316,8 @@ def export_network(
     summary: str = "",
     about: dict[str, Any] | None = None,
 ) -> Card:
-    """Write a model folder from a trained network: float16 weights, statistics of the data, the card.
+    """Write a model folder from a trained network: float16 weights, statistics of the data, the
+    card.
 
     images, labels: the training data, for its statistics; classes: names, indices where left out.
     """

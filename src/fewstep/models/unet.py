@@ -1,12 +1,13 @@
 """A small class-conditional U-Net, the built-in network's backbone.
 
-Pictures enter through a pixel-unshuffle stem (each patch x patch square becomes channels), pass `blocks`
-residual blocks at each width on the way down, attention at the lowest resolution, and as many on the way up,
-with skip connections by concatenation. The noise level and the class reach every block as a scale and a
-shift after its second normalisation.
+Pictures enter through a pixel-unshuffle stem (each patch x patch square becomes channels), pass
+`blocks` residual blocks at each width on the way down, attention at the lowest resolution, and as
+many on the way up, with skip connections by concatenation. The noise level and the class reach
+every block as a scale and a shift after its second normalisation.
 
-Sources: Ronneberger et al. 2015 (U-Net), arXiv:1505.04597; Ho et al. 2020 (DDPM), arXiv:2006.11239; Nichol and
-Dhariwal 2021 (scale-shift norm), arXiv:2102.09672; Karras et al. 2022 (EDM), arXiv:2206.00364.
+Sources: Ronneberger et al. 2015 (U-Net), arXiv:1505.04597; Ho et al. 2020 (DDPM), arXiv:2006.11239;
+Nichol and Dhariwal 2021 (scale-shift norm), arXiv:2102.09672; Karras et al. 2022 (EDM),
+arXiv:2206.00364.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ NORM_GROUPS = 16
 class UNetConfig:
     """Shape of a `UNet`; everything needed to build one.
 
-    size and channels describe the picture, patch the unshuffle factor of the stem; widths has one entry per
-    resolution, each half the one before; classes=0 makes an unconditional network.
+    size and channels describe the picture, patch the unshuffle factor of the stem; widths has one
+    entry per resolution, each half the one before; classes=0 makes an unconditional network.
     """
 
     size: int = 32
@@ -48,8 +49,15 @@ class UNetConfig:
             raise ValueError(f"widths must be multiples of {NORM_GROUPS}, got {self.widths}")
 
 
+def start_from_zero(module: nn.Module) -> None:
+    """Zero a layer's parameters, so that its branch contributes nothing at first."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+
+
 class Block(nn.Module):
-    """Residual block: norm, SiLU, conv, norm scaled and shifted by the embedding, SiLU, conv from zero."""
+    """Residual block: norm, SiLU, conv, norm scaled and shifted by the embedding, SiLU, conv from
+    zero."""
 
     def __init__(self, c_in: int, c_out: int, embedding: int) -> None:
         super().__init__()
@@ -59,8 +67,7 @@ class Block(nn.Module):
         self.norm2 = nn.GroupNorm(NORM_GROUPS, c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
+        start_from_zero(self.conv2)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -78,8 +85,7 @@ class Attention(nn.Module):
         self.norm = nn.GroupNorm(NORM_GROUPS, channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)  # type: ignore[arg-type]
+        start_from_zero(self.out)
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, height, width = x.shape
@@ -104,20 +110,22 @@ class Middle(nn.Module):
 class UNet(nn.Module):
     """The raw network F(c_in x; c_noise, label) of EDM's preconditioning.
 
-    forward(x, c_noise, label): x [b, c, h, w], c_noise [b] (log(sigma) / 4), label [b] integers below classes,
-    or `classes` itself for "no class". Returns [b, c, h, w].
+    forward(x, c_noise, label): x [b, c, h, w], c_noise [b] (log(sigma) / 4), label [b] integers
+    below classes, or `classes` itself for "no class". Returns [b, c, h, w].
     """
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
         emb, widths, stem = config.embedding, config.widths, config.channels * config.patch**2
-        # periods from 8 down to 1/4 in c_noise, whose whole range is about 2.7: smooth in sigma, still sharp
+        # periods from 8 down to 1/4 in c_noise, whose whole range is about 2.7: smooth in sigma,
+        # still sharp
         frequencies = 2 * math.pi * torch.logspace(math.log10(1 / 8), math.log10(4), 32)
+        self.frequencies: Tensor
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.embed_noise = nn.Sequential(nn.Linear(64, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.embed_label = nn.Embedding(config.classes + 1, emb)
-        nn.init.zeros_(self.embed_label.weight)
+        start_from_zero(self.embed_label)
 
         self.stem = nn.Conv2d(stem, widths[0], 3, padding=1)
         self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
@@ -139,8 +147,7 @@ class UNet(nn.Module):
                 self.up.append(nn.Conv2d(c, c, 3, padding=1))
         self.norm = nn.GroupNorm(NORM_GROUPS, c)
         self.head = nn.Conv2d(c, stem, 3, padding=1)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
+        start_from_zero(self.head)
 
     def forward(self, x: Tensor, c_noise: Tensor, label: Tensor) -> Tensor:
         blocks = self.config.blocks

@@ -1,7 +1,7 @@
 """Multistep solvers: one evaluation per interval, history from the steps before.
 
     linear multistep    Eval, then one step by a rule of `rules.py`; order ramps up with the history
-    unipc               predictor, Eval, corrector: the corrected state is accepted without a new evaluation
+    unipc               predictor, Eval, corrector: a state is accepted without a new evaluation
 
 Sources: see `rules.py`; Zhao et al. 2023 (UniPC), arXiv:2302.04867.
 """
@@ -18,7 +18,8 @@ __all__ = ["linear_multistep", "unipc"]
 
 
 def linear_multistep(sigmas: Sequence[float], *, rule: Callable[..., Weights], order: int) -> Ops:
-    """Any method x_nxt = a x + sum_j b_j y_j over the last `order` outputs, with (a, b) from `rule`."""
+    """Any method x_nxt = a x + sum_j b_j y_j over the last `order` outputs, with (a, b) from
+    `rule`."""
     past: list[float] = []
     for cur, nxt in pairwise(sigmas):
         yield Eval(cur)

@@ -1,6 +1,7 @@
 """What a solver is to the rest: a name, coefficients, and the properties that it declares.
 
-A solver is a function `ops(sigmas)` that yields `Eval` and `Combine`, and one `register(Solver(...))`.
+A solver is a function `ops(sigmas)` that yields `Eval` and `Combine`, and one
+`register(Solver(...))`.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ FIRST_STEPS = ("none", "zero", "mean")
 class Solver:
     """A named solver and what it promises.
 
-    ops: from a strictly decreasing grid to the operations; prediction: what its history holds; depth: how much
-    of it; order: global order of convergence on any smooth grid, history seeded; degree and variable: it
-    integrates outputs that are polynomials in `variable` up to `degree` exactly on any grid; options: the keyword
-    arguments of ops that a user may set, with their defaults; adapts: it needs the network's replies, so it has
-    no plan.
+    ops: from a strictly decreasing grid to the operations; prediction: what its history holds;
+    depth: how much of it; order: global order of convergence on any smooth grid, history seeded;
+    degree and variable: it integrates outputs that are polynomials in `variable` up to `degree`
+    exactly on any grid; options: the keyword arguments of ops that a user may set, with their
+    defaults; adapts: it needs the network's replies, so it has no plan.
     """
 
     name: str
@@ -42,17 +43,22 @@ class Solver:
     summary: str = ""
 
     def program(self, sigmas: Sequence[float], first: str = "none", final: bool = False) -> Ops:
-        """The operations on one grid, with an analytic first step and a last denoising step where asked for.
+        """The operations on one grid, with an analytic first step and a last denoising step where
+        asked for.
 
-        Errors: ValueError for an unknown `first`, for an analytic first step of a stochastic solver and for a
-        last denoising step where the grid already ends at 0.
+        Errors: ValueError for an unknown `first`, for an analytic first step of a stochastic solver
+        and for a last denoising step where the grid already ends at 0.
         """
         if first not in FIRST_STEPS:
             raise ValueError(f"first must be one of {', '.join(FIRST_STEPS)}, got {first!r}")
         if first != "none" and self.stochastic:
-            raise ValueError(f"{self.name} is stochastic; an analytic first step goes with ODE solvers")
+            raise ValueError(
+                f"{self.name} is stochastic; an analytic first step goes with ODE solvers"
+            )
         if final and sigmas[-1] == 0:
-            raise ValueError("final adds a denoising step at the grid's end, but the grid ends at 0")
+            raise ValueError(
+                "final adds a denoising step at the grid's end, but the grid ends at 0"
+            )
         ops = self.ops(sigmas)
         if first != "none":
             ops = analytic_first(ops, first)
@@ -89,9 +95,7 @@ class Solver:
 
 
 @functools.lru_cache(maxsize=256)
-def _frozen(
-    solver: Solver, sigmas: tuple[float, ...], first: str, final: bool, grid: str
-) -> Plan:
+def _frozen(solver: Solver, sigmas: tuple[float, ...], first: str, final: bool, grid: str) -> Plan:
     return freeze(
         solver.program(sigmas, first, final),
         prediction=solver.prediction,
@@ -161,7 +165,9 @@ def get(name: str) -> Solver:
     if solver is None:
         near = difflib.get_close_matches(base, [*_REGISTRY, *ALIASES], n=3, cutoff=0.4)
         hint = f"; the nearest: {', '.join(near)}" if near else ""
-        raise ValueError(f"there is no solver called {base!r}{hint} (`fewstep plan --list` has all)")
+        raise ValueError(
+            f"there is no solver called {base!r}{hint} (`fewstep plan --list` has all)"
+        )
     if not text:
         return solver
     try:
@@ -173,7 +179,8 @@ def get(name: str) -> Solver:
 
 @functools.lru_cache(maxsize=1024)
 def _spent(solver: Solver, intervals: int, first: str, final: bool) -> int:
-    # any decreasing grid will do: no solver's count depends on where the points lie, except churn's, which does not either
+    # any decreasing grid will do: no solver's count depends on where the points lie, except
+    # churn's, which does not either
     sigmas = [80.0 * 0.5 ** (10 * i / intervals) for i in range(intervals + 1)]
     return nfe(solver.plan(sigmas, first, final))
 
@@ -188,7 +195,9 @@ def intervals_for(solver: Solver, budget: int, first: str = "none", final: bool 
     low, high = 1, budget + 1
     while low < high:  # the count rises with the intervals
         middle = (low + high) // 2
-        low, high = (middle + 1, high) if _spent(solver, middle, first, final) < budget else (low, middle)
+        low, high = (
+            (middle + 1, high) if _spent(solver, middle, first, final) < budget else (low, middle)
+        )
     if _spent(solver, low, first, final) == budget:
         return low
     spend = [_spent(solver, n, first, final) for n in range(max(1, low - 2), low + 3)]

@@ -1,23 +1,26 @@
 """Step rules: the weights of one step, for Python floats and for [b] tensors with gradients alike.
 
-A rule is `rule(past, nxt, order) -> (a, b)` for the step x_nxt = a x + sum_j b_j y_j, where past[j] is the noise
-level of the output y_j, newest first and past[0] the level of x. It uses at most `order` outputs, fewer where
-fewer are there. The y are eps or D; every rule says which.
+A rule is `rule(past, nxt, order) -> (a, b)` for the step x_nxt = a x + sum_j b_j y_j, where past[j]
+is the noise level of the output y_j, newest first and past[0] the level of x. It uses at most
+`order` outputs, fewer where fewer are there. The y are eps or D; every rule says which.
 
-The Adams rules integrate, exactly, the polynomial through the outputs, and differ only in its variable and in the
-weight under the integral. With nodes u_j = variable(past[j]) - variable(past[0]) they solve the Vandermonde system
+The Adams rules integrate, exactly, the polynomial through the outputs, and differ only in its
+variable and in the weight under the integral. With nodes u_j = variable(past[j]) -
+variable(past[0]) they solve the Vandermonde system
 
     sum_j b_j u_j^k = m_k,  k = 0..order-1        m_k the k-th moment of the step
 
-    adams_sigma   y = eps, variable sigma,      m_k = int_0^h u^k du                         = h^(k+1) / (k+1)
-    adams_log     y = eps, variable log_snr,    m_k = -s int_0^h exp(h - u) u^k du           = -s h^(k+1) k! phi_{k+1}(h)
-    exp_adams     y = D,   variable log_snr,    m_k = int_0^h exp(-(h - u)) u^k du           = h^(k+1) k! phi_{k+1}(-h)
+    rule          y     variable   m_k
+    adams_sigma   eps   sigma      int_0^h u^k du              = h^(k+1) / (k+1)
+    adams_log     eps   log_snr    -s int_0^h e^(h-u) u^k du   = -s h^(k+1) k! phi_{k+1}(h)
+    exp_adams     D     log_snr    int_0^h e^(u-h) u^k du      = h^(k+1) k! phi_{k+1}(-h)
 
 with log_snr = -log sigma, h the step in the variable, s the new level.
 
-Sources: Zhang and Chen 2023 (DEIS), arXiv:2204.13902; Lu et al. 2022 (DPM-Solver++), arXiv:2211.01095; Zhao et al.
-2023 (UniPC), arXiv:2302.04867; Liu et al. 2022 (PNDM), arXiv:2202.09778; Hochbruck and Ostermann 2010 (exponential
-integrators), doi:10.1017/S0962492910000048; Bjorck and Pereyra 1970 (Vandermonde systems).
+Sources: Zhang and Chen 2023 (DEIS), arXiv:2204.13902; Lu et al. 2022 (DPM-Solver++),
+arXiv:2211.01095; Zhao et al. 2023 (UniPC), arXiv:2302.04867; Liu et al. 2022 (PNDM),
+arXiv:2202.09778; Hochbruck and Ostermann 2010 (exponential integrators),
+doi:10.1017/S0962492910000048; Bjorck and Pereyra 1970 (Vandermonde systems).
 """
 
 from __future__ import annotations
@@ -42,7 +45,8 @@ __all__ = [
     "unip",
 ]
 
-# The rules are written once for floats and tensors; a type that is both would say no more than this one does.
+# The rules are written once for floats and tensors; a type that is both would say no more than this
+# one does.
 Number = Any
 Weights = tuple[Number, tuple[Number, ...]]
 
@@ -71,8 +75,8 @@ def is_zero(sigma: Number) -> bool:
 def phi(z: Number, count: int) -> list[Number]:
     """[phi_1(z), ..., phi_count(z)], phi_k(z) = int_0^1 exp((1 - u) z) u^(k-1) / (k-1)! du.
 
-    Below |z| = 1 by the series of the highest and the downward recursion, above it by the upward one, which
-    loses at most the digits of count!.
+    Below |z| = 1 by the series of the highest and the downward recursion, above it by the upward
+    one, which loses at most the digits of count!.
     """
     if isinstance(z, Tensor):
         near = z.abs() < 1
@@ -100,7 +104,8 @@ def _phi_recursion(z: Number, count: int) -> list[Number]:
 
 
 def interpolatory(nodes: Sequence[Number], moments: Sequence[Number]) -> tuple[Number, ...]:
-    """Weights b with sum_j b_j nodes_j^k = moments_k for every k: the algorithm of Bjorck and Pereyra."""
+    """Weights b with sum_j b_j nodes_j^k = moments_k for every k: the algorithm of Bjorck and
+    Pereyra."""
     b, n = list(moments), len(moments)
     for k in range(n - 1):
         for i in reversed(range(k + 1, n)):
@@ -128,7 +133,8 @@ def adams_sigma(past: Sequence[Number], nxt: Number, order: int) -> Weights:
 
 
 def adams_log(past: Sequence[Number], nxt: Number, order: int) -> Weights:
-    """DEIS with polynomials in log sigma, on eps. Order 1 into sigma = 0, where the log has no end."""
+    """DEIS with polynomials in log sigma, on eps. Order 1 into sigma = 0, where the log has no
+    end."""
     past = past[:order]
     if is_zero(nxt):
         return 1.0, (-past[0],)
@@ -138,7 +144,8 @@ def adams_log(past: Sequence[Number], nxt: Number, order: int) -> Weights:
 
 
 def exp_adams(past: Sequence[Number], nxt: Number, order: int) -> Weights:
-    """Exponential Adams-Bashforth, on D: UniP of any order; order 1 is DDIM. Order 1 into sigma = 0."""
+    """Exponential Adams-Bashforth, on D: UniP of any order; order 1 is DDIM. Order 1 into sigma =
+    0."""
     past = past[:order]
     if is_zero(nxt):
         return 0.0, (1.0,)
@@ -148,7 +155,8 @@ def exp_adams(past: Sequence[Number], nxt: Number, order: int) -> Weights:
 
 
 def ipndm(past: Sequence[Number], nxt: Number, order: int) -> Weights:
-    """iPNDM, on eps: Adams-Bashforth with the weights of a uniform grid, whatever the grid is, as published."""
+    """iPNDM, on eps: Adams-Bashforth with the weights of a uniform grid, whatever the grid is, as
+    published."""
     h = nxt - past[0]
     return 1.0, tuple(h * w for w in UNIFORM[min(order, len(past))])
 
@@ -165,9 +173,11 @@ def dpmpp_2m(past: Sequence[Number], nxt: Number, order: int = 2) -> Weights:
 
 
 def dpmpp_3m(past: Sequence[Number], nxt: Number, order: int = 3) -> Weights:
-    """DPM-Solver++(3M) on D, as in every public implementation: its second difference lacks a factor 2.
+    """DPM-Solver++(3M) on D, as in every public implementation: its second difference lacks a
+    factor 2.
 
-    So it is of order 2 in practice; `exp_adams` of order 3 is the corrected method. Order 1 into sigma = 0.
+    So it is of order 2 in practice; `exp_adams` of order 3 is the corrected method. Order 1 into
+    sigma = 0.
     """
     past = past[:order]
     if len(past) < 3 or is_zero(nxt):
@@ -175,7 +185,7 @@ def dpmpp_3m(past: Sequence[Number], nxt: Number, order: int = 3) -> Weights:
     h, back, further = log(past[0] / nxt), log(past[1] / past[0]), log(past[2] / past[1])
     r0, r1 = back / h, further / h
     phi_1, phi_2, phi_3 = phi(-h, 3)
-    # D1 = d0 + r0 / (r0 + r1) (d0 - d1),  D2 = (d0 - d1) / (r0 + r1),  d0, d1 the divided differences
+    # D1 = d0 + r0 / (r0 + r1) (d0 - d1),  D2 = (d0 - d1) / (r0 + r1),  d0, d1 divided differences
     first, second = h * phi_2, h * phi_3
     weight_d0 = first + (first * r0 + second) / (r0 + r1)
     weight_d1 = -(first * r0 + second) / (r0 + r1)
@@ -185,7 +195,8 @@ def dpmpp_3m(past: Sequence[Number], nxt: Number, order: int = 3) -> Weights:
 
 
 def unip(past: Sequence[Number], nxt: Number, order: int, bh: int = 2) -> Weights:
-    """UniPC's predictor, on D. At order 2 it takes the shortcut rho = 1/2 with B(h) = h (bh=1) or 1 - e^-h (2).
+    """UniPC's predictor, on D. At order 2 it takes the shortcut rho = 1/2 with B(h) = h (bh=1) or 1
+    - e^-h (2).
 
     From order 3 on B cancels and the predictor is `exp_adams`. Order 1 into sigma = 0.
     """
@@ -198,9 +209,11 @@ def unip(past: Sequence[Number], nxt: Number, order: int, bh: int = 2) -> Weight
 
 
 def unic(past: Sequence[Number], nxt: Number, order: int, bh: int = 2) -> Weights:
-    """UniPC's corrector, on D: the same step with the output at nxt added; its weight comes first in b.
+    """UniPC's corrector, on D: the same step with the output at nxt added; its weight comes first
+    in b.
 
-    Order 1 takes the shortcut rho = 1/2, as published; from 2 on it is the exponential Adams-Moulton rule.
+    Order 1 takes the shortcut rho = 1/2, as published; from 2 on it is the exponential
+    Adams-Moulton rule.
     """
     past = past[:order]
     h = log(past[0] / nxt)

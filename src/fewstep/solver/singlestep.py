@@ -1,10 +1,10 @@
 """Singlestep solvers: several evaluations inside each interval, no history between intervals.
 
-In EDM space, with t the current level, s the next one and h = log(t / s), the intermediate levels are
-t exp(-r h). A method that is of exponential type falls to its first order into sigma = 0.
+In EDM space, with t the current level, s the next one and h = log(t / s), the intermediate levels
+are t exp(-r h). A method that is of exponential type falls to its first order into sigma = 0.
 
-Sources: Karras et al. 2022 (Heun), arXiv:2206.00364; Lu et al. 2022 (DPM-Solver), arXiv:2206.00927; Lu et al. 2022
-(DPM-Solver++), arXiv:2211.01095.
+Sources: Karras et al. 2022 (Heun), arXiv:2206.00364; Lu et al. 2022 (DPM-Solver), arXiv:2206.00927;
+Lu et al. 2022 (DPM-Solver++), arXiv:2211.01095.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def heun(sigmas: Sequence[float]) -> Ops:
 
 
 def dpm_solver_2(sigmas: Sequence[float], *, r: float = 0.5) -> Ops:
-    """DPM-Solver-2 on eps, the intermediate level at the share r of the log interval (1/2 = the midpoint).
+    """DPM-Solver-2 on eps, the intermediate level at the share r of the log interval (1/2 = the
+    midpoint).
 
     x_s = x_t + (s - t) [eps_mid / (2 r) + (1 - 1 / (2 r)) eps_t]
     """
@@ -48,7 +49,8 @@ def dpm_solver_2(sigmas: Sequence[float], *, r: float = 0.5) -> Ops:
 
 
 def dpm_solver_3(sigmas: Sequence[float]) -> Ops:
-    """DPM-Solver-3 on eps: three evaluations an interval, at the shares 0, 1/3 and 2/3 of the log interval.
+    """DPM-Solver-3 on eps: three evaluations an interval, at the shares 0, 1/3 and 2/3 of the log
+    interval.
 
     x_1 = x_t + (s_1 - t) eps_t
     x_2 = x_t + (s_2 - t) eps_t - s_2 (r_2 / r_1) ((e^{r_2 h} - 1) / (r_2 h) - 1) (eps_1 - eps_t)

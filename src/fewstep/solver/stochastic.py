@@ -4,10 +4,11 @@ The ancestral step from t to s splits s^2 into fresh noise up^2 and what is left
 
     up^2 = eta^2 s^2 (t^2 - s^2) / t^2        down^2 = s^2 - up^2
 
-which in EDM space is DDIM's sigma(eta) exactly, so DDIM with eta and Euler-ancestral are one method.
+which in EDM space is DDIM's sigma(eta) exactly, so DDIM with eta and Euler-ancestral are one
+method.
 
-Sources: Song et al. 2021 (DDIM), arXiv:2010.02502; Karras et al. 2022 (EDM, algorithm 2), arXiv:2206.00364; Lu et al.
-2022 (SDE-DPM-Solver++, appendix), arXiv:2211.01095.
+Sources: Song et al. 2021 (DDIM), arXiv:2010.02502; Karras et al. 2022 (EDM, algorithm 2),
+arXiv:2206.00364; Lu et al. 2022 (SDE-DPM-Solver++, appendix), arXiv:2211.01095.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ __all__ = ["ancestral", "churn", "dpmpp_2m_sde"]
 
 
 def ancestral(sigmas: Sequence[float], *, eta: float = 1.0) -> Ops:
-    """DDIM with eta = Euler-ancestral, on D. eta = 0 is ddim, eta = 1 is DDPM's ancestral sampling."""
+    """DDIM with eta = Euler-ancestral, on D. eta = 0 is ddim, eta = 1 is DDPM's ancestral
+    sampling."""
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be between 0 and 1, got {eta}")
     for cur, nxt in pairwise(sigmas):
@@ -42,7 +44,8 @@ def churn(
 ) -> Ops:
     """EDM's stochastic sampler: raise the noise a little, then a Heun step from there, on eps.
 
-    churn, low, high, noise: S_churn, S_tmin, S_tmax, S_noise of the paper, whose ImageNet 64 values they have.
+    churn, low, high, noise: S_churn, S_tmin, S_tmax, S_noise of the paper, whose ImageNet 64 values
+    they have.
     """
     gamma = min(churn / (len(sigmas) - 1), math.sqrt(2) - 1)
     for cur, nxt in pairwise(sigmas):

@@ -1,0 +1,106 @@
+"""What the command line shows: tables of solvers and plans, and the training bar."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fewstep.plan import Combine, Plan, flatten, nfe
+from fewstep.solver import ALIASES, get, names
+
+if TYPE_CHECKING:
+    from fewstep.models.training import Progress as TrainingProgress
+
+__all__ = ["TrainingBar", "plan_table", "solver_table", "weights_line"]
+
+
+def solver_table() -> Table:
+    """Every registered solver with what it declares."""
+    table = Table("solver", "history", "order", "what it is", box=None)
+    for name in names():
+        solver = get(name)
+        other = ", ".join(alias for alias, target in ALIASES.items() if target == name)
+        order = "SDE" if solver.stochastic else str(solver.order)
+        options = ", ".join(f"{k}={v:g}" for k, v in solver.options)
+        extra = "".join(f" ({what})" for what in (other and f"also {other}", options) if what)
+        table.add_row(name, solver.prediction, order, solver.summary + extra)
+    return table
+
+
+def plan_table(plan: Plan) -> Table:
+    """One row per operation of a plan."""
+    title = f"{plan.solver}, {nfe(plan)} evaluations, history of {plan.prediction}"
+    table = Table(title=title, title_justify="left", box=None)
+    for column in ("", "sigma", "a", "b, newest first", "noise", ""):
+        table.add_column(column, justify="right" if column in ("sigma", "a") else "left")
+    for op in plan.ops:
+        sigma = f"{float(op.sigma):.6g}"
+        if isinstance(op, Combine):
+            b = "  ".join(f"{float(value):+.6f}" for value in op.b)
+            noise = f"{op.noise:.6g}" if op.noise else ""
+            table.add_row(
+                "combine", sigma, f"{float(op.a):.6f}", b, noise, "" if op.accept else "trial"
+            )
+        else:
+            source = "" if op.source == "net" else f"analytic: {op.source}"
+            table.add_row("[bold]eval[/bold]", sigma, "", "", "", source)
+    return table
+
+
+def weights_line(plan: Plan) -> str:
+    """The plan's end as weights of x_T and of each D."""
+    row = flatten(plan)
+    terms = "  ".join(f"{weight:+.6f} D_{k}" for k, weight in enumerate(row[1:]))
+    return f"end = {row[0]:.6g} x_T  {terms}"
+
+
+class TrainingBar:
+    """A progress bar with loss, learning rate and speed; a line per validation. Lines only without
+    a terminal."""
+
+    def __init__(self, total: int) -> None:
+        self.console = Console(stderr=True)
+        self.bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(
+                "loss {task.fields[loss]:.4f}  lr {task.fields[lr]:.1e}  {task.fields[speed]:.0f}/s"
+            ),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not sys.stderr.isatty(),
+        )
+        self.task = self.bar.add_task("", total=total, loss=math.nan, lr=0.0, speed=0.0)
+        self.loss = math.nan
+
+    def __enter__(self) -> TrainingBar:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.bar.stop()
+
+    def report(self, progress: TrainingProgress) -> None:
+        """Show one step; the loss is smoothed over about 50."""
+        first = math.isnan(self.loss)
+        self.loss = progress.loss if first else self.loss + 0.02 * (progress.loss - self.loss)
+        self.bar.update(
+            self.task,
+            completed=progress.step,
+            loss=self.loss,
+            lr=progress.lr,
+            speed=progress.pictures_per_second,
+        )
+        if progress.validation:
+            values = "  ".join(f"{k} {v:.4f}" for k, v in progress.validation.items())
+            self.console.print(
+                f"step {progress.step}/{progress.total_steps}  train {self.loss:.4f}  {values}  "
+                f"{progress.pictures_per_second:.0f} pictures/s",
+                highlight=False,
+            )
