@@ -75,6 +75,14 @@ def parse_grid(text: str | None) -> str | list[float] | None:
         raise ValueError(f"a grid is a name or sigmas like 80,9,1,0.002, got {text!r}") from None
 
 
+def parse_widths(text: str) -> tuple[int, ...]:
+    """Channel counts from "64,128"."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"widths are written like 64,128, got {text!r}") from None
+
+
 def progress_bar(quiet: bool) -> Progress:
     """A bar on standard error, so that standard output stays clean."""
     return Progress(
@@ -226,6 +234,7 @@ def train_network_command(
     label_dropout: Annotated[
         float, typer.Option(help="Share of pictures shown without class.")
     ] = 0.2,
+    widths: Annotated[str, typer.Option(help="Channels at each resolution, top down.")] = "64,128",
     seed: Annotated[int, typer.Option(help="Decides weights, data order and noise.")] = 0,
     classes: Annotated[str | None, typer.Option(help="Class names, with commas between.")] = None,
     name: Annotated[str, typer.Option(help="The model's name in its card.")] = "network",
@@ -255,7 +264,7 @@ def train_network_command(
         label_dropout=label_dropout,
         dtype=dtype,
         seed=seed,
-        network=UNetConfig(classes=count),
+        network=UNetConfig(widths=parse_widths(widths), classes=count),
     )
     with show.TrainingBar(recipe.total_steps) as bar:
         net = train_network(

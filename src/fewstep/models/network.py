@@ -35,7 +35,7 @@ from fewstep.noise import generator, normal
 __all__ = ["NetworkModel", "data_statistics", "far_means", "load_folder", "save_folder"]
 
 DIRECTIONS = 16  # principal directions kept per class
-FAR_DRAWS = 2048  # draws behind far_mean: its error is the spread of D at sigma_max over 45
+FAR_DRAWS = 512  # draws behind far_mean: its error is the spread of D at sigma_max over 22
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,5 @@
+"""`python -m fewstep` is the command."""
+
+from fewstep.cli import main
+
+main()
