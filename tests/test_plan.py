@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import ALL_SOLVERS, ODE_SOLVERS, Counted, Mixture, noise, random_grid
+from conftest import ALL_SOLVERS, ODE_SOLVERS, SDE_SOLVERS, Counted, Mixture, noise, random_grid
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,11 +19,7 @@ from fewstep.plan import Combine, Eval, Plan, flatten, freeze, nfe
 
 SEEDS = [1, 2]
 IRREGULAR = random_grid(np.random.default_rng(2), 6)
-CASES = [
-    (first, final, end)
-    for first in registry.FIRST_STEPS
-    for final, end in [(False, IRREGULAR[-1]), (True, IRREGULAR[-1]), (False, 0.0)]
-]
+LAST = {"as it is": (False, IRREGULAR[-1]), "final": (True, IRREGULAR[-1]), "to zero": (False, 0.0)}
 
 # Every float64 that a plan may hold, short of infinities: sums of digits that decimal text must keep.
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
@@ -88,17 +84,19 @@ def test_text_that_is_no_plan_is_refused(text):
 
 def test_a_plan_whose_header_contradicts_its_steps_is_refused():
     plan = json.loads(registry.get("lms-4").plan(IRREGULAR).to_json())
-    with pytest.raises(ValueError, match="reaches 4 outputs back, depth is 2"):
+    with pytest.raises(ValueError, match="reaches 3 outputs back, depth is 2"):
         Plan.from_json(json.dumps({**plan, "depth": 2}))
     with pytest.raises(ValueError, match="prediction must be eps or x0, got 'v'"):
         Plan.from_json(json.dumps({**plan, "prediction": "v"}))
 
 
-@pytest.mark.parametrize("first, final, end", CASES)
+@pytest.mark.parametrize("last", LAST)
+@pytest.mark.parametrize("first", registry.FIRST_STEPS)
 @pytest.mark.parametrize("name", ODE_SOLVERS)
 def test_the_flattened_row_applied_to_the_recorded_outputs_is_the_solution(
-    name, first, final, end, mixture
+    name, first, last, mixture
 ):
+    final, end = LAST[last]
     sigmas = [*IRREGULAR[:-1], end]
     plan = registry.get(name).plan(sigmas, first, final)
     denoiser = Counted(mixture)
@@ -151,14 +149,15 @@ def test_any_stream_of_operations_does_what_its_flattened_row_says(program, pred
 
 
 @pytest.mark.parametrize("final", [False, True])
-@pytest.mark.parametrize("first", registry.FIRST_STEPS)
-@pytest.mark.parametrize("name", ALL_SOLVERS)
+@pytest.mark.parametrize(
+    "name, first",
+    [(name, first) for name in ODE_SOLVERS for first in registry.FIRST_STEPS]
+    + [(name, "none") for name in SDE_SOLVERS],
+)
 def test_a_budget_is_spent_exactly_or_refused_with_the_budgets_that_are_possible(
     name, first, final, mixture
 ):
     solver = registry.get(name)
-    if solver.stochastic and first != "none":
-        pytest.skip("an analytic first step goes with ODE solvers")
     x = noise(2, mixture.sigma_max)
     refused = 0
     for budget in range(1, 13):
@@ -183,7 +182,7 @@ def test_a_budget_is_spent_exactly_or_refused_with_the_budgets_that_are_possible
 
 @pytest.mark.parametrize("name", ALL_SOLVERS)
 def test_nfe_counts_what_the_network_is_asked(name, mixture):
-    for final, end in [(False, 0.01), (True, 0.01), (False, 0.0)]:
+    for final, end in LAST.values():
         sigmas = [*IRREGULAR[:-1], end]
         denoiser = Counted(mixture)
         solve(denoiser, noise(2, 10.0), name, grid=sigmas, seeds=SEEDS, final=final)
@@ -197,6 +196,17 @@ def test_a_solver_that_waits_for_the_network_has_no_plan():
 
     with pytest.raises(ValueError, match="careful adapts to the network, so it has no plan"):
         freeze(adaptive(), prediction="x0", depth=1, solver="careful")
+
+
+@pytest.mark.parametrize("name", SDE_SOLVERS)
+def test_an_analytic_first_step_of_a_stochastic_solver_is_refused(name):
+    with pytest.raises(ValueError, match="is stochastic; an analytic first step goes with ODE"):
+        registry.get(name).plan(IRREGULAR, first="zero")
+
+
+def test_a_last_denoising_step_after_zero_is_refused():
+    with pytest.raises(ValueError, match="the grid ends at 0"):
+        registry.get("ddim").plan([1.0, 0.0], final=True)
 
 
 def test_unknown_names_and_options_are_refused_with_the_nearest():

@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import base64
 import datetime
+import errno
 import html
 import io
+import math
 import os
 import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,75 +144,97 @@ def run_demo(
     names = list(dict.fromkeys(solvers or ("auto", *FAMILIES, *STOCHASTIC)))
     chosen = {name: _settings(model, name, nfe) for name in names}
     x_T, denoiser = model.prior(seeds, label=label), Counted(model.denoiser(label))
-    bench = _Bench(denoiser, x_T, seeds, report)
     exact, check = _fine(EXACT, nfe), _fine(CHECK, nfe)
     few = min(len(seeds), CHECK_SEEDS)
     each = sum(settings.nfe for settings in chosen.values()) * len(seeds)
-    bench.total = exact.nfe * len(seeds) + check.nfe * few + ROUNDS * each
+    total = exact.nfe * len(seeds) + check.nfe * few + ROUNDS * each
+    bench = _Bench(denoiser, x_T, seeds, total, report)
+    x, seconds = bench.watched("exact solution", exact, len(seeds))
+    other, _ = bench.watched("check of it", check, few)
+    reference = _row(model, "exact solution", exact, _Run(x, exact.nfe, [seconds]), other)
+    runs = _race(bench, chosen)
+    report("writing", total, total)
 
-    x, seconds = bench.solve("exact solution", exact)
-    other, _ = bench.solve("check of it", check, few)
-    reference = _row(model, "exact solution", exact, exact.nfe, seconds, x, other)
-    timings: dict[str, list[float]] = {name: [] for name in names}
-    ends: dict[str, tuple[Tensor, int]] = {}
+    rows = []
+    for name, settings in chosen.items():
+        target = None if _solver(settings).stochastic else x
+        rows.append(_row(model, name, settings, runs[name], target, nfe))
+    rows.sort(key=lambda row: math.inf if row.rmse is None else row.rmse)
+    rounds = len(runs[names[0]].seconds)
+    protocol = _protocol(model, command, seeds, label, exact, check, few, rounds)
+    result = DemoResult(model.card.name, nfe, seeds, tuple(rows), reference, protocol)
+    files = (out / "demo.png", out / "demo.html")
+    write_png(files[0], np.asarray(_poster(result)), protocol)
+    write_whole(files[1], _page(result).encode())
+    return replace(result, files=files)
+
+
+def _check_writable(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(out)) from None
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(out)) from None
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """Where a solver ended, [n, ...], the evaluations that it spent, and the seconds of each round."""
+
+    x: Tensor
+    nfe: int
+    seconds: list[float]
+
+
+@dataclass
+class _Bench:
+    """Solves from one start against the clock, and reports the work done."""
+
+    denoiser: Counted
+    x_T: Tensor
+    seeds: tuple[int, ...]
+    total: int
+    report: Callable[[str, int, int], None]
+    done: int = 0
+
+    def watched(self, what: str, settings: Settings, count: int) -> tuple[Tensor, float]:
+        """A long solve of the first `count` seeds, reported as it goes: its end and its seconds."""
+        x, seeds = self.x_T[:count], self.seeds[:count]
+        self.report(what, self.done, self.total)
+        begun = time.perf_counter()
+        for state in iterate(self.denoiser, x, **settings.arguments(), seeds=seeds):
+            x = state.x
+            self.report(what, self.done + state.nfe * count, self.total)
+        self.done += settings.nfe * count
+        return x, time.perf_counter() - begun
+
+    def timed(self, what: str, settings: Settings) -> tuple[Tensor, float]:
+        """A solve of all seeds with nothing in between: its end and its seconds."""
+        self.report(what, self.done, self.total)
+        begun = time.perf_counter()
+        x = solve(self.denoiser, self.x_T, **settings.arguments(), seeds=self.seeds)
+        seconds = time.perf_counter() - begun
+        self.done += settings.nfe * len(self.seeds)
+        return x, seconds
+
+
+def _race(bench: _Bench, chosen: dict[str, Settings]) -> dict[str, _Run]:
+    """Every solver once a round, in turn, so that a busy moment of the machine is not one solver's."""
+    runs: dict[str, _Run] = {}
     begun = time.perf_counter()
     for done in range(ROUNDS):
         spent = time.perf_counter() - begun
         if done and spent * (done + 1) / done > TIMING_SECONDS:
             break
-        for name, settings in chosen.items():  # in turn, so that a busy moment is not one solver's
-            before = denoiser.evaluations
-            end, seconds = bench.solve(name, settings)
-            timings[name].append(seconds)
-            ends[name] = end, denoiser.evaluations - before
-    report("writing", bench.total, bench.total)
-
-    rows = []
-    for name, settings in chosen.items():
-        end, spent = ends[name]
-        target = None if _solver(settings).stochastic else x
-        middle = statistics.median(timings[name])
-        rows.append(_row(model, name, settings, spent, middle, end, target, nfe))
-    rows.sort(key=lambda row: float("inf") if row.rmse is None else row.rmse)
-    protocol = _protocol(model, command, seeds, label, exact, check, few, timings[names[0]])
-    result = DemoResult(model.card.name, nfe, seeds, tuple(rows), reference, protocol)
-    files = (out / "demo.png", out / "demo.html")
-    write_png(files[0], np.asarray(_poster(result)), protocol)
-    write_whole(files[1], _page(result).encode())
-    return DemoResult(**{**vars(result), "files": files})
-
-
-def _check_writable(out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=out):
-        pass
-
-
-@dataclass
-class _Bench:
-    """Solves from one start, against the clock, and reports the work done."""
-
-    denoiser: Counted
-    x_T: Tensor
-    seeds: tuple[int, ...]
-    report: Callable[[str, int, int], None]
-    total: int = 0
-    done: int = 0
-
-    def solve(self, what: str, settings: Settings, first: int | None = None) -> tuple[Tensor, float]:
-        """The end, [n, ...], and the seconds that it took; for the `first` seeds, all if None."""
-        x_T, seeds = self.x_T[:first], self.seeds[:first]
-        self.report(what, self.done, self.total)
-        begun = time.perf_counter()
-        if settings.nfe > 4 * FINER:  # long enough to report from within
-            x = x_T
-            for state in iterate(self.denoiser, x_T, **settings.arguments(), seeds=seeds):
-                x = state.x
-                self.report(what, self.done + state.nfe * len(seeds), self.total)
-        else:
-            x = solve(self.denoiser, x_T, **settings.arguments(), seeds=seeds)
-        self.done += settings.nfe * len(seeds)
-        return x, time.perf_counter() - begun
+        for name, settings in chosen.items():
+            before = bench.denoiser.evaluations
+            x, seconds = bench.timed(name, settings)
+            earlier = runs[name].seconds if name in runs else []
+            runs[name] = _Run(x, bench.denoiser.evaluations - before, [*earlier, seconds])
+    return runs
 
 
 def _solver(settings: Settings) -> Any:
@@ -242,9 +266,7 @@ def _row(
     model: Model,
     name: str,
     settings: Settings,
-    spent: int,
-    seconds: float,
-    x: Tensor,
+    run: _Run,
     target: Tensor | None,
     nfe: int | None = None,
 ) -> Row:
@@ -252,7 +274,7 @@ def _row(
     solver = _solver(settings)
     errors = None
     if target is not None:
-        gap = x[: len(target)].double() - target.double()
+        gap = run.x[: len(target)].double() - target.double()
         errors = gap.flatten(1).square().mean(1).sqrt().cpu().numpy()
     grid = settings.grid if isinstance(settings.grid, str) else "its own"
     words = [f"{grid} grid"]
@@ -260,22 +282,22 @@ def _row(
         words.append(f"analytic first step ({settings.first})")
     if settings.final:
         words.append("last denoising step")
-    if nfe is not None and spent != nfe:
-        words.append(f"cannot spend {nfe}, so has {spent}")
+    if nfe is not None and run.nfe != nfe:
+        words.append(f"{run.nfe} evaluations, as it cannot spend {nfe}")
     about = solver.summary
     if name == "auto":
-        what = "the card's choice" if model.card.auto else "the card names none, so the default"
+        what = "the card's choice" if model.card.auto else "as the card names none"
         about = f"{solver.name}, {what}"
     elif name != solver.name:
-        about = f"{solver.name}, {spent} evaluations"
+        about = solver.name
     return Row(
         name,
         about,
         ", ".join(words),
-        spent,
-        1000 * seconds / len(x),
-        x.cpu().numpy(),
-        model.decode(x),
+        run.nfe,
+        1000 * statistics.median(run.seconds) / len(run.x),
+        run.x.cpu().numpy(),
+        model.decode(run.x),
         errors,
     )
 
@@ -288,10 +310,10 @@ def _protocol(
     exact: Settings,
     check: Settings,
     few: int,
-    timings: Sequence[float],
+    rounds: int,
 ) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    times = f"median of {len(timings)} rounds" if len(timings) > 1 else "one round"
+    times = f"median of {rounds} rounds" if rounds > 1 else "one round"
     return {
         "command": command,
         "model": f"{model.card.name}, weights SHA-256 {model.card.weights_sha256}",
@@ -303,10 +325,14 @@ def _protocol(
         "time": f"all {len(seeds)} pictures as one batch, after a warm-up, {times}",
         "software": f"fewstep {__version__}, torch {torch.__version__}, "
         f"Python {platform.python_version()}",
-        "machine": f"{platform.system()} {platform.machine()}, {cores} cores, "
-        f"{torch.get_num_threads()} threads",
+        "machine": f"{platform.system()} {platform.machine()}, {_count(cores or 1, 'core')}, "
+        f"{_count(torch.get_num_threads(), 'thread')}",
         "date": datetime.datetime.now().astimezone().date().isoformat(),
     }
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def _span(seeds: Sequence[int]) -> str:
@@ -317,7 +343,7 @@ def _span(seeds: Sequence[int]) -> str:
 
 
 def _ms(row: Row) -> str:
-    return f"{row.ms:.1f}" if row.ms < 99.95 else f"{row.ms:.0f}"
+    return f"{row.ms:.1f}" if row.ms < 9.95 else f"{row.ms:.0f}"
 
 
 def _error(row: Row) -> tuple[str, str]:
@@ -350,9 +376,24 @@ def render_table(result: DemoResult) -> Table:
     return table
 
 
+def _caption(result: DemoResult, row: Row) -> str:
+    """What stands under a solver's name beside its pictures."""
+    if row is result.exact:
+        return _count(row.nfe, "evaluation")
+    if row.errors is None:
+        return f"{_count(row.nfe, 'evaluation')}, stochastic"
+    error = f"error {_error(row)[0]}"
+    return f"{row.about.partition(',')[0]}, {error}" if row.solver == "auto" else error
+
+
+def _exceeds(result: DemoResult, row: Row) -> bool:
+    """Whether a solver had another budget than the rest."""
+    return row is not result.exact and row.nfe != result.nfe
+
+
 def _title(result: DemoResult) -> str:
-    count = len(result.ode_rows)
-    return f"Same noise, {result.nfe} evaluations, {count} solver{'s' * (count != 1)}"
+    names = {row.solver for row in result.rows} - {"auto"} or {"auto"}
+    return f"Same noise, {_count(result.nfe, 'evaluation')}, {_count(len(names), 'solver')}"
 
 
 def _headline(result: DemoResult) -> str:
@@ -361,8 +402,8 @@ def _headline(result: DemoResult) -> str:
     if result.ode_rows:
         best, exact = result.ode_rows[0], result.exact
         text += (
-            f" The closest to the exact solution is {best.solver}, {best.nfe} evaluations and "
-            f"{_ms(best)} ms a picture where the exact one took {exact.nfe} and {_ms(exact)} ms."
+            f" The closest to the exact solution is {best.solver}: {_count(best.nfe, 'evaluation')} and "
+            f"{_ms(best)} ms a picture, where the exact one took {exact.nfe} and {_ms(exact)} ms."
         )
     return text
 
@@ -384,12 +425,14 @@ def _poster(result: DemoResult) -> Image.Image:
     full = max(left + width + MARGIN, 900)
     blocks = [[result.exact], result.ode_rows, result.stochastic_rows]
     blocks = [block for block in blocks if block]
-    top = MARGIN + 104
+    top = MARGIN + 116
     tall = top + sum(len(block) * pitch + SKIP for block in blocks) + MARGIN + 6
     sheet = Image.new("RGB", (full, tall), PAPER)
     draw = ImageDraw.Draw(sheet)
 
-    def write(x: float, y: float, text: str, size: int, fill: str = INK, anchor: str = "ls") -> None:
+    def write(
+        x: float, y: float, text: str, size: int, fill: str = INK, anchor: str = "ls"
+    ) -> None:
         draw.text((x, y), text, fill=fill, font=ImageFont.load_default(size=size), anchor=anchor)
 
     write(MARGIN - 1, MARGIN + 30, _title(result), 38)
@@ -408,22 +451,20 @@ def _poster(result: DemoResult) -> Image.Image:
             sheet.paste(tile.convert("RGB"), (left, y), tile.getchannel("A"))
             base = y + height // 2
             write(MARGIN, base - 5, row.solver, 25)
-            if row is result.exact:
-                write(MARGIN, base + 22, f"{row.nfe} evaluations", 19, FAINT)
-            elif row.errors is None:
-                write(MARGIN, base + 22, f"{row.nfe} evaluations, stochastic", 19, FAINT)
-            else:
-                write(MARGIN, base + 22, f"error {_error(row)[0]}", 19, FAINT)
-                long = (LABELS - 24) * (row.rmse or 0.0) / worst
-                draw.rectangle((MARGIN, base + 32, MARGIN + max(long, 2), base + 35), fill=ACCENT)
-            if block is not blocks[0] and row.nfe != result.nfe and row.errors is not None:
-                write(left - 18, base + 22, f"{row.nfe} evaluations", 17, ACCENT, "rs")
+            write(MARGIN, base + 22, _caption(result, row), 19, FAINT)
+            if row.rmse is not None and row is not result.exact:
+                long = max(2.0, (LABELS - 24) * row.rmse / worst)
+                draw.rectangle((MARGIN, base + 32, MARGIN + long, base + 35), fill=ACCENT)
+                if _exceeds(result, row):
+                    write(left - 24, base + 22, f"{row.nfe} evaluations", 17, ACCENT, "rs")
             y += pitch
         y += SKIP
         if block is not blocks[-1]:
             rule = y - SKIP // 2 - 5
             draw.line((MARGIN, rule, left + width, rule), fill=LINE, width=2)
-    foot = f"error: RMSE to the exact solution, pixels in [-1, 1], mean over {len(result.seeds)} seeds"
+    foot = (
+        f"error: RMSE to the exact solution, pixels in [-1, 1], mean over {len(result.seeds)} seeds"
+    )
     write(MARGIN, tall - MARGIN, foot, 19, FAINT)
     return sheet
 
@@ -473,7 +514,7 @@ th { font-weight: 400; text-align: left; }
 @media (hover: hover) { .strip:hover img { opacity: 0; } }
 .seeds { display: flex; width: min(100%, calc(var(--w) * 2px)); font-size: .78rem; }
 .seeds span { flex: 1; text-align: center; }
-.numbers { width: 100%; max-width: 860px; }
+.numbers { width: 100%; max-width: 1020px; }
 .numbers th, .numbers td { padding: 7px 0 7px 20px; border-bottom: 1px solid var(--line);
   vertical-align: top; line-height: 1.35; }
 .numbers th:first-child { padding-left: 0; }
@@ -482,7 +523,8 @@ th { font-weight: 400; text-align: left; }
 .numbers .about { display: block; font-size: .86rem; }
 .numbers tbody b { font-weight: 600; }
 .right, .numbers thead th.right { text-align: right; }
-.numbers td.error { width: 38%; }
+.numbers td.settings { width: 21%; font-size: .86rem; } .numbers .narrow { display: none; }
+.numbers td.error { width: 33%; }
 .cell { display: flex; align-items: center; gap: 12px; }
 .cell .value { white-space: nowrap; }
 .cell small { color: var(--faint); font-size: .82rem; margin-left: .3em; }
@@ -491,10 +533,12 @@ th { font-weight: 400; text-align: left; }
 .note { font-size: .92rem; }
 ul { max-width: 68ch; padding-left: 1.1em; margin: 0; } li { margin-bottom: 6px; }
 dl { display: grid; grid-template-columns: 150px 1fr; gap: 5px 16px; margin: 0; font-size: .92rem;
-  max-width: 860px; }
+  max-width: 1020px; }
 dt { color: var(--faint); } dd { margin: 0; overflow-wrap: anywhere; }
 code { font: .92em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; background: var(--wash);
   padding: .12em .38em; border-radius: 4px; }
+@media (max-width: 840px) { .numbers .settings { display: none; }
+  .numbers .narrow { display: inline; } }
 @media (max-width: 620px) { main { padding: 32px 16px 48px; } .track { display: none; }
   .numbers td.error { width: auto; } .numbers th, .numbers td { padding-left: 12px; }
   .numbers small { display: block; margin: 0; } dl { grid-template-columns: 1fr; gap: 0; }
@@ -529,7 +573,7 @@ def _page(result: DemoResult) -> str:
             f'<p class="kicker">fewstep demo, {html.escape(result.model)}</p>',
             f"<h1>{html.escape(_title(result))}</h1>",
             f'<p class="lead">{html.escape(_headline(result))}</p>',
-            '<p class="hint">Hold the pointer over a row to see the exact solution in its place.</p>',
+            f'<p class="hint">{_hint(result, shown)}</p>',
             *_strips(result, shown),
             "<h2>Numbers</h2>",
             *_numbers(result),
@@ -542,23 +586,24 @@ def _page(result: DemoResult) -> str:
     )
 
 
+def _hint(result: DemoResult, shown: int) -> str:
+    text = "Hold the pointer over a row to see the exact solution in its place."
+    more = len(result.seeds) - shown
+    return text if not more else f"{text} The numbers are over {more} more seeds, not shown."
+
+
 def _strips(result: DemoResult, shown: int) -> Iterator[str]:
     seeds = "".join(f"<span>{seed}</span>" for seed in result.seeds[:shown])
     yield '<table class="strips">\n<tbody>'
-    yield f'<tr><th class="seeds-name about">seed</th><td><div class="seeds figure">{seeds}</div></td></tr>'
+    yield f'<tr><th class="about">seed</th><td><div class="seeds figure">{seeds}</div></td></tr>'
     for block in ([result.exact], result.ode_rows, result.stochastic_rows):
         if block and block[0] is not result.exact:
             yield "</tbody>\n<tbody>"
         for row in block:
             name = html.escape(row.solver)
-            if row is result.exact:
-                about = f"{row.nfe} evaluations"
-            elif row.errors is None:
-                about = f"{row.nfe} evaluations, stochastic"
-            else:
-                about = f"error {_error(row)[0]}"
-                if row.nfe != result.nfe:
-                    about += f', <span class="off">{row.nfe} evaluations</span>'
+            about = html.escape(_caption(result, row))
+            if _exceeds(result, row) and row.errors is not None:
+                about += f', <span class="off">{row.nfe} evaluations</span>'
             text = f"pictures by {name} for seeds {_span(result.seeds[:shown])}"
             image = "" if row is result.exact else _data_url(row.pictures[:shown])
             inner = f'<img alt="{text}" src="{image}">' if image else ""
@@ -573,7 +618,8 @@ def _strips(result: DemoResult, shown: int) -> Iterator[str]:
 def _numbers(result: DemoResult) -> Iterator[str]:
     yield (
         '<table class="numbers"><thead><tr><th scope="col">solver</th>'
-        '<th scope="col" class="right">NFE</th><th scope="col" class="right">ms a picture</th>'
+        '<th scope="col" class="settings">settings</th><th scope="col" class="right">NFE</th>'
+        '<th scope="col" class="right">ms a picture</th>'
         '<th scope="col">error</th></tr></thead>\n<tbody>'
     )
     worst = max((row.rmse or 0.0 for row in result.ode_rows), default=1.0) or 1.0
@@ -581,7 +627,7 @@ def _numbers(result: DemoResult) -> Iterator[str]:
         if row is result.exact:
             error = f'<span class="about">its own: about {row.rmse:.0e}</span>'
         elif row.errors is None:
-            error = '<span class="about">stochastic: does not solve the ODE</span>'
+            error = '<span class="about">stochastic</span>'
         else:
             value, spread = _error(row)
             share = 100 * (row.rmse or 0.0) / worst
@@ -589,11 +635,14 @@ def _numbers(result: DemoResult) -> Iterator[str]:
                 f'<div class="cell"><span class="value">{value}<small>{spread}</small></span>'
                 f'<div class="track"><div class="bar" style="width:{share:.1f}%"></div></div></div>'
             )
-        off = " off" if row is not result.exact and row.nfe != result.nfe else ""
+        off = " off" if _exceeds(result, row) else ""
+        settings = html.escape(row.settings)
         yield (
             f'<tr><th scope="row"><b>{html.escape(row.solver)}</b>'
-            f'<span class="about">{html.escape(row.about)}; {html.escape(row.settings)}</span></th>'
-            f'<td class="right figure{off}">{row.nfe}</td><td class="right figure">{_ms(row)}</td>'
+            f'<span class="about">{html.escape(row.about)}'
+            f'<span class="narrow">; {settings}</span></span></th>'
+            f'<td class="about settings">{settings}</td><td class="right figure{off}">{row.nfe}</td>'
+            f'<td class="right figure">{_ms(row)}</td>'
             f'<td class="error figure">{error}</td></tr>'
         )
     yield "</tbody></table>"

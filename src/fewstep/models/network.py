@@ -220,6 +220,8 @@ def load_folder(
             f"device {device!r} is not to be had: {str(error).splitlines()[0]}"
         ) from None
     stats = {name: t.to(device) for name, t in stats.items()}
+    if "basis" in stats:  # float16 in the file: orthonormal again
+        stats["basis"] = torch.linalg.qr(stats["basis"].mT).Q.mT.contiguous()
     return NetworkModel(card, net, stats, torch.compile(net) if compile else net)
 
 
