@@ -1,7 +1,8 @@
 """What the tests of the core share: an exact test bed, exact solutions, and ways to drive the loop.
 
-The test bed is a Gaussian mixture, whose D is known in closed form. It depends on x *and* on sigma, is smooth and far
-from linear, and is written here so that a mistake in the package cannot hide in it.
+The test bed is a Gaussian mixture, whose D is known in closed form. It depends on x *and* on
+sigma, is smooth and far from linear, and is written here so that a mistake in the package cannot
+hide in it.
 
     w_k(x)  ~  weight_k N(x; mu_k, v_k + sigma^2)
     D(x, sigma) = sum_k w_k(x) [mu_k + v_k / (v_k + sigma^2) (x - mu_k)]
@@ -47,9 +48,7 @@ class Mixture:
     sigma_min, sigma_max = 0.01, 20.0
     weight = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     variance = torch.tensor([0.1, 0.2, 0.15], dtype=torch.float64)
-    mean = torch.tensor(
-        [[0.6, -0.3, 0.2], [-0.5, 0.4, 0.5], [0.1, 0.5, -0.7]], dtype=torch.float64
-    )
+    mean = torch.tensor([[0.6, -0.3, 0.2], [-0.5, 0.4, 0.5], [0.1, 0.5, -0.7]], dtype=torch.float64)
 
     @property
     def far_mean(self) -> Tensor:
@@ -117,12 +116,12 @@ def eps_of(denoiser: Callable[[Tensor, Tensor], Tensor], x: Tensor, sigma: float
     return (x - denoiser(x, torch.full((len(x),), sigma, dtype=x.dtype))) / sigma
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def exact_path(levels: tuple[float, ...], batch: int = 4, seed: int = 0) -> dict[float, Tensor]:
     """The mixture's exact states at `levels` (decreasing), from one start at the first of them.
 
-    dx/dlambda = D - x, integrated by DOP853 to 1e-13; the states between its own come from its interpolant of degree 7,
-    good to about 1e-12.
+    dx/dlambda = D - x, integrated by DOP853 to 1e-13; the states between its own come from its
+    interpolant of degree 7, good to about 1e-12.
     """
     mixture = Mixture()
     x = noise(batch, levels[0], seed)
@@ -147,12 +146,12 @@ def exact_path(levels: tuple[float, ...], batch: int = 4, seed: int = 0) -> dict
 
 
 def one_evaluation_an_interval(plan: Plan) -> bool:
-    """Whether history from earlier intervals may matter: a singlestep method has more than one evaluation."""
+    """Whether history from earlier intervals matters: a singlestep method evaluates more often."""
     return sum(isinstance(op, Eval) for op in plan.ops) == len(plan.sigmas) - 1
 
 
 def held(plan: Plan) -> list[list[float]]:
-    """For each accepted state of a plan: the levels of the outputs in the history there, newest first."""
+    """For each accepted state of a plan: the levels of the outputs in its history, newest first."""
     levels: list[float] = []
     out = []
     for op in plan.ops:
@@ -169,10 +168,10 @@ def solve_seeded(
     denoiser: Callable[[Tensor, Tensor], Tensor],
     state_at: Callable[[float], Tensor],
 ) -> Tensor:
-    """Run a solver; until its history is full, replace each accepted state and its history by the exact ones.
+    """Run a solver; until its history is full, replace each state and its history by exact ones.
 
-    A multistep method that starts cold is of order 1 or 2 on its first steps, which would hide its own order. A
-    singlestep method needs no seeds.
+    A multistep method that starts cold is of order 1 or 2 on its first steps, which would hide its
+    own order. A singlestep method needs no seeds.
     """
     solver = registry.get(name)
     plan = solver.plan(sigmas)

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from conftest import ODE_SOLVERS, SMOOTH_GRIDS, Mixture, exact_path, solve_seeded
 
 import fewstep.solver as registry
-from conftest import ODE_SOLVERS, SMOOTH_GRIDS, Mixture, exact_path, solve_seeded
 
 HIGH, LOW = 2.0, 0.3
 INTERVALS = (32, 64, 128, 256)
 
 
 def errors(name: str, grid: str) -> list[float]:
-    """Root mean square error at the end, over 8 starts, for each number of intervals; history seeded.
+    """Root mean square error at the end for each number of intervals; history seeded.
 
-    The mean over starts rather than the largest error, which moves from start to start and blurs the slope.
+    The mean over 8 starts rather than the largest error, which moves from start to start and blurs
+    the slope.
     """
     finest = tuple(SMOOTH_GRIDS[grid](INTERVALS[-1] + 1, HIGH, LOW))
-    path = exact_path(finest, batch=8)  # the coarser grids are every second, fourth, ... of its points
+    path = exact_path(finest, batch=8)  # of which the coarser grids are every 2nd, 4th, ... point
     found = []
     for intervals in INTERVALS:
         sigmas = finest[:: INTERVALS[-1] // intervals]

@@ -1,11 +1,12 @@
 """Our solvers equal diffusers' schedulers, step for step, on the schedulers' own grids.
 
-A scheduler is driven as its pipelines drive it, by the same mixture turned into the prediction that it asks for. Those in VP
-units hold x_t = alpha_t x, alpha = 1 / sqrt(1 + sigma^2); the k-diffusion family holds our x.
+A scheduler is driven as its pipelines drive it, by the same mixture turned into the prediction that
+it asks for. Those in VP units hold x_t = alpha_t x, alpha = 1 / sqrt(1 + sigma^2); the k-diffusion
+family holds our x.
 
-Tolerance: diffusers keeps its sigmas in float32. Ours are the very same numbers, and theirs are widened to float64 once their
-grid is set, so that most schedulers then compute in float64 and agree to 1e-9; those that cast the state to float32 agree to
-2e-6 on ends of size 1.
+Tolerance: diffusers keeps its sigmas in float32. Ours are the very same numbers, and theirs are
+widened to float64 once their grid is set, so that most schedulers then compute in float64 and agree
+to 1e-9; those that cast the state to float32 agree to 2e-6 on ends of size 1.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import diffusers
 import pytest
 import torch
+from conftest import Mixture
 from torch import Tensor
 
-from conftest import Mixture
 from fewstep.loop import solve
 from fewstep.noise import brownian, normal
+
+diffusers: Any = pytest.importorskip("diffusers")
 
 # Stable Diffusion's table, as its scheduler_config.json has it: sigma from 14.6 down.
 TABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -41,7 +43,7 @@ def make(scheduler: str, evaluations: int = 8, **options: Any) -> Any:
     made.set_timesteps(evaluations)
     if hasattr(made, "sigmas"):
         made.sigmas = made.sigmas.double()
-        made.set_begin_index(0)  # rounded times may repeat, so the place in the grid is not to be looked up
+        made.set_begin_index(0)  # not looked up by time: rounded times may repeat
     return made
 
 
@@ -108,7 +110,7 @@ def test_multistep_schedulers_down_to_sigma_min(name, grid):
     scheduler, options, tolerance = VP[name]
     # DEIS has no such option: it always ends at sigma_min
     end = {} if "DEIS" in scheduler else {"final_sigmas_type": "sigma_min"}
-    theirs = make(scheduler, **DPM, **options, **end, use_karras_sigmas=grid == "karras")
+    theirs = make(scheduler, **{**DPM, **options, **end}, use_karras_sigmas=grid == "karras")
     sigmas = theirs.sigmas.tolist()
     if grid == "karras":
         # their karras grid ends at sigma_min already, which is then repeated: up to there
@@ -119,7 +121,7 @@ def test_multistep_schedulers_down_to_sigma_min(name, grid):
 @pytest.mark.parametrize("name", ["dpmpp-2m", "dpmpp-3m", "unipc-2"])
 def test_multistep_schedulers_down_to_zero(name):
     scheduler, options, tolerance = VP[name]
-    # UniPC does not fall to order 1 unless told to, and with bh2 of order 2 that touches the last interval alone
+    # UniPC falls to order 1 only if told to, which at order 2 touches the last interval alone
     final = {"final_sigmas_type": "zero", "lower_order_final": "UniPC" in scheduler}
     theirs = make(scheduler, **{**DPM, **options, **final})
     sigmas = theirs.sigmas.tolist()
@@ -129,12 +131,16 @@ def test_multistep_schedulers_down_to_zero(name):
 
 @pytest.mark.parametrize("eta", [0.0, 0.6])
 def test_ddim(eta):
-    # "leading" times end at the table's first entry, where set_alpha_to_one=False would stay: up to there
-    theirs = make("DDIMScheduler", prediction_type="epsilon", clip_sample=False, set_alpha_to_one=False)
+    # "leading" times end at the table's first entry, where set_alpha_to_one=False would stay
+    theirs = make(
+        "DDIMScheduler", prediction_type="epsilon", clip_sample=False, set_alpha_to_one=False
+    )
     kept = theirs.alphas_cumprod = theirs.alphas_cumprod.double()
     sigmas = [math.sqrt(1 / float(kept[t]) - 1) for t in theirs.timesteps]
     theirs.timesteps = theirs.timesteps[:-1]
-    found = drive_vp(theirs, sigmas, lambda i: normal(SEEDS, SHAPE, "step", i, torch.float64), eta=eta)
+    found = drive_vp(
+        theirs, sigmas, lambda i: normal(SEEDS, SHAPE, "step", i, torch.float64), eta=eta
+    )
     assert_same(ours(f"ddim-eta:eta={eta}", sigmas, seeds=SEEDS), found, WIDE)
     if eta == 0:
         assert_same(ours("ddim", sigmas), found, WIDE)
@@ -154,14 +160,15 @@ SIGMA = {
 def test_schedulers_of_the_k_diffusion_family_down_to_zero(name):
     scheduler, options, tolerance = SIGMA[name]
     theirs = make(scheduler, prediction_type="epsilon")
-    sigmas = sorted(set(theirs.sigmas.tolist()), reverse=True)  # two-stage schedulers list each twice
+    # two-stage schedulers list each level twice
+    sigmas = sorted(set(theirs.sigmas.tolist()), reverse=True)
     assert len(sigmas) == 9
     assert sigmas[-1] == 0
     assert_same(ours(name, sigmas), drive_sigma(theirs, **options), tolerance)
 
 
 def test_ipndm_with_its_own_levels_replaced_by_ours():
-    """Its own start has alpha = 0, so sigma infinite; it takes levels from `alphas` and `betas`, and predicts v."""
+    """Its own start has alpha = 0; it reads levels from `alphas` and `betas`, and predicts v."""
     sigmas = make("EulerDiscreteScheduler").sigmas.tolist()
     theirs = diffusers.IPNDMScheduler()
     theirs.set_timesteps(8)
@@ -204,7 +211,8 @@ def test_sde_dpmpp_2m_fed_with_our_brownian_path(end):
     sigmas = theirs.sigmas.tolist()
 
     def increment(i: int) -> Tensor:
-        return brownian(SEEDS, SHAPE, (sigmas[i], sigmas[i + 1]))  # into 0 theirs multiplies it by 0
+        # into 0 theirs multiplies it by 0
+        return brownian(SEEDS, SHAPE, (sigmas[i], sigmas[i + 1]))
 
     found = drive_vp(theirs, sigmas, increment)
     assert_same(ours("dpmpp-2m-sde", sigmas, seeds=SEEDS), found, NARROW)

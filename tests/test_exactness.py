@@ -1,10 +1,10 @@
-"""Every ODE solver integrates polynomial outputs up to its declared degree exactly, on any grid, and no further.
+"""Every ODE solver integrates polynomials up to its declared degree exactly, and no further.
 
 The outputs depend on sigma alone, so the exact state is known in closed form, with l = -log sigma:
 
-    eps(sigma) a polynomial in sigma      dx/dsigma = eps              x = antiderivative
-    eps(l) a polynomial in l              dx/dl = -e^-l eps            x = C + e^-l R,    R = eps + eps' + eps'' + ...
-    D(l) a polynomial in l                dx/dl = D - x                x = C e^-l + P,    P = D - D' + D'' - ...
+    eps(sigma) a polynomial in sigma    dx/dsigma = eps      x = antiderivative
+    eps(l) a polynomial in l            dx/dl = -e^-l eps    x = C + e^-l (eps + eps' + eps'' + ...)
+    D(l) a polynomial in l              dx/dl = D - x        x = C e^-l + D - D' + D'' - ...
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import ODE_SOLVERS, random_grid, solve_seeded
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.polynomial import Polynomial
 from torch import Tensor
 
 import fewstep.solver as registry
-from conftest import ODE_SOLVERS, random_grid, solve_seeded
 
-SCALES = torch.tensor([[1.0, -0.5, 2.0]], dtype=torch.float64)  # three pixels, all multiples of one path
+# Three pixels, all multiples of one path.
+SCALES = torch.tensor([[1.0, -0.5, 2.0]], dtype=torch.float64)
 
 
 class Polynomials:
-    """A denoiser whose output (eps or D, in either variable) is one polynomial, and its exact path."""
+    """A denoiser whose output, eps or D, is a polynomial in either variable, and its exact path."""
 
     def __init__(self, output: Polynomial, prediction: str, variable: str, constant: float):
         self.output, self.constant = output, constant
@@ -34,9 +35,11 @@ class Polynomials:
         assert self.eps or not self.in_sigma
         derivatives = [output.deriv(k) if k else output for k in range(output.degree() + 1)]
         if not self.eps:
-            self.integral = sum((-1) ** k * d for k, d in enumerate(derivatives))
+            signed = [(-1) ** k * d for k, d in enumerate(derivatives)]
+            self.integral = sum(signed, Polynomial([0.0]))
         else:
-            self.integral = output.integ() if self.in_sigma else sum(derivatives)
+            whole = sum(derivatives, Polynomial([0.0]))
+            self.integral = output.integ() if self.in_sigma else whole
 
     def value(self, sigma: float) -> float:
         return float(self.output(sigma if self.in_sigma else -math.log(sigma)))
@@ -55,7 +58,7 @@ class Polynomials:
 
 
 def error(name: str, degree: int, seed: int) -> float:
-    """Relative error at the end for a random polynomial of exactly this degree on a random irregular grid."""
+    """Relative error at the end, for a random polynomial of this degree on a random grid."""
     solver = registry.get(name)
     rng = np.random.default_rng(seed)
     coefficients = rng.uniform(0.5, 1.0, degree + 1) * rng.choice([-1, 1], degree + 1)

@@ -1,17 +1,18 @@
-"""The loop over a solver's operations equals the method written by hand, in the form that its paper gives it."""
+"""The loop over a solver's operations equals the method written by hand, in its paper's form."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from conftest import SMOOTH_GRIDS, Mixture, eps_of, largest, noise, random_grid
 from numpy.polynomial import Polynomial
 from torch import Tensor
 
-from conftest import SMOOTH_GRIDS, Mixture, eps_of, largest, noise, random_grid
 from fewstep.loop import solve
 from fewstep.noise import brownian, normal
 
@@ -36,7 +37,7 @@ def lagrange(nodes: Sequence[float], j: int) -> Polynomial:
 
 def ddim(model: D, x: Tensor, sigmas: Sequence[float]) -> Tensor:
     """Song et al. 2021 (DDIM), eq. 12 with eta = 0, in EDM's units."""
-    for t, s in zip(sigmas, sigmas[1:], strict=False):
+    for t, s in pairwise(sigmas):
         denoised = model(x, t)
         x = denoised + s * (x - denoised) / t
     return x
@@ -44,7 +45,7 @@ def ddim(model: D, x: Tensor, sigmas: Sequence[float]) -> Tensor:
 
 def heun(model: D, x: Tensor, sigmas: Sequence[float]) -> Tensor:
     """Karras et al. 2022 (EDM), algorithm 1."""
-    for t, s in zip(sigmas, sigmas[1:], strict=False):
+    for t, s in pairwise(sigmas):
         d = (x - model(x, t)) / t
         y = x + (s - t) * d
         x = x + (s - t) * (d + (y - model(y, s)) / s) / 2
@@ -53,7 +54,7 @@ def heun(model: D, x: Tensor, sigmas: Sequence[float]) -> Tensor:
 
 def dpm_solver_2(model: D, x: Tensor, sigmas: Sequence[float]) -> Tensor:
     """Lu et al. 2022 (DPM-Solver), algorithm 1, with alpha = 1."""
-    for t, s in zip(sigmas, sigmas[1:], strict=False):
+    for t, s in pairwise(sigmas):
         h, mid = math.log(t / s), math.sqrt(t * s)
         u = x - mid * math.expm1(h / 2) * (x - model(x, t)) / t
         x = x - s * math.expm1(h) * (u - model(u, mid)) / mid
@@ -63,7 +64,7 @@ def dpm_solver_2(model: D, x: Tensor, sigmas: Sequence[float]) -> Tensor:
 def dpm_solver_3(model: D, x: Tensor, sigmas: Sequence[float]) -> Tensor:
     """Lu et al. 2022 (DPM-Solver), algorithm 2, with alpha = 1."""
     r1, r2 = 1 / 3, 2 / 3
-    for t, s in zip(sigmas, sigmas[1:], strict=False):
+    for t, s in pairwise(sigmas):
         h = math.log(t / s)
         s1, s2 = t * math.exp(-r1 * h), t * math.exp(-r2 * h)
         e = (x - model(x, t)) / t
@@ -78,7 +79,7 @@ def dpm_solver_3(model: D, x: Tensor, sigmas: Sequence[float]) -> Tensor:
 
 def dpmpp_2s(model: D, x: Tensor, sigmas: Sequence[float]) -> Tensor:
     """Lu et al. 2022 (DPM-Solver++), algorithm 1, r = 1/2."""
-    for t, s in zip(sigmas, sigmas[1:], strict=False):
+    for t, s in pairwise(sigmas):
         h, mid = math.log(t / s), math.sqrt(t * s)
         u = mid / t * x - math.expm1(-h / 2) * model(x, t)
         x = s / t * x - math.expm1(-h) * model(u, mid)
@@ -88,7 +89,7 @@ def dpmpp_2s(model: D, x: Tensor, sigmas: Sequence[float]) -> Tensor:
 def dpmpp_2m(model: D, x: Tensor, sigmas: Sequence[float]) -> Tensor:
     """Lu et al. 2022 (DPM-Solver++), algorithm 2."""
     last, h_last = None, 0.0
-    for t, s in zip(sigmas, sigmas[1:], strict=False):
+    for t, s in pairwise(sigmas):
         h, denoised = math.log(t / s), model(x, t)
         d = denoised
         if last is not None:
@@ -102,7 +103,7 @@ def dpmpp_2m(model: D, x: Tensor, sigmas: Sequence[float]) -> Tensor:
 def dpmpp_3m(model: D, x: Tensor, sigmas: Sequence[float]) -> Tensor:
     """DPM-Solver++(3M) as its public implementations have it, D2 without the factor 2."""
     outputs: list[Tensor] = []
-    for i, (t, s) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
+    for i, (t, s) in enumerate(pairwise(sigmas)):
         h = math.log(t / s)
         outputs.insert(0, model(x, t))
         phi_1 = math.expm1(-h)
@@ -128,7 +129,7 @@ def dpmpp_3m(model: D, x: Tensor, sigmas: Sequence[float]) -> Tensor:
 def exp_adams_3(model: D, x: Tensor, sigmas: Sequence[float]) -> Tensor:
     """Newton's interpolation of D in lambda, integrated under exp(-(h - u)) term by term."""
     past: list[tuple[float, Tensor]] = []
-    for t, s in zip(sigmas, sigmas[1:], strict=False):
+    for t, s in pairwise(sigmas):
         h = math.log(t / s)
         past = [(-math.log(t), model(x, t)), *past[:2]]
         one = -math.expm1(-h)  # the integrals of 1, u and u^2
@@ -146,7 +147,7 @@ def exp_adams_3(model: D, x: Tensor, sigmas: Sequence[float]) -> Tensor:
 
 
 def unipc(model: D, x: Tensor, sigmas: Sequence[float], order: int) -> Tensor:
-    """Zhao et al. 2023 (UniPC), algorithms 5 and 6 (data prediction), B(h) = e^h - 1, both systems solved densely."""
+    """Zhao et al. 2023 (UniPC), algorithms 5 and 6 (data prediction), B(h) = e^h - 1."""
 
     def step(x, past, s, p, new=None):
         (t, d0), h = past[0], math.log(past[0][0] / s)
@@ -158,12 +159,14 @@ def unipc(model: D, x: Tensor, sigmas: Sequence[float], order: int) -> Tensor:
         for i in range(1, len(r) + 1):
             rhs.append(term * math.factorial(i) / big)
             term = term / -h - 1 / math.factorial(i + 1)
-        rho = np.linalg.solve(np.vander(r, increasing=True).T, rhs) if len(r) > 1 else [0.5] * len(r)
+        rho = (
+            np.linalg.solve(np.vander(r, increasing=True).T, rhs) if len(r) > 1 else [0.5] * len(r)
+        )
         return s / t * x - big * (d0 + sum(w * d for w, d in zip(rho, differences, strict=True)))
 
     past: list[tuple[float, Tensor]] = []
     corrected = x
-    for i, (t, s) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
+    for i, (t, s) in enumerate(pairwise(sigmas)):
         denoised = model(x, t)
         if i > 0:
             corrected = step(corrected, past, t, order, denoised)
@@ -175,12 +178,13 @@ def unipc(model: D, x: Tensor, sigmas: Sequence[float], order: int) -> Tensor:
 def deis_3(model: D, x: Tensor, sigmas: Sequence[float]) -> Tensor:
     """Zhang and Chen 2023 (DEIS), t-AB in log rho: the closed integrals of 1, log and log^2."""
     past: list[tuple[float, Tensor]] = []
-    for t, s in zip(sigmas, sigmas[1:], strict=False):
+    for t, s in pairwise(sigmas):
         past = [(t, (x - model(x, t)) / t), *past[:2]]
         moments = [
             s - t,
             (s * math.log(s) - s) - (t * math.log(t) - t),
-            s * (math.log(s) ** 2 - 2 * math.log(s) + 2) - t * (math.log(t) ** 2 - 2 * math.log(t) + 2),
+            s * (math.log(s) ** 2 - 2 * math.log(s) + 2)
+            - t * (math.log(t) ** 2 - 2 * math.log(t) + 2),
         ]
         nodes = [math.log(sigma) for sigma, _ in past]
         for j, (_, e) in enumerate(past):
@@ -191,7 +195,7 @@ def deis_3(model: D, x: Tensor, sigmas: Sequence[float]) -> Tensor:
 def lms_4(model: D, x: Tensor, sigmas: Sequence[float]) -> Tensor:
     """Adams-Bashforth in sigma: the integral of each Lagrange polynomial."""
     past: list[tuple[float, Tensor]] = []
-    for t, s in zip(sigmas, sigmas[1:], strict=False):
+    for t, s in pairwise(sigmas):
         past = [(t, (x - model(x, t)) / t), *past[:3]]
         nodes = [sigma - t for sigma, _ in past]
         for j, (_, e) in enumerate(past):
@@ -202,7 +206,7 @@ def lms_4(model: D, x: Tensor, sigmas: Sequence[float]) -> Tensor:
 def ipndm_4(model: D, x: Tensor, sigmas: Sequence[float]) -> Tensor:
     """Zhang and Chen 2023 (DEIS), eq. 36 to 39: iPNDM."""
     e: list[Tensor] = []
-    for t, s in zip(sigmas, sigmas[1:], strict=False):
+    for t, s in pairwise(sigmas):
         e.insert(0, (x - model(x, t)) / t)
         if len(e) == 1:
             d = e[0]
@@ -234,7 +238,7 @@ def ddim_eta(model: D, x: Tensor, sigmas: Sequence[float]) -> Tensor:
 def churn(model: D, x: Tensor, sigmas: Sequence[float]) -> Tensor:
     """Karras et al. 2022 (EDM), algorithm 2, S_churn = 1.4, S_noise = 1.01, between 0.1 and 5."""
     draws = 0
-    for t, s in zip(sigmas, sigmas[1:], strict=False):
+    for t, s in pairwise(sigmas):
         if 0.1 <= t <= 5:
             raised = t + min(1.4 / (len(sigmas) - 1), math.sqrt(2) - 1) * t
             xi = normal(SEEDS, x.shape[1:], "step", draws, x.dtype)
@@ -248,7 +252,7 @@ def churn(model: D, x: Tensor, sigmas: Sequence[float]) -> Tensor:
 def dpmpp_2m_sde(model: D, x: Tensor, sigmas: Sequence[float]) -> Tensor:
     """Lu et al. 2022 (DPM-Solver++), SDE-DPM-Solver++(2M) of the appendix, eta = 1."""
     last, h_last = None, 0.0
-    for t, s in zip(sigmas, sigmas[1:], strict=False):
+    for t, s in pairwise(sigmas):
         h, denoised = math.log(t / s), model(x, t)
         x = s / t * math.exp(-h) * x - math.expm1(-2 * h) * denoised
         if last is not None:
@@ -298,7 +302,7 @@ def test_the_loop_equals_the_method_by_hand(name, grid, mixture):
 @pytest.mark.parametrize("first", ["zero", "mean"])
 @pytest.mark.parametrize("name", ODE)
 def test_an_analytic_first_step_stands_in_for_the_first_call_alone(name, first, mixture):
-    """eps = x / sqrt(1 + sigma^2), or D = the mean of the data, where the method would first call the network."""
+    """eps = x / sqrt(1 + sigma^2), or D = the mean of the data, in place of the first call."""
     sigmas = GRIDS["karras"]
     x = noise(len(SEEDS), sigmas[0])
     calls = 0
@@ -325,7 +329,7 @@ def test_final_is_one_more_call_at_the_end(name, mixture):
 
 
 def test_the_mixture_is_the_denoiser_that_its_score_says(mixture):
-    """Tweedie: D = x + sigma^2 grad log p(x; sigma), the gradient by autograd on the density itself."""
+    """Tweedie: D = x + sigma^2 grad log p(x; sigma), the gradient by autograd on the density."""
     assert isinstance(mixture, Mixture)
     x = noise(5, 1.0).requires_grad_()
     for sigma in (0.1, 1.0, 10.0):

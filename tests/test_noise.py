@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import math
 
-import numpy as np
 import pytest
 import torch
 from conftest import ALL_SOLVERS, Mixture, karras, largest, noise
@@ -34,7 +33,7 @@ def difference(seeds, shape, high: float, low: float) -> torch.Tensor:
 
 
 def test_a_key_is_a_hash_of_its_parts_and_of_nothing_else():
-    """Written out, so that a change of the key, which would change every picture, does not go unseen."""
+    """Written out: a change of the key would change every picture, and must not go unseen."""
     digest = hashlib.blake2b(b"(7, 'step', 2)", digest_size=8).digest()
     assert key(7, "step", 2) == int.from_bytes(digest, "little") // 2
     parts = [(1,), (2,), ("1",), (1, 2), (2, 1), (12,), (1, "2"), ("a", "b"), ("ab",), (-1,)]
@@ -102,7 +101,7 @@ LEVELS = st.floats(1e-5, 1e5)
 
 @given(levels=st.lists(LEVELS, min_size=3, max_size=6, unique=True), seed=st.integers(0, 99))
 def test_increments_over_neighbouring_intervals_add_up(levels, seed):
-    """Nested grids walk one path: sqrt(length) times the unit increments of the parts is that of the whole."""
+    """Nested grids walk one path: increments times the root of their length sum to the whole's."""
     levels = sorted(levels, reverse=True)
     if any(math.log2(a / b) < 1e-9 for a, b in itertools.pairwise(levels)):
         return  # equal to rounding
@@ -184,7 +183,7 @@ def test_other_seeds_make_other_pictures(name):
 
 
 def test_nested_grids_of_the_sde_solver_converge_path_by_path():
-    """Because every grid sees increments of one path, halving the intervals brings the same picture nearer."""
+    """Every grid sees increments of one path, so a finer grid comes nearer to the same picture."""
     finest = karras(65, 2.0, 0.1)
     seeds = range(12)
     x = noise(len(seeds), 5.0)
@@ -195,7 +194,5 @@ def test_nested_grids_of_the_sde_solver_converge_path_by_path():
     near, far = (float((ends[0] - end).square().mean().sqrt()) for end in ends[1:])
     strangers = solve(Mixture(), x, "dpmpp-2m-sde", grid=finest[::4], seeds=range(100, 112))
     apart = float((ends[0] - strangers).square().mean().sqrt())
-    print(near, far, apart)
-    assert near < far / 1.7
-    assert near < apart / 4
-    assert np.isfinite(apart)
+    assert near < far / 3
+    assert near < apart / 10

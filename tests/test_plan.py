@@ -21,7 +21,7 @@ SEEDS = [1, 2]
 IRREGULAR = random_grid(np.random.default_rng(2), 6)
 LAST = {"as it is": (False, IRREGULAR[-1]), "final": (True, IRREGULAR[-1]), "to zero": (False, 0.0)}
 
-# Every float64 that a plan may hold, short of infinities: sums of digits that decimal text must keep.
+# Every float64 that a plan may hold, short of infinities.
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
 
 
@@ -235,5 +235,7 @@ def test_options_make_another_solver_and_leave_the_first_alone():
     assert registry.get("ddim-eta").options == (("eta", 1.0),)
     again = registry.get("churn:low=1").with_options(high=2.0)
     assert dict(again.options) == {"churn": 40.0, "low": 1.0, "high": 2.0, "noise": 1.003}
-    raised = [op for op in again.plan([3.0, 1.5, 0.5, 0.1]).ops if isinstance(op, Combine) and op.noise]
+    raised = [
+        op for op in again.plan([3.0, 1.5, 0.5, 0.1]).ops if isinstance(op, Combine) and op.noise
+    ]
     assert [op.sigma for op in raised] == [pytest.approx(1.5 * math.sqrt(2))]

@@ -8,12 +8,12 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from conftest import largest, random_grid
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.integrate import quad
 from torch import Tensor
 
-from conftest import largest, random_grid
 from fewstep.solver import rules
 
 # name: (rule, the largest number of outputs that it takes)
@@ -45,11 +45,13 @@ def lagrange(nodes: list[float], j: int, u: float) -> float:
 
 
 def weights_by_quadrature(variable, weight, nodes, cur, nxt) -> list[float]:
-    """int_{variable(cur)}^{variable(nxt)} weight(u) l_j(u) du for every Lagrange polynomial on the nodes."""
+    """int weight(u) l_j(u) du from cur to nxt, for every Lagrange polynomial l_j on the nodes."""
     places = [variable(sigma) for sigma in nodes]
     start, end = variable(cur), variable(nxt)
     return [
-        quad(lambda u, j=j: weight(u) * lagrange(places, j, u), start, end, epsabs=0, epsrel=1e-12)[0]
+        quad(lambda u, j=j: weight(u) * lagrange(places, j, u), start, end, epsabs=0, epsrel=1e-12)[
+            0
+        ]
         for j in range(len(nodes))
     ]
 

@@ -2,10 +2,11 @@
 
     error of a picture = sqrt(mean((x - x_exact)^2))        x in [-1, 1], both at sigma_min
 
-x_exact is a fine solve of the same probability-flow ODE from the same noise. A second fine solve, by another method on
-another grid, says how exact it is. Every solver runs with the package's defaults, which no picture shown here had a say
-in: the Karras grid from the model's sigma_max to its sigma_min, and no analytic step. "auto" runs with what the model's
-card names for the budget, and the stochastic solvers, which leave the ODE, have pictures but no error.
+x_exact is a fine solve of the same probability-flow ODE from the same noise. A second fine solve,
+by another method on another grid, says how exact it is. Every solver runs with the package's
+defaults, the Karras grid over the model's range and no analytic step: nothing is chosen on the
+pictures shown. "auto" runs with what the model's card names for the budget. The stochastic solvers
+leave the ODE, so they have pictures but no error.
 """
 
 from __future__ import annotations
@@ -64,9 +65,10 @@ SHOWN = 16  # pictures in a row at most; the numbers are over all seeds
 class Row:
     """One solver's run.
 
-    solver: as registered, or "auto"; about: what it is; settings: how it ran; nfe: evaluations spent, counted;
-    ms: milliseconds per picture; x: where it ended, float32 [n, c, h, w]; pictures: the same, uint8 [n, h, w, c];
-    errors: RMSE to the exact solution for each seed [n], None for a stochastic solver.
+    solver: as registered, or "auto"; about: what it is; settings: how it ran; nfe: evaluations
+    spent, counted; ms: milliseconds per picture; x: where it ended, float32 [n, c, h, w]; pictures:
+    the same, uint8 [n, h, w, c]; errors: RMSE to the exact solution for each seed [n], None for a
+    stochastic solver.
     """
 
     solver: str
@@ -95,8 +97,9 @@ class Row:
 class DemoResult:
     """What the demo computed and wrote.
 
-    rows: the ODE solvers by error, then the stochastic ones; exact: the reference, whose errors are its distances
-    to the check on the first seeds; protocol: how to make all this again, in words; files: what was written.
+    rows: the ODE solvers by error, then the stochastic ones; exact: the reference, whose errors are
+    its distances to the check on the first seeds; protocol: how to make all this again, in words;
+    files: what was written.
     """
 
     model: str
@@ -130,9 +133,9 @@ def run_demo(
 ) -> DemoResult:
     """Run every solver family on the same seeds; write demo.png and demo.html into `out`.
 
-    nfe: the budget; a solver that cannot spend it gets the next larger one that it can; solvers: these instead of
-    all; command: what the report gives as its origin; report: called with what is under way, and with work done
-    and in total, in evaluations of one picture.
+    nfe: the budget; a solver that cannot spend it gets the next larger one that it can; solvers:
+    these instead of all; command: what the report gives as its origin; report: called with what is
+    under way, and with the work done and in total, in evaluations of one picture.
 
     Errors: OSError where `out` cannot be written, before any work; ValueError for unknown names.
     """
@@ -182,7 +185,7 @@ def _check_writable(out: Path) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Run:
-    """Where a solver ended, [n, ...], the evaluations that it spent, and the seconds of each round."""
+    """Where a solver ended, [n, ...], the evaluations it spent, and the seconds of each round."""
 
     x: Tensor
     nfe: int
@@ -222,7 +225,7 @@ class _Bench:
 
 
 def _race(bench: _Bench, chosen: dict[str, Settings]) -> dict[str, _Run]:
-    """Every solver once a round, in turn, so that a busy moment of the machine is not one solver's."""
+    """Every solver once a round, in turn, so that a busy moment is not one solver's."""
     runs: dict[str, _Run] = {}
     begun = time.perf_counter()
     for done in range(ROUNDS):
@@ -242,7 +245,7 @@ def _solver(settings: Settings) -> Any:
 
 
 def _settings(model: Model, name: str, nfe: int) -> Settings:
-    """The defaults for a solver, the card's choice for "auto", at the first budget from nfe that it can spend."""
+    """The defaults, or the card's choice for "auto", at the first budget from nfe on that fits."""
     settings = Settings.choose(model, name, nfe)
     if not isinstance(settings.grid, str):
         return settings
@@ -270,7 +273,7 @@ def _row(
     target: Tensor | None,
     nfe: int | None = None,
 ) -> Row:
-    """target: what the errors are measured to, perhaps of fewer pictures; nfe: the budget that was asked for."""
+    """target: what errors are measured to, perhaps of fewer pictures; nfe: the budget asked for."""
     solver = _solver(settings)
     errors = None
     if target is not None:
@@ -283,7 +286,7 @@ def _row(
     if settings.final:
         words.append("last denoising step")
     if nfe is not None and run.nfe != nfe:
-        words.append(f"{run.nfe} evaluations, as it cannot spend {nfe}")
+        words.append(f"cannot spend {nfe}")
     about = solver.summary
     if name == "auto":
         what = "the card's choice" if model.card.auto else "as the card names none"
@@ -342,6 +345,12 @@ def _span(seeds: Sequence[int]) -> str:
     return ", ".join(map(str, seeds))
 
 
+def _own_error(result: DemoResult) -> str:
+    """The exact solution's distance to its check, one figure."""
+    assert result.exact.rmse is not None
+    return np.format_float_positional(result.exact.rmse, precision=1, fractional=False, trim="-")
+
+
 def _ms(row: Row) -> str:
     return f"{row.ms:.1f}" if row.ms < 9.95 else f"{row.ms:.0f}"
 
@@ -359,7 +368,7 @@ def render_table(result: DemoResult) -> Table:
         title=f"{result.model}: {result.nfe} evaluations, seeds {_span(result.seeds)}",
         title_justify="left",
         caption=f"error: RMSE to the exact solution in [-1, 1], mean over seeds ± standard error; "
-        f"the exact solution's own is about {result.exact.rmse:.0e}",
+        f"the exact solution is checked to {_own_error(result)}",
         caption_justify="left",
         box=None,
     )
@@ -402,8 +411,9 @@ def _headline(result: DemoResult) -> str:
     if result.ode_rows:
         best, exact = result.ode_rows[0], result.exact
         text += (
-            f" The closest to the exact solution is {best.solver}: {_count(best.nfe, 'evaluation')} and "
-            f"{_ms(best)} ms a picture, where the exact one took {exact.nfe} and {_ms(exact)} ms."
+            f" The closest to the exact solution is {best.solver}: {_count(best.nfe, 'evaluation')}"
+            f" and {_ms(best)} ms a picture, where the exact one took {exact.nfe} and"
+            f" {_ms(exact)} ms."
         )
     return text
 
@@ -436,8 +446,8 @@ def _poster(result: DemoResult) -> Image.Image:
         draw.text((x, y), text, fill=fill, font=ImageFont.load_default(size=size), anchor=anchor)
 
     write(MARGIN - 1, MARGIN + 30, _title(result), 38)
-    same = f"{result.model}. Every row starts from the same noise; the nearer to the top row, the better."
-    write(MARGIN, MARGIN + 66, same, 21, FAINT)
+    same = "Every row starts from the same noise; the nearer to the top row, the better."
+    write(MARGIN, MARGIN + 66, f"{result.model}. {same}", 21, FAINT)
     for i, seed in enumerate(result.seeds[:shown]):
         middle = left + (i + 0.5) * (width + GAP) / shown - GAP / 2
         write(middle, top - 8, str(seed), 17, FAINT, "ms")
@@ -462,10 +472,8 @@ def _poster(result: DemoResult) -> Image.Image:
         if block is not blocks[-1]:
             rule = y - SKIP // 2 - 5
             draw.line((MARGIN, rule, left + width, rule), fill=LINE, width=2)
-    foot = (
-        f"error: RMSE to the exact solution, pixels in [-1, 1], mean over {len(result.seeds)} seeds"
-    )
-    write(MARGIN, tall - MARGIN, foot, 19, FAINT)
+    foot = "error: RMSE to the exact solution, pixels in [-1, 1], mean over"
+    write(MARGIN, tall - MARGIN, f"{foot} {_count(len(result.seeds), 'seed')}", 19, FAINT)
     return sheet
 
 
@@ -488,7 +496,8 @@ STYLE = """
   --line: #34312c; --accent: #e0895f; --wash: #211f1c; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); -webkit-text-size-adjust: 100%;
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial,
+  sans-serif; }
 main { width: max-content; max-width: 100%; margin: 0 auto; padding: 56px 24px 72px; }
 h1 { font-size: clamp(1.7rem, 1.2rem + 2vw, 2.5rem); line-height: 1.15; margin: 0 0 14px;
   font-weight: 650; letter-spacing: -.02em; text-wrap: balance; }
@@ -504,7 +513,7 @@ th { font-weight: 400; text-align: left; }
 .strips { display: block; }
 .strips tbody, .strips tr, .strips th, .strips td { display: block; padding: 0; }
 .strips tbody + tbody { margin-top: 18px; border-top: 1px solid var(--line); padding-top: 14px; }
-.strips th { padding: 8px 0 3px; line-height: 1.3; }
+.strips th { padding: 12px 0 4px; line-height: 1.3; }
 .strips th b { font-weight: 600; margin-right: .5em; }
 .strips .about { font-size: .86rem; }
 .strips .off, .numbers .off { color: var(--accent); }
@@ -512,6 +521,7 @@ th { font-weight: 400; text-align: left; }
   background: var(--exact) 0 0 / 100% 100% no-repeat; image-rendering: pixelated; }
 .strip img { display: block; width: 100%; height: 100%; image-rendering: pixelated; }
 @media (hover: hover) { .strip:hover img { opacity: 0; } }
+@media (hover: none) { .pointer { display: none; } }
 .seeds { display: flex; width: min(100%, calc(var(--w) * 2px)); font-size: .78rem; }
 .seeds span { flex: 1; text-align: center; }
 .numbers { width: 100%; max-width: 1020px; }
@@ -523,8 +533,9 @@ th { font-weight: 400; text-align: left; }
 .numbers .about { display: block; font-size: .86rem; }
 .numbers tbody b { font-weight: 600; }
 .right, .numbers thead th.right { text-align: right; }
-.numbers td.settings { width: 21%; font-size: .86rem; } .numbers .narrow { display: none; }
-.numbers td.error { width: 33%; }
+.numbers td.settings { font-size: .86rem; color: var(--faint); padding-top: 9px; width: 20%; }
+.numbers .narrow { display: none; } .numbers thead th { white-space: nowrap; }
+.numbers td.error { width: 34%; }
 .cell { display: flex; align-items: center; gap: 12px; }
 .cell .value { white-space: nowrap; }
 .cell small { color: var(--faint); font-size: .82rem; margin-left: .3em; }
@@ -535,12 +546,13 @@ ul { max-width: 68ch; padding-left: 1.1em; margin: 0; } li { margin-bottom: 6px;
 dl { display: grid; grid-template-columns: 150px 1fr; gap: 5px 16px; margin: 0; font-size: .92rem;
   max-width: 1020px; }
 dt { color: var(--faint); } dd { margin: 0; overflow-wrap: anywhere; }
-code { font: .92em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; background: var(--wash);
-  padding: .12em .38em; border-radius: 4px; }
+code { font: .92em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
+  background: var(--wash); padding: .12em .38em; border-radius: 4px; }
 @media (max-width: 840px) { .numbers .settings { display: none; }
   .numbers .narrow { display: inline; } }
 @media (max-width: 620px) { main { padding: 32px 16px 48px; } .track { display: none; }
   .numbers td.error { width: auto; } .numbers th, .numbers td { padding-left: 12px; }
+  .numbers thead th { white-space: normal; }
   .numbers small { display: block; margin: 0; } dl { grid-template-columns: 1fr; gap: 0; }
   dd { margin-bottom: 10px; } .seeds { font-size: .66rem; } h2 { margin-top: 44px; } }
 """
@@ -589,7 +601,8 @@ def _page(result: DemoResult) -> str:
 def _hint(result: DemoResult, shown: int) -> str:
     text = "Hold the pointer over a row to see the exact solution in its place."
     more = len(result.seeds) - shown
-    return text if not more else f"{text} The numbers are over {more} more seeds, not shown."
+    note = f"The numbers are over {_count(more, 'more seed')} than the pictures." if more else ""
+    return f'<span class="pointer">{text}</span> {note}'
 
 
 def _strips(result: DemoResult, shown: int) -> Iterator[str]:
@@ -625,7 +638,7 @@ def _numbers(result: DemoResult) -> Iterator[str]:
     worst = max((row.rmse or 0.0 for row in result.ode_rows), default=1.0) or 1.0
     for row in (result.exact, *result.rows):
         if row is result.exact:
-            error = f'<span class="about">its own: about {row.rmse:.0e}</span>'
+            error = f'<span class="about">checked to {_own_error(result)}</span>'
         elif row.errors is None:
             error = '<span class="about">stochastic</span>'
         else:
@@ -641,7 +654,8 @@ def _numbers(result: DemoResult) -> Iterator[str]:
             f'<tr><th scope="row"><b>{html.escape(row.solver)}</b>'
             f'<span class="about">{html.escape(row.about)}'
             f'<span class="narrow">; {settings}</span></span></th>'
-            f'<td class="about settings">{settings}</td><td class="right figure{off}">{row.nfe}</td>'
+            f'<td class="settings">{settings}</td>'
+            f'<td class="right figure{off}">{row.nfe}</td>'
             f'<td class="right figure">{_ms(row)}</td>'
             f'<td class="error figure">{error}</td></tr>'
         )
@@ -652,29 +666,30 @@ def _notes(result: DemoResult) -> Iterator[str]:
     count = len(result.seeds)
     yield (
         "NFE is the number of network evaluations for one picture, counted while the solver ran. "
-        f"A solver that cannot spend exactly {result.nfe} has the next larger budget that it can, "
-        "which is in its favour."
+        f"A solver that cannot spend exactly {result.nfe} has the next larger budget that it can: "
+        "so much is in its favour."
     )
     yield (
         "Error is the root of the mean squared difference to the exact solution, pixels in "
-        f"[-1, 1], at the grid's end; the mean over {count} seeds, ± the standard error of that "
-        "mean. One grey level of 256 is 0.008."
+        f"[-1, 1], at the grid's end; the mean over {_count(count, 'seed')}, ± the standard error "
+        "of that mean. One grey level of 256 is 0.008."
     )
     yield (
-        "Every solver runs with the defaults: the Karras grid, no analytic step. Nothing was chosen on "
-        "these seeds. Most solvers do better on a grid of their own, so this is not each at its best; "
-        "auto is what the model's card names for the budget, or dpmpp-2m where it names nothing."
+        "Every solver runs with the defaults: the Karras grid, no analytic step. Nothing was chosen "
+        "on these seeds. Many solvers do better on a grid of their own, so this is not each at its "
+        "best. auto is what the model's card names for the budget, or dpmpp-2m where it names "
+        "nothing."
     )
     yield (
-        f"The exact solution was checked by another solver on another grid; they differ by "
-        f"{result.exact.rmse:.0e}."
+        "The exact solution was checked by another solver on another grid; the two differ by "
+        f"{_own_error(result)}."
     )
     if result.stochastic_rows:
         yield (
-            "The stochastic solvers add noise on the way and end elsewhere, so a distance to the exact "
-            "solution of the ODE would say nothing about them."
+            "The stochastic solvers add noise on the way and end elsewhere, so a distance to the "
+            "exact solution of the ODE would say nothing about them."
         )
-    yield f"{count} seeds rank solvers roughly; judge a close call on more."
+    yield f"{_count(count, 'seed')} can only rank solvers roughly; judge a close call on more."
 
 
 def _protocol_items(result: DemoResult) -> Iterator[str]:
