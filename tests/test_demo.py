@@ -117,9 +117,8 @@ class Links(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.add(tag)
         values = dict(attrs)
-        self.sources += [
-            values[name] for name in ("src", "href", "srcset", "data") if name in values
-        ]
+        links = [values.get(name) for name in ("src", "href", "srcset", "data", "poster")]
+        self.sources += [link for link in links if link]
 
 
 def test_page_needs_nothing_from_outside(page):
@@ -150,6 +149,7 @@ def test_picture_is_whole_and_says_how_it_was_made(demo):
     sheet, protocol = read_png(result.files[0])
     assert sheet.shape[1] >= 900
     assert sheet.shape[2] == 3
+    assert protocol is not None
     assert protocol == result.protocol
     assert protocol["seeds"] == "3, 11"
     folder = result.files[0].parent
@@ -193,6 +193,8 @@ def test_every_family_is_shown():
 
 def test_a_folder_may_be_named_by_a_string(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fewstep.demo.EXACT", ("exp-adams-4", 9, "karras"))
+    monkeypatch.setattr("fewstep.demo.CHECK", ("dpm-solver-3", 9, "karras"))
     result = run_demo(out="here", nfe=1, seeds=[5], label="boot", solvers=["ddim"])
     assert result.files == (Path("here/demo.png"), Path("here/demo.html"))
     assert result.protocol["label"] == "boot"

@@ -142,6 +142,8 @@ def run_demo(
     out, seeds = Path(out), tuple(int(seed) for seed in seeds)
     if not seeds:
         raise ValueError("seeds must name at least one picture")
+    if nfe < 1:
+        raise ValueError(f"nfe must be at least 1, got {nfe}")
     _check_writable(out)
     model = load(model_name)
     names = list(dict.fromkeys(solvers or ("auto", *FAMILIES, *STOCHASTIC)))
@@ -675,10 +677,10 @@ def _notes(result: DemoResult) -> Iterator[str]:
         "of that mean. One grey level of 256 is 0.008."
     )
     yield (
-        "Every solver runs with the defaults: the Karras grid, no analytic step. Nothing was chosen "
-        "on these seeds. Many solvers do better on a grid of their own, so this is not each at its "
-        "best. auto is what the model's card names for the budget, or dpmpp-2m where it names "
-        "nothing."
+        "Every solver runs with the defaults: the Karras grid, no analytic step. Nothing was "
+        "chosen on these seeds. Many solvers do better on a grid of their own, so this is not each "
+        "at its best. auto is what the model's card names for the budget, or dpmpp-2m where it "
+        "names nothing."
     )
     yield (
         "The exact solution was checked by another solver on another grid; the two differ by "

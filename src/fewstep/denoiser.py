@@ -35,6 +35,7 @@ __all__ = [
     "Denoiser",
     "Wrapper",
     "Predicted",
+    "Bound",
     "Guided",
     "Thresholded",
     "Clipped",
@@ -172,6 +173,21 @@ class Predicted(Wrapper):
         t = t.round().long() if self.round_time else t
         out, features = inner(x_t if self.dtype is None else x_t.to(self.dtype), t, *conditions)
         return PREDICTIONS[self.prediction](out.to(x.dtype), x, _per_sample(sigma, x)), features
+
+
+@dataclass(frozen=True, eq=False)
+class Bound(Wrapper):
+    """A conditional denoiser, called as denoiser(x, sigma, condition), with its condition filled in.
+
+    far_mean: the mean of D at sigma_max under that condition, where known
+    """
+
+    denoiser: Any
+    condition: Condition
+    far_mean: Tensor | None = None
+
+    def evaluate(self, inner: Evaluation, x: Tensor, sigma: Tensor) -> tuple[Tensor, Any]:
+        return inner(x, sigma, self.condition)
 
 
 @dataclass(frozen=True, eq=False)

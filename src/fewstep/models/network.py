@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fewstep.denoiser import Guided, Wrapper
+from fewstep.denoiser import Bound, Guided, Wrapper
 from fewstep.files import file_hash, write_json, write_whole
 from fewstep.models.card import CARD_FILE, WEIGHTS_FILE, Card
 from fewstep.models.data import to_pixels, to_unit
@@ -68,18 +68,6 @@ class Conditional:
             return self(x, sigma, label), seen[-1]
         finally:
             hook.remove()
-
-
-@dataclass(frozen=True, eq=False)
-class Bound(Wrapper):
-    """A conditional denoiser with its condition filled in."""
-
-    denoiser: Any
-    condition: Any
-    far_mean: Tensor | None = None
-
-    def evaluate(self, inner: Callable[..., Any], x: Tensor, sigma: Tensor) -> tuple[Tensor, Any]:
-        return inner(x, sigma, self.condition)
 
 
 @dataclass(frozen=True, eq=False)
