@@ -1,8 +1,9 @@
 """Time per step outside the network: our loop beside diffusers' `scheduler.step`, one CPU thread.
 
-Both sides get the network's answer ready-made: ours a D, whose conversion to eps counts where a solver
-wants eps; theirs an eps, in the form that their schedulers convert fastest. Each round times both, one
-after the other; the figures are medians over rounds, the ratio the median of the rounds' ratios.
+Both sides get the network's answer ready-made: ours a D, whose conversion to eps counts where a
+solver wants eps; theirs an eps, in the form that their schedulers convert fastest. Each round times
+both, one after the other; the figures are medians over rounds, the ratio the median of the rounds'
+ratios.
 
     make bench          or    python benchmarks/step_overhead.py --rounds 30
 """
@@ -74,7 +75,8 @@ def seconds(run: Callable[[], None]) -> float:
 
 @torch.inference_mode()
 def measure(rounds: int) -> list[dict[str, Any]]:
-    """One row per solver and shape: microseconds a step on both sides, their ratio, and its limit."""
+    """One row per solver and shape: microseconds a step on both sides, their ratio, and its
+    limit."""
     rows = []
     for solver, name, options, limits in PAIRS:
         for shape, limit in zip(SHAPES, limits, strict=True):
@@ -116,7 +118,7 @@ def main(rounds: int = 30, as_json: bool = False) -> bool:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()

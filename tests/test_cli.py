@@ -57,14 +57,14 @@ def test_sample_writes_skips_and_refuses_to_mix(tmp_path: Path) -> None:
     }
     assert len(metadata["weights"]) == 64
 
-    more = fewstep("sample", "--out", out, "--seeds", "0-3", "--nfe", 3, "--solver", "ddim", "--json")
-    result = json.loads(more.stdout)
+    base = ("sample", "--out", out, "--seeds", "0-3", "--solver", "ddim")
+    result = json.loads(fewstep(*base, "--nfe", 3, "--json").stdout)
     assert result["skipped"] == 3
     assert [Path(p).name for p in result["files"]] == [f"00000{i}.png" for i in range(4)]
     after = hashes(out)
     assert all(after[name] == before[name] for name in before if name != "sheet.png")
 
-    other = fewstep("sample", "--out", out, "--seeds", "0-3", "--nfe", 4, "--solver", "ddim")
+    other = fewstep(*base, "--nfe", 4)
     assert other.returncode == 2
     assert "nfe=3 (now 4)" in other.stderr
     assert hashes(out) == after
@@ -73,7 +73,15 @@ def test_sample_writes_skips_and_refuses_to_mix(tmp_path: Path) -> None:
 def test_running_twice_gives_the_same_files(tmp_path: Path) -> None:
     for name in "ab":
         done = fewstep(
-            "sample", "--out", tmp_path / name, "--seeds", "7,9", "--label", "bag,1", "--guidance", 2
+            "sample",
+            "--out",
+            tmp_path / name,
+            "--seeds",
+            "7,9",
+            "--label",
+            "bag,1",
+            "--guidance",
+            2,
         )
         assert done.returncode == 0, done.stderr
     assert hashes(tmp_path / "a") == hashes(tmp_path / "b")

@@ -14,7 +14,8 @@ from PIL import Image
 from rich.console import Console
 
 import fewstep
-from fewstep.demo import FAMILIES, STOCHASTIC, render_table, run_demo
+from fewstep.demo import FAMILIES, STOCHASTIC, run_demo
+from fewstep.demo_report import render_table
 from fewstep.pictures import read_png
 from fewstep.solver import names
 

@@ -1,4 +1,4 @@
-"""From a model to pictures: reproducibility, conditions, the prior, loading, and what goes wrong."""
+"""From a model to pictures: reproducibility, conditions, the prior, loading, bad input."""
 
 from __future__ import annotations
 

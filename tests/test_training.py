@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -45,9 +46,10 @@ def write_data(folder: Path, count: int = 60, suffix: str = ".gz") -> None:
 
 
 def command(data: Path, out: Path, *more: str) -> list[str]:
-    small = "--pictures 192 --batch 8 --widths 16,16 --checkpoint-every 1 --validate-every 7".split()
     base = [sys.executable, "-m", "fewstep", "train", "network"]
-    return [*base, "--data", str(data), "--out", str(out), *small, *more]
+    small = ["--pictures", "192", "--batch", "8", "--widths", "16,16"]
+    often = ["--checkpoint-every", "1", "--validate-every", "7"]
+    return [*base, "--data", str(data), "--out", str(out), *small, *often, *more]
 
 
 def run(*args: object, **options: object) -> subprocess.CompletedProcess[str]:
@@ -103,7 +105,10 @@ def test_a_longer_run_goes_on_from_a_shorter_one(tmp_path: Path) -> None:
     assert run(*command(tmp_path / "data", tmp_path / "out")).returncode == 0
     done = run(*command(tmp_path / "data", tmp_path / "out", "--pictures", "320"))
     assert done.returncode == 0, done.stderr
-    steps = [json.loads(line)["step"] for line in (tmp_path / "out/log.jsonl").read_text().split("\n")[:-1]]
+    steps = [
+        json.loads(line)["step"]
+        for line in (tmp_path / "out/log.jsonl").read_text().split("\n")[:-1]
+    ]
     assert steps == [7, 14, 21, 24, 28, 35, 40]
 
 
@@ -183,5 +188,5 @@ def test_learning_rate_rises_holds_and_falls_to_zero() -> None:
     rates = [recipe.lr_at(step) for step in range(1000)]
     assert rates[0] == pytest.approx(1e-4)
     assert rates[9:700] == [1e-3] * 691
-    assert all(a > b for a, b in zip(rates[700:], rates[701:], strict=False))
+    assert all(a > b for a, b in pairwise(rates[700:]))
     assert 0 < rates[-1] < 5e-6

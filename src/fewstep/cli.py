@@ -294,7 +294,8 @@ def demo_command(
     seeds: SeedsOption = "0-11",
 ) -> None:
     """Every solver on the same seeds beside the exact solution: a table, a picture, a report."""
-    from fewstep.demo import render_table, run_demo
+    from fewstep.demo import run_demo
+    from fewstep.demo_report import render_table
 
     chosen = parse_seeds(seeds)
     with progress_bar(False) as bar:
@@ -303,7 +304,8 @@ def demo_command(
         def report(what: str, done: int, total: int) -> None:
             bar.update(task, description=what, completed=done, total=total)
 
-        result = run_demo(model, out, nfe=nfe, seeds=chosen, report=report)
+        command = f"fewstep demo --out {out} --model {model} --nfe {nfe} --seeds {seeds}"
+        result = run_demo(model, out, nfe=nfe, seeds=chosen, command=command, report=report)
     Console().print(render_table(result))
     for path in result.files:
         print(path)

@@ -177,7 +177,7 @@ class Predicted(Wrapper):
 
 @dataclass(frozen=True, eq=False)
 class Bound(Wrapper):
-    """A conditional denoiser, called as denoiser(x, sigma, condition), with its condition filled in.
+    """A conditional denoiser, denoiser(x, sigma, condition), with its condition filled in.
 
     far_mean: the mean of D at sigma_max under that condition, where known
     """
