@@ -26,6 +26,7 @@ from conftest import (
 
 import fewstep.solver as registry
 from fewstep.loop import State, iterate, solve
+from fewstep.noise import normal
 from fewstep.plan import Combine, Eval, Plan, flatten, freeze, nfe
 
 SEEDS = [1, 2, 3]
@@ -307,6 +308,22 @@ def test_the_network_is_told_cond_but_eps_divides_by_sigma(mixture):
     y = x - e1
     e2 = eps(y, 1.0, 0.7)
     torch.testing.assert_close(solve(mixture, x, plan), y - 0.2 * e2 - 0.3 * e1, rtol=0, atol=1e-13)
+
+
+def test_a_trial_stage_may_take_up_noise(mixture):
+    """Then x is no combination of outputs any more, and eps at x must be taken as it is."""
+    ops = (
+        Eval(2.0),
+        Combine((-0.5,), 1.5, noise=0.4, accept=False),
+        Eval(1.5),
+        Combine((-0.3, -0.2), 1.0),
+    )
+    x = noise(3, 2.0)
+    e1 = eps_of(mixture, x, 2.0)
+    y = x - 0.5 * e1 + 0.4 * normal(SEEDS, (3,), "step", 0, torch.float64)
+    hand = x - 0.3 * eps_of(mixture, y, 1.5) - 0.2 * e1
+    found = solve(mixture, x, Plan("eps", 2, "test", "test", (), ops), seeds=SEEDS)
+    torch.testing.assert_close(found, hand, rtol=0, atol=1e-13)
 
 
 def test_levels_and_weights_may_be_tensors_one_per_sample_or_one_for_all(mixture):

@@ -71,9 +71,11 @@ def run_demo(
 ) -> DemoResult:
     """Run every solver family on the same seeds; write demo.png and demo.html into `out`.
 
-    nfe: the budget; a solver that cannot spend it gets the next larger one that it can; solvers:
-    these instead of all; command: what the report gives as its origin; report: called with what is
-    under way, and with the work done and in total, in evaluations of one picture.
+    nfe: the budget; a solver that cannot spend it gets the next larger one that it can
+    solvers: these instead of all
+    command: what the report gives as its origin
+    report: called with what is under way, and with the work done and in total, in evaluations of
+        one picture
 
     Errors: OSError where `out` cannot be written, before any work; ValueError for unknown names.
     """

@@ -25,10 +25,14 @@ SHOWN = 16  # pictures in a row at most; the numbers are over all seeds
 class Row:
     """One solver's run.
 
-    solver: as registered, or "auto"; about: what it is; settings: how it ran; nfe: evaluations
-    spent, counted; ms: milliseconds per picture; x: where it ended, float32 [n, c, h, w]; pictures:
-    the same, uint8 [n, h, w, c]; errors: RMSE to the exact solution for each seed [n], None for a
-    stochastic solver.
+    solver: as registered, or "auto"
+    about: what it is
+    settings: how it ran
+    nfe: evaluations spent, counted
+    ms: milliseconds per picture
+    x: where it ended, float32 [n, c, h, w]
+    pictures: the same, uint8 [n, h, w, c]
+    errors: RMSE to the exact solution for each seed [n], None for a stochastic solver
     """
 
     solver: str
@@ -57,9 +61,10 @@ class Row:
 class DemoResult:
     """What the demo computed and wrote.
 
-    rows: the ODE solvers by error, then the stochastic ones; exact: the reference, whose errors are
-    its distances to the check on the first seeds; protocol: how to make all this again, in words;
-    files: what was written.
+    rows: the ODE solvers by error, then the stochastic ones
+    exact: the reference, whose errors are its distances to the check on the first seeds
+    protocol: how to make all this again, in words
+    files: what was written
     """
 
     model: str

@@ -34,8 +34,11 @@ DEFAULT_GRID = "karras"
 class State:
     """Where sampling stands after an accepted step.
 
-    x: [b, ...] in EDM units; history: past outputs, newest first, eps or D as the solver has it;
-    denoised: the network's last D; sigma: the level of x, float or [b]; nfe: evaluations spent.
+    x: [b, ...] in EDM units
+    history: past outputs, newest first, eps or D as the solver has it
+    denoised: the network's last D
+    sigma: the level of x, float or [b]
+    nfe: evaluations spent
     """
 
     x: Tensor
@@ -100,17 +103,22 @@ def solve(
     """Solve the probability-flow ODE (or the SDE) from x_T with exactly `nfe` evaluations of the
     denoiser.
 
-    denoiser: any callable D(x [b, ...], sigma [b]) -> [b, ...], the expected clean picture at noise
-    level sigma; x_T: the start, [b, ...], noise of standard deviation sigma_max (or a picture plus
-    such noise, to start in the middle); grid: a name ("karras", "log-snr", "time-uniform",
-    "discrete", "trailing") or strictly decreasing sigmas, and then nfe follows from them;
-    sigma_min, sigma_max: default to the denoiser's own, else 0.002 and 80; seeds: one integer per
-    picture, needed by stochastic solvers; first: analytic first step, "none", "zero" as published
-    or "mean" (needs `denoiser.far_mean`); final: a last denoising evaluation at the grid's end.
+    denoiser: any callable D(x [b, ...], sigma [b]) -> [b, ...], the expected clean picture
+    x_T: the start, [b, ...]: noise of standard deviation sigma_max, or a picture plus such noise,
+        to start in the middle
+    solver: a name, with options if need be ("ddim-eta:eta=0.5"), a Solver or a Plan
+    grid: "karras" (the default), "log-snr", "time-uniform", "discrete" or "trailing"; or strictly
+        decreasing sigmas, from which nfe then follows
+    sigma_min, sigma_max: the denoiser's own where left out, else 0.002 and 80
+    seeds: one integer per picture, needed by stochastic solvers
+    first: analytic first step, at no evaluation: "none", "zero" as published, or "mean", which
+        needs `denoiser.far_mean`
+    final: spend the last evaluation at the grid's end and return its D
 
-    Returns x at the grid's end (at sigma_min, or 0 with `final`), [b, ...]. The state is float32,
-    float64 where x_T is. Runs in the caller's grad mode. Errors: ValueError for unknown names,
-    impossible budgets, and a denoiser that returns another shape.
+    Returns x at the grid's end (at sigma_min, or at 0 with `final`), [b, ...], float32, or float64
+    where x_T is. Runs in the caller's grad mode.
+    Errors: ValueError for unknown names, impossible budgets, stochastic solvers without seeds, and
+    a denoiser that returns another shape.
     """
     reuse = not torch.is_grad_enabled()
     x = x_T
@@ -149,13 +157,19 @@ def iterate(
 def _iterate(
     denoiser, x_T, solver, nfe, grid, sigma_min, sigma_max, seeds, first, final, reuse
 ) -> Generator[State, State | None, None]:
-    low = getattr(denoiser, "sigma_min", DEFAULT_RANGE[0]) if sigma_min is None else sigma_min
-    high = getattr(denoiser, "sigma_max", DEFAULT_RANGE[1]) if sigma_max is None else sigma_max
+    low = _end(denoiser, "sigma_min", sigma_min, DEFAULT_RANGE[0])
+    high = _end(denoiser, "sigma_max", sigma_max, DEFAULT_RANGE[1])
     schedule = getattr(denoiser, "schedule", None)
     program, _ = program_for(solver, nfe, grid, (low, high), schedule, first, final)
     if seeds is not None and len(seeds) != len(x_T):
         raise ValueError(f"seeds must have one entry per picture, got {len(seeds)} for {len(x_T)}")
     return _run(program, denoiser, x_T, seeds, reuse)
+
+
+def _end(denoiser: Denoiser, name: str, given: float | None, default: float) -> float:
+    """An end of the range: the caller's, else the denoiser's own, else the default."""
+    own = getattr(denoiser, name, None)
+    return given if given is not None else default if own is None else own
 
 
 def _run(

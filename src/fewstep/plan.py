@@ -32,10 +32,11 @@ class Eval(NamedTuple):
     """Evaluate at the current state, which is at noise level sigma, and push the output on the
     history.
 
-    sigma: float or [b]; cond: the level that the network is told, where it differs; source: "net",
-    or one of the analytic stand-ins that cost nothing ("zero": eps = x / sqrt(1 + sigma^2), "mean":
-    D = the mean of the network's D at sigma_max); features: whether the reply should carry the
-    network's features.
+    sigma: float or [b]
+    cond: the level that the network is told, where it differs
+    source: "net", or one of the analytic stand-ins that cost nothing ("zero": eps = x / sqrt(1 +
+        sigma^2), "mean": D = the mean of the network's D at sigma_max)
+    features: whether the reply should carry the network's features
     """
 
     sigma: Level
@@ -47,9 +48,11 @@ class Eval(NamedTuple):
 class Combine(NamedTuple):
     """x = a * anchor + sum_j b_j * history_j + noise * xi, at noise level sigma.
 
-    b: newest first, floats or [b] tensors; noise: standard deviation of fresh noise; interval: None
-    for an independent draw, or the two noise levels whose unit-variance Brownian increment is
-    meant; accept: whether the new state becomes the anchor (False: a trial stage).
+    b: newest first, floats or [b] tensors
+    noise: standard deviation of fresh noise
+    interval: None for an independent draw, or the two noise levels whose unit-variance Brownian
+        increment is meant
+    accept: whether the new state becomes the anchor (False: a trial stage)
     """
 
     b: tuple[Level, ...]
@@ -76,8 +79,9 @@ Ops = Generator[Op, Seen | None, None]
 class Plan:
     """A static solver on one grid: a header and the operations, all numbers.
 
-    prediction: what the history holds, "eps" or "x0"; depth: how many outputs are kept; solver,
-    grid: names, for the record.
+    prediction: what the history holds, "eps" or "x0"
+    depth: how many outputs are kept
+    solver, grid: names, for the record
     """
 
     prediction: Prediction

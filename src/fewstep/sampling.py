@@ -27,9 +27,11 @@ __all__ = ["Samples", "Settings", "describe", "sample"]
 class Samples:
     """Pictures and how they came about.
 
-    images: uint8 [n, h, w, c]; seeds: one per picture; nfe: evaluations of the denoiser per
-    picture; network_calls: forward passes of the network per picture (twice nfe under guidance);
-    provenance: everything needed to make them again, JSON-ready.
+    images: uint8 [n, h, w, c]
+    seeds: one per picture
+    nfe: evaluations of the denoiser per picture
+    network_calls: forward passes of the network per picture (twice nfe under guidance)
+    provenance: everything needed to make them again, JSON-ready
     """
 
     images: np.ndarray
@@ -130,16 +132,18 @@ def sample(
 ) -> Samples:
     """Sample one picture per seed in `nfe` evaluations each.
 
-    solver: a name, "auto" (the best that the model's card knows for the budget), a Solver or a
-    Plan; label: one for all pictures or one per seed, an index or a class name; guidance:
-    classifier-free guidance scale, 1 = none; batch: pictures at a time, 64 unless given; grid,
-    first, final: as in `solve`; head_start: a noise level to which the prior is carried
-    analytically, as the flow of a Gaussian, at no evaluation; report: called with the number of
-    pictures done after each batch.
+    solver: a name, "auto" (the best that the model's card knows for the budget), a Solver or a Plan
+    label: one for all pictures or one per seed, an index or a class name
+    guidance: classifier-free guidance scale; None or 1 is none
+    batch: pictures at a time, 64 unless given
+    grid, first, final: as in `solve`
+    head_start: a noise level to which the prior is carried analytically, as the flow of a Gaussian,
+        at no evaluation
+    report: called with the number of pictures done after each batch
 
-    Picture i depends on seed i alone. Errors: ValueError for what the model or the solver cannot
-    do, and FloatingPointError, with the step and the seeds, where the network returns NaN or
-    infinity.
+    Picture i depends on seed i alone.
+    Errors: ValueError for what the model or the solver cannot do; FloatingPointError, with the step
+    and the seeds, where the network returns NaN or infinity.
     """
     seeds = tuple(int(seed) for seed in seeds)
     if not seeds:

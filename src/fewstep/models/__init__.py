@@ -54,8 +54,10 @@ def load(
 ) -> Model:
     """Load a built-in model by name, or a model folder by path.
 
-    device: a torch device; dtype: the network's arithmetic, float32, bfloat16 or float16 (the
-    sampled state stays float32); compile: torch.compile the network, worth it for many pictures.
+    device: a torch device
+    dtype: the network's arithmetic, float32, bfloat16 or float16 (the sampled state stays float32)
+    compile: torch.compile the network, worth it for many pictures
+
     Nothing in a folder is executed.
 
     Errors: ValueError where there is no such model (with the nearest names), or its files are

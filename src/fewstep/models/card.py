@@ -17,10 +17,12 @@ FORMAT = "fewstep-model/1"
 class Card:
     """Facts about a model, JSON-ready.
 
-    network: the configuration of its `UNet`; classes: their names, in order; feature_module: dotted
-    name of the module whose output feature taps read; weights_sha256: hash of the weights file;
-    auto: for each budget (as a string) the best known solver, grid and first step; about: recipe,
-    data, licence and figures, for people.
+    network: the configuration of its `UNet`
+    classes: their names, in order
+    feature_module: dotted name of the module whose output feature taps read
+    weights_sha256: hash of the weights file
+    auto: for each budget (as a string) the best known solver, grid and first step
+    about: recipe, data, licence and figures, for people
     """
 
     name: str

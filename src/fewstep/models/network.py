@@ -75,8 +75,9 @@ class NetworkModel:
     """A trained `UNet` with its card and statistics: everything from noise to pixels but the
     solver.
 
-    stats: the tensors named stats.* of the weights file, without that prefix, float32 on the
-    device; dtype: the network's arithmetic; forward: the network, compiled or not.
+    stats: the tensors named stats.* of the weights file, without that prefix, float32 on the device
+    dtype: the network's arithmetic
+    forward: the network, compiled or not
     """
 
     card: Card
@@ -248,8 +249,10 @@ def data_statistics(images: Tensor, labels: Tensor, classes: int) -> dict[str, T
     """Mean, leading principal directions and variances of the data, for each class and for all
     together.
 
-    images: uint8 [n, c, h, w]; labels: [n]. Keys mean, basis, variances, rest, as in the module's
-    docstring.
+    images: uint8 [n, c, h, w]
+    labels: [n]
+
+    Keys mean, basis, variances, rest, as in the module's docstring.
     """
     rows: dict[str, list[Tensor]] = {"mean": [], "basis": [], "variances": [], "rest": []}
     for row in range(classes + 1):

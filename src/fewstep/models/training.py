@@ -48,9 +48,10 @@ CHECKPOINT = "checkpoint.safetensors"
 class Recipe:
     """What decides the trained weights, to the bit, on one kind of machine.
 
-    pictures: length of the run, rounded up to whole batches; warmup: pictures until the learning
-    rate is reached; cooldown: the last share of the run, over which it falls to zero; dtype: the
-    network's arithmetic.
+    pictures: length of the run, rounded up to whole batches
+    warmup: pictures until the learning rate is reached
+    cooldown: the last share of the run, over which it falls to zero
+    dtype: the network's arithmetic
     """
 
     pictures: int = 1_500_000
@@ -268,9 +269,12 @@ def train_network(
 ) -> UNet:
     """Train to the end of the recipe, resuming from a checkpoint in `out` where there is one.
 
-    images: uint8 [n, c, h, w]; labels: int64 [n]; held_out: the same, for validation;
-    checkpoint_every and validate_every count steps. Returns the network with averaged weights,
-    float32. `out` receives checkpoint.safetensors and log.jsonl (one line per validation).
+    images: uint8 [n, c, h, w]
+    labels: int64 [n]
+    held_out: the same, for validation; checkpoint_every and validate_every count steps
+
+    Returns the network with averaged weights, float32. `out` receives checkpoint.safetensors and
+    log.jsonl (one line per validation).
 
     Errors: ValueError for a checkpoint of another recipe, FloatingPointError where the loss is not
     finite (the last checkpoint stays).
@@ -319,7 +323,8 @@ def export_network(
     """Write a model folder from a trained network: float16 weights, statistics of the data, the
     card.
 
-    images, labels: the training data, for its statistics; classes: names, indices where left out.
+    images, labels: the training data, for its statistics
+    classes: names, indices where left out
     """
     count = recipe.network.classes
     names = tuple(classes) or tuple(map(str, range(count)))

@@ -23,11 +23,14 @@ FIRST_STEPS = ("none", "zero", "mean")
 class Solver:
     """A named solver and what it promises.
 
-    ops: from a strictly decreasing grid to the operations; prediction: what its history holds;
-    depth: how much of it; order: global order of convergence on any smooth grid, history seeded;
-    degree and variable: it integrates outputs that are polynomials in `variable` up to `degree`
-    exactly on any grid; options: the keyword arguments of ops that a user may set, with their
-    defaults; adapts: it needs the network's replies, so it has no plan.
+    ops: from a strictly decreasing grid to the operations
+    prediction, depth: what its history holds, and how much of it
+    order: global order of convergence on any smooth grid, history seeded
+    degree, variable: outputs that are polynomials in `variable` up to `degree` are integrated
+        exactly on any grid
+    evaluations: only for a solver that adapts to the network's replies, and so has no plan: how
+        many it spends on so many intervals
+    options: the keyword arguments of ops that a user may set, with their defaults
     """
 
     name: str
@@ -38,9 +41,14 @@ class Solver:
     degree: int = 0
     variable: Literal["sigma", "log_snr"] = "sigma"
     stochastic: bool = False
-    adapts: bool = False
+    evaluations: Callable[[int], int] | None = None
     options: tuple[tuple[str, float], ...] = ()
     summary: str = ""
+
+    @property
+    def adapts(self) -> bool:
+        """Whether it needs the network's replies, so that it has no plan."""
+        return self.evaluations is not None
 
     def program(self, sigmas: Sequence[float], first: str = "none", final: bool = False) -> Ops:
         """The operations on one grid, with an analytic first step and a last denoising step where
@@ -179,8 +187,9 @@ def get(name: str) -> Solver:
 
 @functools.lru_cache(maxsize=1024)
 def _spent(solver: Solver, intervals: int, first: str, final: bool) -> int:
-    # any decreasing grid will do: no solver's count depends on where the points lie, except
-    # churn's, which does not either
+    if solver.evaluations is not None:
+        return solver.evaluations(intervals) - (first != "none") + final
+    # any decreasing grid will do: no solver's count depends on where the points lie
     sigmas = [80.0 * 0.5 ** (10 * i / intervals) for i in range(intervals + 1)]
     return nfe(solver.plan(sigmas, first, final))
 
