@@ -6,7 +6,7 @@ for each picture, an intermediate level, a scale of the step and a level that th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import fewstep
+from fewstep.plan import Ops
 from fewstep.solver import Solver, intervals_for
 
 GRID = (10.0, 3.0, 1.0, 0.2)
@@ -42,7 +43,7 @@ def predictor(weights: Tensor) -> Predictor:
     return predict
 
 
-def amed(sigmas: tuple[float, ...], *, predict: Predictor, count: int) -> Iterator:
+def amed(sigmas: tuple[float, ...], *, predict: Predictor, count: int) -> Ops:
     for cur, nxt in pairwise(sigmas):
         seen = yield fewstep.Eval(cur, features=True)
         r, c, a = predict(seen.features, cur, nxt, count)

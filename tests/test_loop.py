@@ -342,7 +342,7 @@ def test_levels_and_weights_may_be_tensors_one_per_sample_or_one_for_all(mixture
     def run(x, columns):
         # as a plan, whose numbers may be tensors while they are learned
         plan = Plan("eps", 3, "test", "test", (), tuple(ops(*columns)))
-        return solve(mixture, x, plan)
+        return solve(Counted(mixture), x, plan)  # which insists on a sigma of [b]
 
     batch = run(x, levels.unbind(1))
     for i in range(3):
@@ -384,7 +384,7 @@ def test_an_adaptive_solver_sees_features_only_where_it_asks(mixture):
             seen.append(reply)
             yield Combine((1 - nxt / cur,), nxt, a=nxt / cur)
 
-    solver = registry.Solver("adaptive", ops, "x0", 1, 1, adapts=True)
+    solver = registry.Solver("adaptive", ops, "x0", 1, 1, evaluations=lambda intervals: intervals)
     denoiser = WithFeatures(mixture)
     x = noise(3, SIGMAS[0])
     end = solve(denoiser, x, solver, grid=SIGMAS)
