@@ -46,6 +46,7 @@ def predictor(weights: Tensor) -> Predictor:
 def amed(sigmas: tuple[float, ...], *, predict: Predictor, count: int) -> Ops:
     for cur, nxt in pairwise(sigmas):
         seen = yield fewstep.Eval(cur, features=True)
+        assert seen is not None
         r, c, a = predict(seen.features, cur, nxt, count)
         mid = nxt**r * cur ** (1 - r)
         yield fewstep.Combine((mid - cur,), mid, accept=False)
