@@ -126,6 +126,22 @@ def test_iterate_yields_each_accepted_state_and_ends_where_solve_does(name, mixt
     assert torch.equal(states[-1].x, solve(mixture, x, name, grid=SIGMAS, seeds=SEEDS))
 
 
+@pytest.mark.parametrize("first", ["zero", "mean"])
+@pytest.mark.parametrize("name", ODE_SOLVERS)
+def test_an_analytic_first_step_counts_nothing_and_shows_its_stand_in(name, first, mixture):
+    x = noise(3, SIGMAS[0])
+    denoiser = Counted(mixture)
+    states = []
+    for state in iterate(denoiser, x, name, grid=SIGMAS, first=first, final=True):
+        assert state.nfe == denoiser.calls
+        states.append(state)
+    assert torch.equal(states[-1].x, states[-1].denoised)  # the last D, to the bit
+    if name in {"ddim", "lms-4", "deis-3", "dpmpp-2m"}:
+        shrink = 1 - SIGMAS[0] / (1 + SIGMAS[0] ** 2) ** 0.5
+        stand_in = mixture.far_mean.expand_as(x) if first == "mean" else shrink * x
+        torch.testing.assert_close(states[0].denoised, stand_in, rtol=0, atol=1e-14)
+
+
 @pytest.mark.parametrize("name", ALL_SOLVERS)
 def test_the_tensors_of_a_yielded_state_are_never_written_to_again(name, mixture):
     x = noise(3, SIGMAS[0])
@@ -263,6 +279,9 @@ def test_a_network_in_half_precision_keeps_the_state_in_float32(name, half, mixt
         assert x.dtype == sigma.dtype == torch.float32
         return mixture(x, sigma).to(half)
 
+    for state in iterate(network, x, name, grid=SIGMAS, seeds=SEEDS):
+        kept = [state.x, *state.history, *([] if state.denoised is None else [state.denoised])]
+        assert all(tensor.dtype == torch.float32 for tensor in kept)
     found = solve(network, x, name, grid=SIGMAS, seeds=SEEDS)
     assert found.dtype == torch.float32
     # the same as rounding the outputs alone

@@ -30,8 +30,10 @@ app.add_typer(train_app, name="train")
 MOST_SEEDS = 1_000_000
 
 ModelArgument = Annotated[str, typer.Argument(help="A built-in model's name, or a model folder.")]
-SolverOption = Annotated[str, typer.Option(help="A solver's name, or auto: the best known.")]
-NfeOption = Annotated[int, typer.Option(help="Network evaluations per picture.", min=1)]
+SolverOption = Annotated[
+    str, typer.Option(help="auto (the best known), a name, or NAME:option=value.")
+]
+NfeOption = Annotated[int, typer.Option(help="Network evaluations per picture.", min=1, max=10_000)]
 GridOption = Annotated[
     str | None,
     typer.Option(help="karras, log-snr, time-uniform, discrete, trailing, or sigmas: 80,9,1,0.002"),
@@ -41,7 +43,7 @@ FirstOption = Annotated[
 ]
 FinalOption = Annotated[bool, typer.Option(help="Add a last denoising step; costs one evaluation.")]
 SeedsOption = Annotated[str, typer.Option(help="Seeds, one per picture: 0-63 or 1,5,7-9.")]
-DeviceOption = Annotated[str, typer.Option(help="A torch device: cpu, cuda, cuda:1, mps.")]
+DeviceOption = Annotated[str, typer.Option(help="A torch device: cpu, cuda, cuda:1.")]
 DtypeOption = Annotated[
     str, typer.Option(help="The network's arithmetic: float32, bfloat16, float16.")
 ]
@@ -161,7 +163,7 @@ def sample_command(
     made = len(chosen) - result.skipped
     print(
         f"{made} pictures{kept}: {how['solver']} on the {how['grid']} grid, first={how['first']}, "
-        f"{how['nfe']} evaluations each ({how['network_calls']} network calls), {seconds:.2f} s"
+        f"{how['nfe']} evaluations each ({result.network_calls} network calls), {seconds:.2f} s"
     )
     print(f"{result.sheet}")
 
@@ -217,8 +219,8 @@ def models_command(
         return
     table = Table("model", "what it is", "pictures", "classes", "sigma", box=None)
     for card in cards:
-        size = card.network["size"]
-        pictures = f"{size}x{size}x{card.network['channels']}"
+        size, channels = (card.network.get(key, "?") for key in ("size", "channels"))
+        pictures = f"{size}x{size}x{channels}"
         span = f"{card.sigma_min:g} to {card.sigma_max:g}"
         table.add_row(card.name, card.summary, pictures, ", ".join(card.classes), span)
     Console().print(table)
@@ -250,13 +252,15 @@ def train_network_command(
     """
     from fewstep import show
     from fewstep.models.data import load_idx_folder
-    from fewstep.models.training import Recipe, export_network, train_network
+    from fewstep.models.training import Recipe, check_names, export_network, train_network
     from fewstep.models.unet import UNetConfig
 
     images, labels = load_idx_folder(data)
     test_images, test_labels = load_idx_folder(data, "test")
     names = tuple(classes.split(",")) if classes else ()
-    count = max(int(labels.max()) + 1, len(names))
+    count = int(labels.max()) + 1
+    if names:
+        check_names(names, count)
     recipe = Recipe(
         pictures=pictures,
         batch=batch,

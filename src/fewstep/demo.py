@@ -12,12 +12,10 @@ leave the ODE, so they have pictures but no error.
 from __future__ import annotations
 
 import datetime
-import errno
 import math
 import os
 import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +29,7 @@ from torch import Tensor
 from fewstep import __version__
 from fewstep.demo_report import DemoResult, Row, count, page, poster, span
 from fewstep.denoiser import Counted
-from fewstep.files import write_whole
+from fewstep.files import check_writable, write_whole
 from fewstep.loop import iterate, solve
 from fewstep.models import Model, load
 from fewstep.pictures import write_png
@@ -84,7 +82,7 @@ def run_demo(
         raise ValueError("seeds must name at least one picture")
     if nfe < 1:
         raise ValueError(f"nfe must be at least 1, got {nfe}")
-    _check_writable(out)
+    check_writable(out)
     model = load(model_name)
     names = list(dict.fromkeys(solvers or ("auto", *FAMILIES, *STOCHASTIC)))
     chosen = {name: _settings(model, name, nfe) for name in names}
@@ -112,17 +110,6 @@ def run_demo(
     write_png(files[0], np.asarray(poster(result)), protocol)
     write_whole(files[1], page(result).encode())
     return replace(result, files=files)
-
-
-def _check_writable(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except FileExistsError:
-        raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(out)) from None
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(out)) from None
 
 
 @dataclass(frozen=True, eq=False)

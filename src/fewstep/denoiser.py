@@ -42,6 +42,8 @@ __all__ = [
     "Counted",
     "OPTIONAL",
     "PREDICTIONS",
+    "calls_per_eval",
+    "per_sample",
 ]
 
 Condition = Any  # a tensor batched along dim 0, or a tuple, list or dict of conditions
@@ -168,11 +170,11 @@ class Predicted(Wrapper):
     def evaluate(
         self, inner: Evaluation, x: Tensor, sigma: Tensor, *conditions: Condition
     ) -> tuple[Tensor, Any]:
-        x_t = x * _per_sample(self.schedule.alpha(sigma), x)
+        x_t = x * per_sample(self.schedule.alpha(sigma), x)
         t = self.schedule.t(sigma) * self.time_scale
         t = t.round().long() if self.round_time else t
         out, features = inner(x_t if self.dtype is None else x_t.to(self.dtype), t, *conditions)
-        return PREDICTIONS[self.prediction](out.to(x.dtype), x, _per_sample(sigma, x)), features
+        return PREDICTIONS[self.prediction](out.to(x.dtype), x, per_sample(sigma, x)), features
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,7 +214,7 @@ class Guided(Wrapper):
 
     @property
     def calls_per_eval(self) -> int:
-        return 2 * _calls(self.denoiser)
+        return 2 * calls_per_eval(self.denoiser)
 
     @property
     def far_mean(self) -> Tensor | None:
@@ -231,7 +233,7 @@ class Guided(Wrapper):
     def _guide(self, cond: Tensor, uncond: Tensor) -> Tensor:
         scale = self.scale
         if isinstance(scale, Tensor):
-            scale = _per_sample(scale.to(cond.device), cond)
+            scale = per_sample(scale.to(cond.device), cond)
         return uncond + scale * (cond - uncond)
 
 
@@ -265,7 +267,7 @@ class Thresholded(Wrapper):
         largest = size.topk(size.shape[1] - rank, dim=1).values
         above = largest[:, -2] if largest.shape[1] > 1 else largest[:, -1]
         s = torch.lerp(largest[:, -1], above, weight).clamp(min=self.limit)
-        s = _per_sample(s, denoised)
+        s = per_sample(s, denoised)
         return denoised.clamp(-s, s) * (self.limit / s)
 
 
@@ -301,17 +303,18 @@ class Counted(Wrapper):
         self, inner: Evaluation, x: Tensor, sigma: Tensor, *conditions: Condition
     ) -> tuple[Tensor, Any]:
         self.evaluations += 1
-        self.network_calls += _calls(self.denoiser)
+        self.network_calls += calls_per_eval(self.denoiser)
         return inner(x, sigma, *conditions)
 
 
-def _calls(denoiser: Any) -> int:
+def calls_per_eval(denoiser: Any) -> int:
+    """Network calls, as samples, that one evaluation costs."""
     return getattr(denoiser, "calls_per_eval", None) or 1
 
 
-def _per_sample(value: Tensor, x: Tensor) -> Tensor:
-    """[b] -> [b, 1, ...], to go with x and in its dtype."""
-    return value.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype)
+def per_sample(value: float | Tensor, x: Tensor) -> float | Tensor:
+    """A number for each sample, [b], shaped to multiply x and in its dtype; a float stays one."""
+    return value.to(x).reshape(-1, *[1] * (x.ndim - 1)) if isinstance(value, Tensor) else value
 
 
 def _join(cond: Condition, uncond: Condition, count: int) -> Condition:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
-__all__ = ["file_hash", "write_json", "write_whole"]
+__all__ = ["check_writable", "file_hash", "sweep", "write_json", "write_whole"]
+
+PARTIAL = ".partial"
 
 
 def write_whole(path: Path | str, data: bytes) -> None:
     """Write `data` to `path` so that a crash leaves either the old file or the new one, never a
-    part."""
+    part.
+
+    A process killed in the middle leaves its temporary, `.{name}.{8 letters}.partial`; see `sweep`.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -30,6 +37,16 @@ def write_whole(path: Path | str, data: bytes) -> None:
         raise
 
 
+def sweep(path: Path | str) -> None:
+    """Remove the temporaries that killed processes left beside `path`; only for the one process
+    that writes it."""
+    path = Path(path)
+    ours = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}{re.escape(PARTIAL)}")
+    for other in path.parent.iterdir():
+        if ours.fullmatch(other.name):
+            other.unlink(missing_ok=True)
+
+
 def write_json(path: Path | str, value: Any) -> None:
     """`write_whole` of indented JSON with a final newline."""
     write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
@@ -39,3 +56,19 @@ def file_hash(path: Path | str) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_writable(folder: Path | str) -> None:
+    """Make the folder, and find out before any work whether it can be written.
+
+    Errors: OSError that names the folder.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(folder)) from None
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from None

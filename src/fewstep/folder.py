@@ -6,16 +6,15 @@ refuses to mix it with anything made in another way.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from fewstep.denoiser import calls_per_eval
+from fewstep.files import check_writable
 from fewstep.models import Model
-from fewstep.pictures import contact_sheet, read_png, write_png
+from fewstep.pictures import contact_sheet, read_metadata, read_png, write_png
 from fewstep.sampling import Settings, describe, sample
 
 __all__ = ["FolderResult", "sample_to_folder"]
@@ -32,6 +31,7 @@ class FolderResult:
     sheet: Path
     skipped: int
     settings: dict[str, Any]
+    network_calls: int
 
     def to_dict(self) -> dict[str, Any]:
         values = asdict(self)
@@ -60,26 +60,28 @@ def sample_to_folder(
     otherwise, and what `fewstep.sample` raises; OSError where the folder cannot be written.
     """
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=out):
-        pass  # a folder that cannot be written fails now, not after the sampling
-    settings = Settings.choose(model, solver, nfe, grid, first, final)
+    settings = Settings.choose(model, solver, nfe, grid, first, final, head_start)
     common = describe(model, settings, guidance=guidance, head_start=head_start)
+    denoiser = model.denoiser(labels[:1] if labels else None, None, guidance)
+    check_writable(out)
     wanted = {
         seed: {**common, "seed": seed, "label": labels[i] if labels else None}
         for i, seed in enumerate(seeds)
     }
     paths = {seed: out / f"{seed:06d}.png" for seed in seeds}
-    images: dict[int, np.ndarray] = {}
-    for seed, path in paths.items():
-        if path.exists():
-            images[seed], found = read_png(path)
-            if found != wanted[seed]:
-                how = _difference(found, wanted[seed])
-                raise ValueError(f"{path} is there already, {how}; choose another --out")
-    missing = [seed for seed in seeds if seed not in images]
-    skipped = len(seeds) - len(missing)
-    report(skipped)
+    sheet, shown = out / "sheet.png", seeds[:MOST_ON_SHEET]
+    if sheet.exists() and read_metadata(sheet) is None:
+        raise ValueError(
+            f"{sheet} is there already and was not made by fewstep; choose another --out"
+        )
+    there = [seed for seed in seeds if paths[seed].exists()]
+    for seed in there:
+        if (found := read_metadata(paths[seed])) != wanted[seed]:
+            how = _difference(found, wanted[seed])
+            raise ValueError(f"{paths[seed]} is there already, {how}; choose another --out")
+    images = {seed: read_png(paths[seed])[0] for seed in there if seed in set(shown)}
+    missing = [seed for seed in seeds if seed not in set(there)]
+    report(len(there))
     for start in range(0, len(missing), batch):
         part = missing[start : start + batch]
         made = sample(
@@ -93,12 +95,13 @@ def sample_to_folder(
         )
         for seed, image in zip(part, made.images, strict=True):
             write_png(paths[seed], image, wanted[seed])
-            images[seed] = image
-        report(skipped + start + len(part))
-    sheet = out / "sheet.png"
-    shown = [images[seed] for seed in seeds[:MOST_ON_SHEET]]
-    write_png(sheet, contact_sheet(shown), {**common, "seeds": list(seeds[:MOST_ON_SHEET])})
-    return FolderResult(tuple(paths.values()), sheet, skipped, common)
+            if len(images) < len(shown):
+                images[seed] = image
+        report(len(there) + start + len(part))
+    pictures = [images[seed] if seed in images else read_png(paths[seed])[0] for seed in shown]
+    write_png(sheet, contact_sheet(pictures), {**common, "seeds": list(shown)})
+    calls = settings.nfe * calls_per_eval(denoiser)
+    return FolderResult(tuple(paths.values()), sheet, len(there), common, calls)
 
 
 def _difference(found: dict[str, Any] | None, wanted: dict[str, Any]) -> str:

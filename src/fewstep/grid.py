@@ -23,6 +23,8 @@ import math
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 
+from torch import Tensor
+
 from fewstep.schedule import Schedule
 
 __all__ = [
@@ -172,6 +174,11 @@ def make_grid(
 
 def check_grid(sigmas: Iterable[float]) -> tuple[float, ...]:
     """The grid as Python floats; ValueError unless 2 points, finite, >= 0, strictly decreasing."""
+    sigmas = tuple(sigmas)
+    if any(isinstance(sigma, Tensor) and sigma.requires_grad for sigma in sigmas):
+        raise ValueError(
+            "a grid here is numbers; levels with gradients belong in a solver of their own"
+        )
     grid = tuple(float(sigma) for sigma in sigmas)
     if len(grid) < 2:
         raise ValueError(f"a grid needs at least 2 points, got {len(grid)}")

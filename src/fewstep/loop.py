@@ -8,23 +8,22 @@ mode to the caller.
 
 from __future__ import annotations
 
-import math
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from fewstep.denoiser import Denoiser, per_sample
 from fewstep.grid import check_grid, make_grid
 from fewstep.noise import brownian, normal
-from fewstep.plan import Combine, Eval, Level, Ops, Plan, Prediction, Seen
+from fewstep.plan import Combine, Eval, Level, Program, Seen
 from fewstep.solver import Solver, get, intervals_for
 
 __all__ = ["Denoiser", "State", "iterate", "solve"]
 
-Denoiser = Callable[[Tensor, Tensor], Tensor]
 Row = tuple[Level, ...]
 DEFAULT_RANGE = (0.002, 80.0)  # EDM's
 DEFAULT_GRID = "karras"
@@ -36,7 +35,7 @@ class State:
 
     x: [b, ...] in EDM units
     history: past outputs, newest first, eps or D as the solver has it
-    denoised: the network's last D
+    denoised: the last D, of the network or of its analytic stand-in
     sigma: the level of x, float or [b]
     nfe: evaluations spent
     """
@@ -48,49 +47,48 @@ class State:
     nfe: int
 
 
-@dataclass(frozen=True, slots=True)
-class Program:
-    """What the loop runs: operations, and the facts that their header declares."""
+class Runnable(Protocol):
+    """What can stand for a solver besides a name and a Solver: a Plan, a learned solver, ..."""
 
-    ops: Ops
-    prediction: Prediction
-    depth: int
+    def program(self) -> Program: ...
 
 
-def program_for(
-    solver: str | Solver | Plan,
+def resolve(
+    solver: str | Solver | Runnable,
     nfe: int,
     grid: str | Sequence[float] | None,
-    sigma_range: tuple[float, float],
-    schedule: Any,
     first: str,
     final: bool,
-) -> tuple[Program, tuple[float, ...]]:
-    """Resolve names and budgets. sigma_range: (sigma_min, sigma_max). Returns the program and its
-    sigmas."""
-    if isinstance(solver, Plan):
-        if grid is not None or first != "none" or final:
-            raise ValueError("a plan has its own grid and ends: leave out grid, first and final")
-        return Program(solver.program(), solver.prediction, solver.depth), solver.sigmas
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    denoiser: Denoiser | None = None,
+) -> Program:
+    """What the loop will run. sigma_min, sigma_max: as in `solve`, where the grid is a name."""
     if isinstance(solver, str):
         solver = get(solver)
-    if grid is None or isinstance(grid, str):
-        points = 1 + intervals_for(solver, nfe, first, final)
-        low, high = sigma_range
-        sigmas = make_grid(grid or DEFAULT_GRID, points, high, low, schedule)
-    else:
-        sigmas = check_grid(grid)
-    if solver.adapts:
-        ops = solver.program(sigmas, first, final)
-    else:
-        ops = solver.plan(sigmas, first, final).program()
-    return Program(ops, solver.prediction, solver.depth), sigmas
+    given = sigma_min is not None or sigma_max is not None
+    if not isinstance(solver, Solver):
+        if grid is not None or first != "none" or final or given:
+            raise ValueError(
+                "a plan has its own grid and ends: "
+                "leave out grid, first, final, sigma_min and sigma_max"
+            )
+        return solver.program()
+    if grid is not None and not isinstance(grid, str):
+        if given:
+            raise ValueError("sigmas have their own ends: leave out sigma_min and sigma_max")
+        return solver.on(check_grid(grid), first, final)
+    points = 1 + intervals_for(solver, nfe, first, final)
+    low = _end(denoiser, "sigma_min", sigma_min, DEFAULT_RANGE[0])
+    high = _end(denoiser, "sigma_max", sigma_max, DEFAULT_RANGE[1])
+    schedule = getattr(denoiser, "schedule", None)
+    return solver.on(make_grid(grid or DEFAULT_GRID, points, high, low, schedule), first, final)
 
 
 def solve(
     denoiser: Denoiser,
     x_T: Tensor,
-    solver: str | Solver | Plan = "dpmpp-2m",
+    solver: str | Solver | Runnable = "dpmpp-2m",
     nfe: int = 5,
     *,
     grid: str | Sequence[float] | None = None,
@@ -106,7 +104,8 @@ def solve(
     denoiser: any callable D(x [b, ...], sigma [b]) -> [b, ...], the expected clean picture
     x_T: the start, [b, ...]: noise of standard deviation sigma_max, or a picture plus such noise,
         to start in the middle
-    solver: a name, with options if need be ("ddim-eta:eta=0.5"), a Solver or a Plan
+    solver: a name, with options if need be ("ddim-eta:eta=0.5"), a Solver, a Plan, or anything else
+        with a method `program()`
     grid: "karras" (the default), "log-snr", "time-uniform", "discrete" or "trailing"; or strictly
         decreasing sigmas, from which nfe then follows
     sigma_min, sigma_max: the denoiser's own where left out, else 0.002 and 80
@@ -132,7 +131,7 @@ def solve(
 def iterate(
     denoiser: Denoiser,
     x_T: Tensor,
-    solver: str | Solver | Plan = "dpmpp-2m",
+    solver: str | Solver | Runnable = "dpmpp-2m",
     nfe: int = 5,
     *,
     grid: str | Sequence[float] | None = None,
@@ -157,37 +156,75 @@ def iterate(
 def _iterate(
     denoiser, x_T, solver, nfe, grid, sigma_min, sigma_max, seeds, first, final, reuse
 ) -> Generator[State, State | None, None]:
-    low = _end(denoiser, "sigma_min", sigma_min, DEFAULT_RANGE[0])
-    high = _end(denoiser, "sigma_max", sigma_max, DEFAULT_RANGE[1])
-    schedule = getattr(denoiser, "schedule", None)
-    program, _ = program_for(solver, nfe, grid, (low, high), schedule, first, final)
+    program = resolve(solver, nfe, grid, first, final, sigma_min, sigma_max, denoiser)
     if seeds is not None and len(seeds) != len(x_T):
         raise ValueError(f"seeds must have one entry per picture, got {len(seeds)} for {len(x_T)}")
-    return _run(program, denoiser, x_T, seeds, reuse)
+    return _run(program, denoiser, x_T, seeds, reuse and not program.adapts)
 
 
-def _end(denoiser: Denoiser, name: str, given: float | None, default: float) -> float:
+def _end(denoiser: Denoiser | None, name: str, given: float | None, default: float) -> float:
     """An end of the range: the caller's, else the denoiser's own, else the default."""
     own = getattr(denoiser, name, None)
     return given if given is not None else default if own is None else own
+
+
+class Ledger:
+    """Which combinations of D's, and of the anchor, the state and the eps outputs are.
+
+    a x + b (x - D) / sigma = (a + b / sigma) x - (b / sigma) D, so a step whose outputs all came
+    after the anchor can be taken in D-form: no cancellation where sigma is huge, as at the start of
+    a flow model, where float32 would lose the picture.
+
+    denoised: the D's since the anchor, oldest first
+    state: the state's weights over [anchor, *denoised]; None where it came from older outputs or
+        took up noise
+    outputs: the same of each eps since then, newest first
+    """
+
+    def __init__(self, depth: int) -> None:
+        self.depth = depth
+        self.restart()
+
+    def restart(self) -> None:
+        """The state has become the anchor."""
+        self.denoised: list[Tensor] = []
+        self.state: Row | None = (1.0,)
+        self.outputs: list[Row] = []
+
+    def evaluated(self, denoised: Tensor, sigma: Level) -> None:
+        """eps = (x - D) / sigma has joined the history."""
+        if self.state is None:
+            self.outputs = []
+            return
+        self.denoised.append(denoised)
+        padded = (*self.state, *[0.0] * (len(self.denoised) - len(self.state)))
+        row = (*(weight / sigma for weight in padded), -1 / sigma)
+        self.outputs = [row, *self.outputs[: self.depth - 1]]
+
+    def combined(self, op: Combine) -> Row | None:
+        """A step's weights over [anchor, *denoised], now the state's; None: it has no D-form."""
+        self.state = None
+        if 0 < len(op.b) <= len(self.outputs):
+            total: list[Level] = [op.a, *[0.0] * len(self.denoised)]
+            for b, row in zip(op.b, self.outputs, strict=False):
+                for k, weight in enumerate(row):
+                    total[k] = total[k] + b * weight
+            self.state = tuple(total)
+        return self.state
 
 
 def _run(
     program: Program, denoiser: Denoiser, x_T: Tensor, seeds: Sequence[int] | None, reuse: bool
 ) -> Generator[State, State | None, None]:
     """Drive the operations. reuse: write into buffers of earlier steps; only for callers that keep
-    no State."""
+    no State and solvers that keep no reply."""
     as_eps = program.prediction == "eps"
     anchor = x = x_T if x_T.dtype == torch.float64 else x_T.float()
     history: deque[Tensor] = deque(maxlen=program.depth)
+    ledger = Ledger(program.depth)
     denoised = spare = reply = None
     evals = draws = 0
-    # Since the anchor was set: the D's, oldest first; x and the outputs (newest first) as weights
-    # over [anchor, D_0, D_1, ...]; x has none where it came from older outputs or took up noise.
-    fresh: list[Tensor] = []
-    place: Row | None = (1.0,)
-    rows: list[Row] = []
-    ops = program.ops
+    ops = program.start()
     while True:
         try:
             op = ops.send(reply)
@@ -196,35 +233,30 @@ def _run(
         if isinstance(op, Eval):
             denoised, features = _evaluate(denoiser, x, op, reuse)
             evals += op.source == "net"
+            output = denoised
             if as_eps:
                 old = history[-1] if reuse and len(history) == program.depth else None
                 output = _to_eps(x, denoised, op.sigma, old)
-                if place is None:
-                    rows = []
-                else:
-                    fresh = [*fresh, denoised]
-                    rows = [_eps_row(place, len(fresh), op.sigma), *rows[: program.depth - 1]]
-            else:
-                output = denoised
+                ledger.evaluated(denoised, op.sigma)
             history.appendleft(output)
             reply = Seen(x, denoised, features)
             continue
         reply = None
-        if 0 < len(op.b) <= len(rows):
-            place = _in_d_form(op, rows, len(fresh))
-            x = _combine(anchor, fresh, place[0], place[1:], spare)
-        else:
-            place = None
+        row = ledger.combined(op) if as_eps else None
+        if row is None:
             x = _combine(anchor, history, op.a, op.b, spare)
-        if op.noise:
-            place = None
-            x = x + op.noise * _noise(seeds, op, draws, x)
+        else:
+            x = _combine(anchor, ledger.denoised, row[0], row[1:], spare)
+        if isinstance(op.noise, Tensor) or op.noise:
+            ledger.state = None
+            x = x + per_sample(op.noise, x) * _noise(seeds, op, draws, x)
             draws += 1
         if not op.accept:
             spare = x if reuse else None
             continue
         spare = anchor if reuse and anchor is not x_T else None
-        anchor, fresh, place, rows = x, [], (1.0,), []
+        anchor = x
+        ledger.restart()
         sent = yield State(x, tuple(history), denoised, op.sigma, evals)
         if sent is not None:
             anchor = x = sent.x
@@ -249,9 +281,9 @@ def _evaluate(denoiser: Denoiser, x: Tensor, op: Eval, reuse: bool) -> tuple[Ten
                 "D must have the shape of x"
             )
     elif op.source == "zero":
-        # eps = x / sqrt(1 + sigma^2) presumes data of mean 0 and variance 1
-        sigma = float(op.sigma)
-        denoised = x * (1 - sigma / math.sqrt(1 + sigma**2))
+        # eps = x / root, root = sqrt(1 + sigma^2): D = x - sigma eps = x / (root (root + sigma))
+        root = (1 + op.sigma * op.sigma) ** 0.5
+        denoised = x * per_sample(1 / (root * (root + op.sigma)), x)
     else:
         mean = getattr(denoiser, "far_mean", None)
         if mean is None:
@@ -261,34 +293,15 @@ def _evaluate(denoiser: Denoiser, x: Tensor, op: Eval, reuse: bool) -> tuple[Ten
             )
         denoised = mean.to(x).expand_as(x)
     denoised = denoised.to(x.dtype)
-    if denoised is x or (reuse and denoised.data_ptr() == x.data_ptr()):
+    if denoised.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
         denoised = denoised.clone()  # x's memory may be written to again
     return denoised, features
 
 
 def _to_eps(x: Tensor, denoised: Tensor, sigma: float | Tensor, out: Tensor | None) -> Tensor:
     if isinstance(sigma, Tensor):
-        return (x - denoised) / _column(sigma, x)
+        return (x - denoised) / per_sample(sigma, x)
     return torch.sub(x, denoised, out=out).mul_(1 / sigma)
-
-
-def _eps_row(place: Row, count: int, sigma: Level) -> Row:
-    """Weights of eps = (x - D) / sigma over [anchor, *D's], from x's; D is the last of `count`."""
-    padded = (*place, *[0.0] * (count - len(place)))
-    return (*(weight / sigma for weight in padded), -1 / sigma)
-
-
-def _in_d_form(op: Combine, rows: Sequence[Row], count: int) -> Row:
-    """Weights of the same step over [anchor, *D's], where all its outputs came after the anchor.
-
-    a x + b (x - D) / sigma = (a + b / sigma) x - (b / sigma) D: no cancellation where sigma is
-    huge, as at the start of a flow model.
-    """
-    total: list[Level] = [op.a, *[0.0] * count]
-    for b, row in zip(op.b, rows, strict=False):
-        for k, weight in enumerate(row):
-            total[k] = total[k] + b * weight
-    return tuple(total)
 
 
 def _combine(
@@ -300,9 +313,9 @@ def _combine(
         )
     floats = [weight for weight in b if not isinstance(weight, Tensor)]
     if isinstance(a, Tensor) or len(floats) < len(b):
-        x = _column(a, anchor) * anchor
+        x = per_sample(a, anchor) * anchor
         for weight, output in zip(b, history, strict=False):
-            x = x + _column(weight, anchor) * output
+            x = x + per_sample(weight, anchor) * output
         return x
     if not b:
         return torch.mul(anchor, a, out=out)
@@ -316,15 +329,14 @@ def _combine(
     return x
 
 
-def _column(value: float | Tensor, x: Tensor) -> float | Tensor:
-    """A per-sample number shaped to multiply x."""
-    return value.to(x).reshape(-1, *[1] * (x.ndim - 1)) if isinstance(value, Tensor) else value
-
-
 def _noise(seeds: Sequence[int] | None, op: Combine, index: int, x: Tensor) -> Tensor:
     if seeds is None:
         raise ValueError("a stochastic solver needs seeds, one per picture")
     shape = x.shape[1:]
     if op.interval is None:
-        return normal(seeds, shape, "step", index, x.dtype).to(x.device)
-    return brownian(seeds, shape, op.interval, x.dtype).to(x.device)
+        noise = normal(seeds, shape, "step", index, x.dtype)
+    else:
+        noise = brownian(seeds, shape, op.interval, x.dtype)
+    if x.device.type == "cuda":  # from pinned memory the copy does not wait for the device
+        noise = noise.pin_memory()
+    return noise.to(x.device, non_blocking=True)

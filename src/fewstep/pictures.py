@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from fewstep.files import write_whole
 
-__all__ = ["contact_sheet", "read_png", "write_png"]
+__all__ = ["contact_sheet", "read_metadata", "read_png", "write_png"]
 
 KEY = "fewstep"  # the text chunk that holds the metadata
 
@@ -31,20 +32,43 @@ def write_png(path: Path | str, image: np.ndarray, metadata: dict[str, Any] | No
     write_whole(path, buffer.getvalue())
 
 
+def read_metadata(path: Path | str) -> dict[str, Any] | None:
+    """The metadata of a picture, None where it is not ours; reads no pixels.
+
+    Errors: ValueError where the file is not a picture.
+    """
+    with _opened(path) as picture:
+        return _metadata(picture)
+
+
 def read_png(path: Path | str) -> tuple[np.ndarray, dict[str, Any] | None]:
     """The picture, uint8 [h, w, c], and its metadata, None where it is not ours.
 
     Errors: ValueError where the file is not a whole picture.
     """
+    with _opened(path) as picture:
+        picture.load()
+        array = np.asarray(picture)
+        return (array if array.ndim == 3 else array[..., None]), _metadata(picture)
+
+
+@contextlib.contextmanager
+def _opened(path: Path | str) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as picture:
-            picture.load()
-            array, text = np.asarray(picture), picture.info.get(KEY)
+            yield picture
+    except (FileNotFoundError, PermissionError):
+        raise
     except (UnidentifiedImageError, SyntaxError, OSError) as error:
-        if isinstance(error, FileNotFoundError | PermissionError):
-            raise
         raise ValueError(f"{path} is not a whole picture ({error}); remove it") from None
-    return (array if array.ndim == 3 else array[..., None]), json.loads(text) if text else None
+
+
+def _metadata(picture: Image.Image) -> dict[str, Any] | None:
+    try:
+        found = json.loads(picture.info.get(KEY, "null"))
+    except json.JSONDecodeError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def contact_sheet(

@@ -14,18 +14,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-__all__ = ["Combine", "Eval", "Op", "Ops", "Plan", "Seen", "flatten", "freeze", "nfe"]
+__all__ = ["Combine", "Eval", "Op", "Ops", "Plan", "Program", "Seen", "flatten", "freeze", "nfe"]
 
 Level = float | Tensor
 Prediction = Literal["eps", "x0"]
 Source = Literal["net", "zero", "mean"]
+SOURCES = ("net", "zero", "mean")
 
 
 class Eval(NamedTuple):
@@ -49,7 +50,7 @@ class Combine(NamedTuple):
     """x = a * anchor + sum_j b_j * history_j + noise * xi, at noise level sigma.
 
     b: newest first, floats or [b] tensors
-    noise: standard deviation of fresh noise
+    noise: standard deviation of fresh noise, a float or [b]
     interval: None for an independent draw, or the two noise levels whose unit-variance Brownian
         increment is meant
     accept: whether the new state becomes the anchor (False: a trial stage)
@@ -58,7 +59,7 @@ class Combine(NamedTuple):
     b: tuple[Level, ...]
     sigma: Level
     a: Level = 1.0
-    noise: float = 0.0
+    noise: Level = 0.0
     interval: tuple[float, float] | None = None
     accept: bool = True
 
@@ -73,6 +74,34 @@ class Seen(NamedTuple):
 
 Op = Eval | Combine
 Ops = Generator[Op, Seen | None, None]
+
+
+@dataclass(frozen=True)
+class Program:
+    """What the loop runs: operations that can be started, and the facts that go with them.
+
+    A solver on a grid makes one; so does everything else that has a method `program()`, such as a
+    plan or a learned solver, and whatever has one can stand where a solver is asked for.
+
+    start: gives a fresh generator of the operations
+    prediction, depth: what the history holds, "eps" or "x0", and how many outputs are kept
+    sigmas: the grid, from the start's noise level on
+    evaluations: how many network evaluations it spends
+    adapts: whether it looks at the replies (and may keep them: no buffer is reused then)
+    name: for the record
+    """
+
+    start: Callable[[], Ops]
+    prediction: Prediction
+    depth: int
+    sigmas: tuple[float, ...]
+    evaluations: int
+    adapts: bool = False
+    name: str = "custom"
+
+    def program(self) -> Program:
+        """Itself."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -94,16 +123,20 @@ class Plan:
     def __post_init__(self) -> None:
         if self.prediction not in ("eps", "x0"):
             raise ValueError(f"prediction must be eps or x0, got {self.prediction!r}")
+        if not isinstance(self.depth, int) or self.depth < 1:
+            raise ValueError(f"depth must be a positive integer, got {self.depth!r}")
         for op in self.ops:
-            if isinstance(op, Combine) and len(op.b) > self.depth:
-                raise ValueError(
-                    f"a Combine reaches {len(op.b)} outputs back, depth is {self.depth}"
-                )
+            _check_op(op, self.depth)
 
-    def program(self) -> Ops:
+    def start(self) -> Ops:
         """The operations, as a generator that the loop can drive."""
         for op in self.ops:
             yield op
+
+    def program(self) -> Program:
+        """For the loop."""
+        spent, sigmas = nfe(self), self.sigmas
+        return Program(self.start, self.prediction, self.depth, sigmas, spent, name=self.solver)
 
     def to_json(self) -> str:
         """One JSON object: the header, and each operation without its defaults."""
@@ -120,6 +153,21 @@ class Plan:
             return cls(**{**fields, "sigmas": tuple(fields["sigmas"]), "ops": ops})
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"this is not a plan of fewstep: {error!r}") from None
+
+
+def _check_op(op: Op, depth: int) -> None:
+    numbers = [op.sigma, *([op.cond] if isinstance(op, Eval) and op.cond is not None else [])]
+    if isinstance(op, Combine):
+        numbers += [op.a, op.noise, *op.b, *(op.interval or ())]
+        if len(op.b) > depth:
+            raise ValueError(f"a Combine reaches {len(op.b)} outputs back, depth is {depth}")
+    elif op.source not in SOURCES:
+        raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {op.source!r}")
+    for number in numbers:
+        if not isinstance(number, Tensor) and not (
+            isinstance(number, int | float) and math.isfinite(number)
+        ):
+            raise ValueError(f"a plan's numbers must be finite, got {number!r} in {op}")
 
 
 def _changed(op: Op) -> dict[str, Any]:
@@ -151,7 +199,7 @@ def freeze(
     try:
         ops = tuple(program)
     except (AttributeError, TypeError) as error:
-        raise ValueError(f"{solver} adapts to the network, so it has no plan ({error})") from None
+        raise ValueError(f"{solver} adapts to the network, so it has no plan ({error})") from error
     return Plan(prediction, depth, solver, grid, tuple(sigmas), ops)
 
 

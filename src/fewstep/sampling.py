@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,11 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.denoiser import Counted
-from fewstep.grid import check_grid
-from fewstep.loop import DEFAULT_GRID, iterate, solve
+from fewstep.denoiser import Counted, Denoiser
+from fewstep.loop import DEFAULT_GRID, Runnable, iterate, resolve, solve
 from fewstep.plan import Plan
-from fewstep.plan import nfe as plan_nfe
 from fewstep.solver import Solver, get
 
 if TYPE_CHECKING:
@@ -43,40 +44,53 @@ class Samples:
 
 @dataclass(frozen=True)
 class Settings:
-    """How a solver is run: its name or itself, the budget, the grid, the first and the last
-    step."""
+    """How a solver is run on a model: itself, the budget, the grid, the first and the last step.
 
-    solver: str | Solver | Plan
+    solver: a name, a Solver, a Plan, or what else has a method `program()`
+    nfe: the budget, or what follows from the grid where that is sigmas
+    grid: a name, sigmas, or None where the solver has its own
+    """
+
+    solver: str | Solver | Runnable
     nfe: int
-    grid: str | tuple[float, ...]
-    first: str
-    final: bool
+    grid: str | tuple[float, ...] | None
+    first: str = "none"
+    final: bool = False
 
     @classmethod
     def choose(
         cls,
         model: Model,
-        solver: str | Solver | Plan = "auto",
+        solver: str | Solver | Runnable = "auto",
         nfe: int = 5,
         grid: str | Sequence[float] | None = None,
         first: str | None = None,
         final: bool = False,
+        head_start: float | None = None,
     ) -> Settings:
-        """Fill in what was left open. "auto" is the best that the model's card knows for the
-        budget; what the caller did name (grid, first) is kept."""
+        """Fill in what was left open, and check that everything fits.
+
+        "auto" is the best that the model's card knows for the budget; what the caller did name
+        (grid, first) is kept.
+        Errors: ValueError, also where the grid does not start where the prior does.
+        """
         known: dict[str, Any] = {}
         if solver == "auto":
-            table = {int(budget): entry for budget, entry in model.card.auto.items()}
-            within = [budget for budget in table if budget <= nfe]
-            known = table[max(within) if within else min(table)] if table else {}
+            known = model.card.auto.get(str(nfe), {})
             solver = known.get("solver", "dpmpp-2m")
+        if isinstance(solver, str):
+            get(solver)  # speaks up now about an unknown name
+        elif not isinstance(solver, Solver):
+            program = resolve(solver, nfe, grid, first or "none", final)
+            _check_start(model, program.sigmas[0], head_start)
+            return cls(solver, program.evaluations, None)
         chosen = known.get("grid", DEFAULT_GRID) if grid is None else grid
         start = known.get("first", "none") if first is None else first
         if not isinstance(chosen, str):
-            chosen = check_grid(chosen)
-            found = get(solver) if isinstance(solver, str) else solver
-            if isinstance(found, Solver) and not found.adapts:
-                nfe = plan_nfe(found.plan(chosen, start, final))
+            chosen = tuple(float(sigma) for sigma in chosen)
+            program = resolve(solver, nfe, chosen, start, final)
+            _check_start(model, chosen[0], head_start)
+            return cls(solver, program.evaluations, chosen, start, final)
         return cls(solver, nfe, chosen, start, final)
 
     def arguments(self) -> dict[str, Any]:
@@ -84,9 +98,24 @@ class Settings:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     def record(self) -> dict[str, Any]:
-        """The same for provenance: names and numbers only."""
-        name = self.solver if isinstance(self.solver, str) else getattr(self.solver, "name", "plan")
-        return {**self.arguments(), "solver": name}
+        """The same for provenance, JSON-ready; a plan is known by a hash of its numbers."""
+        name = self.solver
+        if isinstance(name, Plan):
+            digest = hashlib.sha256(name.to_json().encode()).hexdigest()[:16]
+            name = f"{name.solver}, plan {digest}"
+        elif not isinstance(name, str):
+            name = name.name if isinstance(name, Solver) else name.program().name
+        grid = list(self.grid) if isinstance(self.grid, tuple) else self.grid
+        return {**self.arguments(), "solver": name, "grid": grid}
+
+
+def _check_start(model: Model, sigma: float, head_start: float | None) -> None:
+    start = head_start or model.card.sigma_max
+    if not math.isclose(sigma, start, rel_tol=1e-6):
+        raise ValueError(
+            f"the grid starts at sigma {sigma:g}, but the prior at {start:g}; "
+            f"start the grid there, or carry the prior down with head_start={sigma:g}"
+        )
 
 
 def describe(
@@ -98,14 +127,10 @@ def describe(
     head_start: float | None = None,
 ) -> dict[str, Any]:
     """What makes a picture, besides its seed and label, JSON-ready: known before it is made."""
-    record = settings.record()
-    guided = guidance is not None and guidance != 1
     return {
         "model": model.card.name,
         "weights": model.card.weights_sha256,
-        **record,
-        "grid": record["grid"] if isinstance(record["grid"], str) else list(record["grid"]),
-        "network_calls": settings.nfe * (1 + guided),
+        **settings.record(),
         "prompt": prompt,
         "guidance": guidance,
         "head_start": head_start,
@@ -117,11 +142,11 @@ def describe(
 def sample(
     model: Model,
     *,
-    solver: str | Solver | Plan = "auto",
+    solver: str | Solver | Runnable = "auto",
     nfe: int = 5,
     seeds: Sequence[int],
-    label: int | str | Sequence[int | str] | None = None,
-    prompt: str | None = None,
+    label: Any = None,
+    prompt: Any = None,
     guidance: float | None = None,
     batch: int | None = None,
     grid: str | Sequence[float] | None = None,
@@ -133,7 +158,8 @@ def sample(
     """Sample one picture per seed in `nfe` evaluations each.
 
     solver: a name, "auto" (the best that the model's card knows for the budget), a Solver or a Plan
-    label: one for all pictures or one per seed, an index or a class name
+    label: a class, by index or name; one for all pictures or one per seed
+    prompt: a text, for models that take one; one for all pictures or one per seed
     guidance: classifier-free guidance scale; None or 1 is none
     batch: pictures at a time, 64 unless given
     grid, first, final: as in `solve`
@@ -145,35 +171,52 @@ def sample(
     Errors: ValueError for what the model or the solver cannot do; FloatingPointError, with the step
     and the seeds, where the network returns NaN or infinity.
     """
-    seeds = tuple(int(seed) for seed in seeds)
+    seeds = tuple(operator.index(seed) for seed in seeds)
     if not seeds:
         raise ValueError("seeds must name at least one picture")
-    if not isinstance(label, int | str | None) and len(label) != len(seeds):
-        raise ValueError(f"label must be one or one per seed, got {len(label)} for {len(seeds)}")
-    settings = Settings.choose(model, solver, nfe, grid, first, final)
+    if batch is not None and batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
+    many = _one_per_seed("label", label, len(seeds)), _one_per_seed("prompt", prompt, len(seeds))
+    settings = Settings.choose(model, solver, nfe, grid, first, final, head_start)
+    run = settings.arguments()
+    if isinstance(settings.grid, str):
+        run["sigma_max"] = head_start
     size, images, evals, calls = batch or 64, [], 0, 0
     for start in range(0, len(seeds), size):
         part = slice(start, start + size)
-        labels = label if isinstance(label, int | str | None) else label[part]
-        denoiser = Counted(model.denoiser(labels, prompt, guidance))
-        x_T = model.prior(seeds[part], sigma=head_start, label=labels)
-        run = {**settings.arguments(), "sigma_max": head_start, "seeds": seeds[part]}
-        x = solve(denoiser, x_T, **run)
+        labels, prompts = (
+            value[part] if each else value
+            for value, each in zip((label, prompt), many, strict=True)
+        )
+        denoiser = Counted(model.denoiser(labels, prompts, guidance))
+        carried = {} if head_start is None else {"sigma": head_start, "label": labels}
+        x_T = model.prior(seeds[part], **carried)
+        x = solve(denoiser, x_T, **run, seeds=seeds[part])
         if not torch.isfinite(x).all():
-            raise FloatingPointError(_diagnose(denoiser, x_T, run))
+            raise FloatingPointError(_diagnose(denoiser, x_T, {**run, "seeds": seeds[part]}))
         images.append(model.decode(x))
         evals, calls = denoiser.evaluations, denoiser.network_calls
         report(min(start + size, len(seeds)))
     provenance = {
-        **describe(model, settings, prompt=prompt, guidance=guidance, head_start=head_start),
+        **describe(model, settings, guidance=guidance, head_start=head_start),
         "nfe": evals,
         "network_calls": calls,
-        "label": label if isinstance(label, int | str | None) else list(label),
+        "label": list(label) if many[0] else label,
+        "prompt": list(prompt) if many[1] else prompt,
     }
     return Samples(np.concatenate(images), seeds, evals, calls, provenance)
 
 
-def _diagnose(denoiser: Callable[[Tensor, Tensor], Tensor], x_T: Tensor, run: dict) -> str:
+def _one_per_seed(name: str, value: Any, count: int) -> bool:
+    """Whether a condition is given for each picture. Errors: ValueError for another number."""
+    if value is None or isinstance(value, str) or not hasattr(value, "__len__"):
+        return False
+    if len(value) != count:
+        raise ValueError(f"{name} must be one or one per seed, got {len(value)} for {count}")
+    return True
+
+
+def _diagnose(denoiser: Denoiser, x_T: Tensor, run: dict) -> str:
     """Where the first value that is not finite came up; walks the same path again, looking at every
     state."""
     for step, state in enumerate(iterate(denoiser, x_T, **run)):

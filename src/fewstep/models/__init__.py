@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 __all__ = ["Card", "Model", "builtin", "load", "read_card"]
 
 BUILTIN = Path(__file__).parent / "builtin"
+LOADERS = {
+    "unet": "fewstep.models.network"
+}  # kind of a card: the module whose load_folder reads it
 
 
 class Model(Protocol):
@@ -60,12 +64,16 @@ def load(
 
     Nothing in a folder is executed.
 
-    Errors: ValueError where there is no such model (with the nearest names), or its files are
-    damaged.
+    Errors: ValueError where there is no such model (with the nearest names), no such device, or its
+    files are damaged.
     """
-    from fewstep.models.network import load_folder
-
-    return load_folder(_folder(name_or_path), device, dtype, compile)
+    folder = _folder(name_or_path)
+    kind = Card.read(folder).kind
+    if kind not in LOADERS:
+        raise ValueError(
+            f"{folder} holds a model of kind {kind!r}, this version knows: {', '.join(LOADERS)}"
+        )
+    return importlib.import_module(LOADERS[kind]).load_folder(folder, device, dtype, compile)
 
 
 def read_card(name_or_path: str | Path) -> Card:

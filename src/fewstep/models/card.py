@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,20 @@ FORMAT = "fewstep-model/1"
 class Card:
     """Facts about a model, JSON-ready.
 
-    network: the configuration of its `UNet`
+    kind: what the weights are, which selects the loader
+    network: the configuration of its network; for the kind unet, that of `UNetConfig`
     classes: their names, in order
     feature_module: dotted name of the module whose output feature taps read
     weights_sha256: hash of the weights file
-    auto: for each budget (as a string) the best known solver, grid and first step
+    auto: for each budget (as a string) the best known "solver", and "grid" and "first" where they
+        are not the usual ones
     about: recipe, data, licence and figures, for people
+
+    Errors: ValueError for a field of the wrong kind.
     """
 
     name: str
-    network: dict[str, Any]
+    network: dict[str, Any] = field(default_factory=dict)
     summary: str = ""
     classes: tuple[str, ...] = ()
     sigma_min: float = 0.002
@@ -36,14 +41,31 @@ class Card:
     weights_sha256: str = ""
     auto: dict[str, dict[str, Any]] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
+    kind: str = "unet"
     format: str = FORMAT
 
     def __post_init__(self) -> None:
+        for name in ("name", "summary", "kind", "feature_module", "weights_sha256"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be text, got {getattr(self, name)!r}")
+        for name in ("network", "auto", "about"):
+            if not isinstance(getattr(self, name), dict):
+                raise ValueError(f"{name} must be a table, got {getattr(self, name)!r}")
+        if isinstance(self.classes, str) or not all(isinstance(c, str) for c in self.classes):
+            raise ValueError(f"classes must be a list of names, got {self.classes!r}")
         object.__setattr__(self, "classes", tuple(self.classes))
-        if not 0 < self.sigma_min < self.sigma_max:
+        if not 0 < self.sigma_min < self.sigma_max < math.inf:
             raise ValueError(
                 f"need 0 < sigma_min < sigma_max, got {self.sigma_min}, {self.sigma_max}"
             )
+        if not 0 < self.sigma_data < math.inf:
+            raise ValueError(f"sigma_data must be positive, got {self.sigma_data}")
+        for budget, entry in self.auto.items():
+            if not _is_choice(budget, entry):
+                raise ValueError(
+                    "auto must give for each budget a solver, and perhaps a grid and a first step, "
+                    f"got {budget!r}: {entry!r}"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         return {"format": self.format, **asdict(self)}
@@ -54,11 +76,23 @@ class Card:
         path = folder / CARD_FILE
         try:
             values = json.loads(path.read_text())
-            if values["format"] != FORMAT:
-                raise ValueError(
-                    f"{path} has format {values['format']!r}, this version reads {FORMAT!r}; "
-                    "update fewstep"
-                )
-            return cls(**values)
-        except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            found = values["format"]
+            if found == FORMAT:
+                return cls(**values)
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not a model card of fewstep: {error!r}") from None
+        raise ValueError(
+            f"{path} has format {found!r}, this version reads {FORMAT!r}; update fewstep"
+        )
+
+
+def _is_choice(budget: Any, entry: Any) -> bool:
+    """Whether these are a budget, as a string, and a choice of solver, grid and first step."""
+    return (
+        isinstance(budget, str)
+        and budget.isdecimal()
+        and isinstance(entry, dict)
+        and isinstance(entry.get("solver"), str)
+        and isinstance(entry.get("grid", ""), str | list | tuple)
+        and isinstance(entry.get("first", ""), str)
+    )

@@ -58,7 +58,7 @@ def load_idx_folder(
     prefix = {"train": "train", "test": "t10k"}[split]
     images = read_idx(find_idx(folder, f"{prefix}-images-idx3"))
     labels = read_idx(find_idx(folder, f"{prefix}-labels-idx1"))
-    if images.ndim != 3 or len(images) != len(labels):
+    if images.ndim != 3 or labels.ndim != 1 or not 0 < len(images) == len(labels):
         raise ValueError(f"{folder}: {images.shape} pictures do not go with {labels.shape} labels")
     spare = (size - images.shape[1], size - images.shape[2])
     if min(spare) < 0:

@@ -12,8 +12,10 @@ each class, and last for no class, what solvers may use that costs no evaluation
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,19 @@ from fewstep.denoiser import Bound, Guided, Wrapper
 from fewstep.files import file_hash, write_json, write_whole
 from fewstep.models.card import CARD_FILE, WEIGHTS_FILE, Card
 from fewstep.models.data import to_pixels, to_unit
-from fewstep.models.edm import denoise
+from fewstep.models.edm import denoise, denoise_with_features
 from fewstep.models.exact import gaussian_flow
 from fewstep.models.unet import UNet, UNetConfig
 from fewstep.noise import generator, normal
 
-__all__ = ["NetworkModel", "data_statistics", "far_means", "load_folder", "save_folder"]
+__all__ = [
+    "NetworkModel",
+    "check_device",
+    "data_statistics",
+    "far_means",
+    "load_folder",
+    "save_folder",
+]
 
 DIRECTIONS = 16  # principal directions kept per class
 FAR_DRAWS = 512  # draws behind far_mean: its error is the spread of D at sigma_max over 22
@@ -44,7 +53,7 @@ class Conditional:
 
     net: UNet
     card: Card
-    forward: Callable[..., Tensor]
+    forward: Callable[..., Any]
 
     @property
     def sigma_min(self) -> float:
@@ -55,19 +64,16 @@ class Conditional:
         return self.card.sigma_max
 
     def __call__(self, x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
-        dtype = next(self.net.parameters()).dtype
-        rows = label.expand(len(x))
-        return denoise(self.forward, x, sigma, rows, self.card.sigma_data, dtype)
+        return denoise(self.forward, x, sigma, *self._rest(x, label))
 
     def with_features(self, x: Tensor, sigma: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """(D, the output of the card's feature module [b, c, h, w])."""
-        seen: list[Any] = []
-        module = self.net.get_submodule(self.card.feature_module)
-        hook = module.register_forward_hook(lambda module, args, output: seen.append(output))
-        try:
-            return self(x, sigma, label), seen[-1]
-        finally:
-            hook.remove()
+        """(D, the output of the network's middle [b, c, h, w])."""
+        forward = partial(self.forward, features=True)
+        return denoise_with_features(forward, x, sigma, *self._rest(x, label))
+
+    def _rest(self, x: Tensor, label: Tensor) -> tuple[Tensor, float, torch.dtype]:
+        dtype = next(self.net.parameters()).dtype
+        return label.expand(len(x)), self.card.sigma_data, dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +89,7 @@ class NetworkModel:
     card: Card
     net: UNet
     stats: dict[str, Tensor]
-    forward: Callable[..., Tensor]
+    forward: Callable[..., Any]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -108,11 +114,15 @@ class NetworkModel:
         """D(x, sigma) for one label for all pictures, or one per picture; None is the network
         without class.
 
-        guidance: scale of classifier-free guidance, needs a label; None or 1 is none.
-        Errors: ValueError for a prompt, an unknown label, or guidance without a label.
+        guidance: scale of classifier-free guidance, >= 0, needs a label; None or 1 is none
+
+        Errors: ValueError for a prompt, an unknown label, a guidance that is negative or not
+        finite, or guidance without a label.
         """
         if prompt is not None:
             raise ValueError(f"{self.card.name} has no text input; use label instead of prompt")
+        if guidance is not None and not 0 <= guidance < math.inf:
+            raise ValueError(f"guidance must be finite and at least 0, got {guidance}")
         rows, far = self._rows(label), self.stats["far_mean"]
         base = Conditional(self.net, self.card, self.forward)
         if guidance is None or guidance == 1:
@@ -127,11 +137,11 @@ class NetworkModel:
         names = self.card.classes
         if label is None:
             return torch.tensor([len(names)], device=self.device)
-        labels = [label] if isinstance(label, int | str) else list(label)
+        labels = [label] if np.ndim(label) == 0 else list(label)  # type: ignore[arg-type]
         rows = []
         for one in labels:
             text = str(one)
-            index = names.index(text) if text in names else int(text) if text.isdigit() else -1
+            index = names.index(text) if text in names else int(text) if text.isdecimal() else -1
             if not 0 <= index < len(names):
                 have = ", ".join(f"{i} {name}" for i, name in enumerate(names)) or "none"
                 raise ValueError(f"there is no label {one!r}; this model has: {have}")
@@ -172,46 +182,80 @@ class NetworkModel:
         return to_pixels(x).permute(0, 2, 3, 1).cpu().numpy()
 
 
+def check_device(name: str | torch.device) -> torch.device:
+    """The device of that name, tried out. Errors: ValueError where it is unknown, absent, or holds
+    no numbers (meta)."""
+    try:
+        device = torch.device(name)
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError, TypeError) as error:
+        raise ValueError(
+            f"device {str(name)!r} is not to be had: {str(error).partition(chr(10))[0]}"
+        ) from None
+    return device
+
+
 def load_folder(
     folder: Path, device: str = "cpu", dtype: str = "float32", compile: bool = False
 ) -> NetworkModel:
-    """Read a model folder. Nothing in it is executed: JSON and safetensors only.
+    """Read a model folder of the kind unet. Nothing in it is executed: JSON and safetensors only.
 
     Errors: ValueError where a file is missing, cut short, or does not go with the card.
     """
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
+    place = check_device(device)
     card = Card.read(folder)
     path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        raise ValueError(f"{folder} has a card but no {WEIGHTS_FILE}; fetch it again")
     if card.weights_sha256 and file_hash(path) != card.weights_sha256:
         raise ValueError(
             f"{path} is not the file that its card names (SHA-256 differs); fetch it again"
         )
     try:
-        tensors = safetensors.torch.load_file(path)
+        tensors = {name: t.float() for name, t in safetensors.torch.load_file(path).items()}
         config = UNetConfig(**card.network)
-        with torch.random.fork_rng(devices=[]):
+        with torch.device("meta"):  # takes no memory and draws no random numbers
             net = UNet(config)
-        weights = {name: t.float() for name, t in tensors.items() if not name.startswith("stats.")}
-        net.load_state_dict(weights)
-        stats = {
-            n.removeprefix("stats."): t.float() for n, t in tensors.items() if n[:6] == "stats."
-        }
+        weights = {name: t for name, t in tensors.items() if not name.startswith("stats.")}
+        net.load_state_dict(weights, assign=True)
+        stats = _statistics(tensors, config)
+        if len(card.classes) != config.classes:
+            raise ValueError(f"{len(card.classes)} class names for {config.classes} classes")
+        if card.feature_module != "middle":
+            raise ValueError(f"feature_module must be middle, got {card.feature_module!r}")
     except SafetensorError as error:
         raise ValueError(f"{path} cannot be read ({error}); fetch it again") from None
-    except (RuntimeError, TypeError) as error:
-        first = str(error).splitlines()[0]
-        raise ValueError(f"{path} does not go with its card: {first}") from None
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
-    try:
-        net = net.to(device, getattr(torch, dtype)).eval().requires_grad_(False)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"device {device!r} is not to be had: {str(error).splitlines()[0]}"
-        ) from None
-    stats = {name: t.to(device) for name, t in stats.items()}
-    if "basis" in stats:  # float16 in the file: orthonormal again
-        stats["basis"] = torch.linalg.qr(stats["basis"].mT).Q.mT.contiguous()
+    except (RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path} does not go with its card: {reason}") from None
+    net = net.to(place, getattr(torch, dtype)).eval().requires_grad_(False)
+    # float16 in the file: orthonormal again
+    stats["basis"] = torch.linalg.qr(stats["basis"].mT).Q.mT.contiguous()
+    stats = {name: t.to(place) for name, t in stats.items()}
     return NetworkModel(card, net, stats, torch.compile(net) if compile else net)
+
+
+def _statistics(tensors: dict[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
+    """The tensors named stats.*, without that prefix. Errors: ValueError where one is missing or of
+    another shape than the module's docstring says."""
+    stats = {n.removeprefix("stats."): t for n, t in tensors.items() if n.startswith("stats.")}
+    rows, picture = config.classes + 1, (config.channels, config.size, config.size)
+    pixels = math.prod(picture)
+    k = stats["variances"].shape[-1] if "variances" in stats and stats["variances"].ndim else 0
+    shapes = {
+        "far_mean": (rows, *picture),
+        "mean": (rows, pixels),
+        "basis": (rows, min(k, pixels), pixels),
+        "variances": (rows, min(k, pixels)),
+        "rest": (rows,),
+    }
+    for name, shape in shapes.items():
+        found = tuple(stats[name].shape) if name in stats else None
+        if found != shape:
+            raise ValueError(f"stats.{name} must have shape {shape}, got {found or 'none'}")
+    return {name: stats[name] for name in shapes}
 
 
 def save_folder(folder: Path, card: Card, net: UNet, stats: dict[str, Tensor]) -> Card:

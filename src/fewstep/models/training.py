@@ -7,7 +7,9 @@ linearly to zero over the last part of the run; the average of the weights has a
 with the run (power-function EMA).
 
 Every random draw is a function of (seed, step), so a run that is killed and resumed from its last
-checkpoint takes exactly the path of one that was not.
+checkpoint takes exactly the path of one that was not. A run can also be taken further with more
+pictures: it is then on the path of the longer run only if it stopped before its own cool-down,
+since the learning rate depends on the length (after one, it goes up again).
 
 Sources: Karras et al. 2022 (EDM), arXiv:2206.00364; Karras et al. 2024 (EDM2, the EMA),
 arXiv:2312.02696.
@@ -16,6 +18,7 @@ arXiv:2312.02696.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 import time
@@ -29,19 +32,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fewstep.files import write_whole
-from fewstep.models.card import Card
+from fewstep import __version__
+from fewstep.files import check_writable, sweep, write_whole
+from fewstep.models.card import CARD_FILE, WEIGHTS_FILE, Card
 from fewstep.models.data import to_unit
 from fewstep.models.edm import denoise
-from fewstep.models.network import data_statistics, far_means, save_folder
+from fewstep.models.network import check_device, data_statistics, far_means, save_folder
 from fewstep.models.unet import UNet, UNetConfig
 from fewstep.noise import generator
 
-__all__ = ["Progress", "Recipe", "export_network", "train_network"]
+__all__ = ["Progress", "Recipe", "check_names", "export_network", "train_network"]
 
 P_MEAN, P_STD = -1.2, 1.2  # the log-normal of EDM, its table 1
 EMA_GAMMA = 16.97  # a window of 5 % of the run so far; EDM2, section 3.1
-CHECKPOINT = "checkpoint.safetensors"
+CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ class Recipe:
     warmup: pictures until the learning rate is reached
     cooldown: the last share of the run, over which it falls to zero
     dtype: the network's arithmetic
+
+    Errors: ValueError for a number outside its range.
     """
 
     pictures: int = 1_500_000
@@ -75,6 +81,18 @@ class Recipe:
             )
         if self.dtype not in ("bfloat16", "float32"):
             raise ValueError(f"dtype must be bfloat16 or float32, got {self.dtype}")
+        for name, fine, rule in (
+            ("lr", 0 < self.lr < math.inf, "positive"),
+            ("warmup", self.warmup >= 0, "at least 0"),
+            ("cooldown", 0 <= self.cooldown <= 1, "between 0 and 1"),
+            ("label_dropout", 0 <= self.label_dropout <= 1, "between 0 and 1"),
+            ("sigma_min", 0 < self.sigma_min < self.sigma_max, "positive and below sigma_max"),
+            ("sigma_max", self.sigma_max < math.inf, "finite"),
+            ("sigma_data", 0 < self.sigma_data < math.inf, "positive"),
+            ("seed", -(2**63) <= self.seed < 2**63, "a 64-bit integer"),
+        ):
+            if not fine:
+                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)}")
 
     @property
     def total_steps(self) -> int:
@@ -139,13 +157,16 @@ def weighted_errors(
 
 
 class Run:
-    """The state of a training run: weights, their average, Adam's moments and the step count."""
+    """The state of a training run: weights, their average, Adam's moments and the step count.
 
-    def __init__(self, recipe: Recipe, device: str) -> None:
+    data: hash of what it is trained on, kept in its checkpoints
+    """
+
+    def __init__(self, recipe: Recipe, device: torch.device, data: str) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             self.net = UNet(recipe.network).to(device)
-        self.recipe, self.device, self.step = recipe, device, 0
+        self.recipe, self.device, self.data, self.step = recipe, device, data, 0
         self.names = [name for name, _ in self.net.named_parameters()]
         self.weights = list(self.net.parameters())
         self.ema = [w.detach().clone() for w in self.weights]
@@ -167,28 +188,47 @@ class Run:
         return out
 
     def save(self, path: Path) -> None:
-        metadata = {"step": str(self.step), "recipe": json.dumps(asdict(self.recipe))}
-        write_whole(path, safetensors.torch.save(self.tensors(), metadata))
+        metadata = {
+            "step": str(self.step),
+            "recipe": json.dumps(asdict(self.recipe)),
+            "data": self.data,
+        }
+        write_whole(path, sorted_header(safetensors.torch.save(self.tensors(), metadata)))
 
     @torch.no_grad()
     def restore(self, path: Path) -> None:
-        """Take up the state in `path`. Errors: ValueError where it is cut short or of another
-        recipe."""
+        """Take up the state in `path`.
+
+        Errors: ValueError where it is cut short, of another recipe, of other data, or longer than
+        the run that is asked for.
+        """
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 if "recipe" not in metadata or "step" not in metadata:
                     raise ValueError(f"{path} is not a training checkpoint of fewstep")
-                theirs = Recipe.from_dict(json.loads(metadata["recipe"]))
+                theirs, step = read_recipe(path, metadata)
                 if replace(theirs, pictures=self.recipe.pictures) != self.recipe:
                     raise ValueError(
                         f"{path} was made by another recipe; give its options, or another folder"
                     )
+                # checkpoints from before the key "data" was written are taken on trust
+                if metadata.get("data", self.data) != self.data:
+                    raise ValueError(
+                        f"{path} was trained on other pictures or labels; "
+                        "give its data, or another folder"
+                    )
+                if step > self.recipe.total_steps:
+                    raise ValueError(
+                        f"{path} is at {step * theirs.batch} pictures, past the "
+                        f"{self.recipe.pictures} asked for; ask for as many or more, "
+                        "or give another folder"
+                    )
                 for name, tensor in self.tensors().items():
                     tensor.copy_(file.get_tensor(name))
-        except SafetensorError as error:
+        except (SafetensorError, RuntimeError) as error:
             raise ValueError(f"{path} cannot be read ({error}); remove it to start again") from None
-        self.step = int(metadata["step"])
+        self.step = step
         for state in self.adam.state.values():
             state["step"].fill_(self.step)
 
@@ -220,7 +260,7 @@ class Run:
 
     def averaged(self) -> UNet:
         """A copy of the network with the averaged weights."""
-        net = UNet(self.recipe.network).to(self.device)
+        net = copy.deepcopy(self.net)
         net.load_state_dict(dict(zip(self.names, self.ema, strict=True)))
         return net.eval().requires_grad_(False)
 
@@ -262,7 +302,7 @@ def train_network(
     out: Path | str,
     recipe: Recipe,
     *,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     checkpoint_every: int = 100,
     validate_every: int = 1000,
     report: Callable[[Progress], None] = lambda progress: None,
@@ -271,19 +311,34 @@ def train_network(
 
     images: uint8 [n, c, h, w]
     labels: int64 [n]
-    held_out: the same, for validation; checkpoint_every and validate_every count steps
+    held_out: the same, for validation
+    checkpoint_every, validate_every: in steps
 
     Returns the network with averaged weights, float32. `out` receives checkpoint.safetensors and
     log.jsonl (one line per validation).
 
-    Errors: ValueError for a checkpoint of another recipe, FloatingPointError where the loss is not
-    finite (the last checkpoint stays).
+    Resuming takes exactly the path of an undisturbed run of the same `pictures`. More pictures than
+    the checkpoint's run had, even one that was finished, are allowed: see the module's docstring.
+
+    Errors, all before the first step: ValueError for data that do not go with the recipe, a device
+    that is not to be had, a checkpoint of another recipe or other data, or an `out` that holds
+    another model; OSError where `out` cannot be written. Later, FloatingPointError where the loss
+    is not finite (the last checkpoint stays).
     """
-    out = Path(out)
-    run = Run(recipe, device)
+    if checkpoint_every < 1 or validate_every < 1:
+        raise ValueError(
+            "checkpoint_every and validate_every must be at least 1, "
+            f"got {checkpoint_every} and {validate_every}"
+        )
+    out, place = Path(out), check_device(device)
+    check_data(images, labels, held_out, recipe)
+    check_folder(out)
+    run = Run(recipe, place, data_hash(images, labels))
     if (path := out / CHECKPOINT).exists():
         run.restore(path)
-    lines = [line for line in log_lines(out / "log.jsonl") if line["step"] <= run.step]
+    for name in (CHECKPOINT, LOG, WEIGHTS_FILE, CARD_FILE):
+        sweep(out / name)
+    lines = [line for line in log_lines(out / LOG) if line["step"] <= run.step]
     begun, first = time.perf_counter(), run.step
     while run.step < recipe.total_steps:
         loss = run.update(images, labels)
@@ -301,7 +356,7 @@ def train_network(
         )
         if validation:
             lines.append({"step": run.step, "pictures": run.step * recipe.batch, **validation})
-            write_whole(out / "log.jsonl", "".join(json.dumps(e) + "\n" for e in lines).encode())
+            write_whole(out / LOG, "".join(json.dumps(e) + "\n" for e in lines).encode())
         if last or run.step % checkpoint_every == 0:
             run.save(path)
         report(progress)
@@ -325,11 +380,13 @@ def export_network(
 
     images, labels: the training data, for its statistics
     classes: names, indices where left out
+    about: more facts for the card, which says the recipe and the version of fewstep in any case
+
+    Errors: ValueError for names that do not go with the recipe, or where `out` holds another model.
     """
-    count = recipe.network.classes
-    names = tuple(classes) or tuple(map(str, range(count)))
-    if len(names) != count:
-        raise ValueError(f"classes must name {count} classes, got {len(names)}")
+    out, count = Path(out), recipe.network.classes
+    names = check_names(tuple(classes) or tuple(map(str, range(count))), count)
+    check_folder(out)
     stats = data_statistics(images, labels, count)
     rounded = copy.deepcopy(net).half().float()  # what will be loaded
     stats["far_mean"] = far_means(rounded, recipe.sigma_max, recipe.sigma_data)
@@ -341,11 +398,102 @@ def export_network(
         sigma_min=recipe.sigma_min,
         sigma_max=recipe.sigma_max,
         sigma_data=recipe.sigma_data,
-        about=about or {},
+        about={"fewstep": __version__, "recipe": asdict(recipe), **(about or {})},
     )
-    return save_folder(Path(out), card, net, stats)
+    return save_folder(out, card, net, stats)
+
+
+def check_names(names: Sequence[str], classes: int) -> tuple[str, ...]:
+    """The names of classes. Errors: ValueError where there are too few or too many, or one is empty
+    or given twice."""
+    if len(names) != classes:
+        raise ValueError(f"classes must name {classes} classes, got {len(names)}")
+    if not all(names) or len(set(names)) != len(names):
+        raise ValueError(f"classes must have a name each, no two the same, got {','.join(names)!r}")
+    return tuple(names)
+
+
+def check_data(
+    images: Tensor, labels: Tensor, held_out: tuple[Tensor, Tensor], recipe: Recipe
+) -> None:
+    """Errors: ValueError where pictures or labels do not go with the recipe, or with each other."""
+    config = recipe.network
+    shape = (config.channels, config.size, config.size)
+    for what, pictures, theirs in (("training", images, labels), ("held-out", *held_out)):
+        if pictures.dtype != torch.uint8 or tuple(pictures.shape[1:]) != shape:
+            raise ValueError(
+                f"{what} pictures must be uint8 of shape {shape}, "
+                f"got {pictures.dtype}, {tuple(pictures.shape[1:])}"
+            )
+        if len(pictures) < 2 or theirs.shape != (len(pictures),):
+            raise ValueError(
+                f"there must be at least 2 {what} pictures with a label each, "
+                f"got {len(pictures)} and labels of shape {tuple(theirs.shape)}"
+            )
+        low, high = int(theirs.min()), int(theirs.max())
+        if low < 0 or high >= max(1, config.classes):
+            raise ValueError(
+                f"{what} labels must lie below the {config.classes} classes, got {low} to {high}"
+            )
+    if recipe.batch > len(images):
+        raise ValueError(f"batch must be at most the {len(images)} pictures, got {recipe.batch}")
+    for label, count in enumerate(torch.bincount(labels, minlength=config.classes).tolist()):
+        if count < 2:
+            raise ValueError(f"every class needs at least 2 pictures, class {label} has {count}")
+
+
+def check_folder(out: Path) -> None:
+    """Errors: OSError where `out` cannot be written, ValueError where it holds a model that did not
+    come from a checkpoint beside it."""
+    check_writable(out)
+    others = [name for name in (CARD_FILE, WEIGHTS_FILE) if (out / name).exists()]
+    if others and not (out / CHECKPOINT).exists():
+        raise ValueError(
+            f"{out} has a {others[0]} but no {CHECKPOINT}, so it is another model; "
+            "give another folder"
+        )
+
+
+def data_hash(images: Tensor, labels: Tensor) -> str:
+    """SHA-256 of the shapes and the values of pictures and labels, in hexadecimal."""
+    digest = hashlib.sha256()
+    for values in (images.to(torch.uint8), labels.to(torch.int64)):
+        digest.update(repr(tuple(values.shape)).encode())
+        digest.update(values.contiguous().cpu().numpy().data)
+    return digest.hexdigest()
+
+
+def read_recipe(path: Path, metadata: dict[str, str]) -> tuple[Recipe, int]:
+    """Recipe and step of a checkpoint.
+
+    Errors: ValueError, naming the file, where this version cannot read them.
+    """
+    try:
+        return Recipe.from_dict(json.loads(metadata["recipe"])), int(metadata["step"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} has a recipe that this version of fewstep does not know ({error!r}); "
+            "update fewstep, or give another folder"
+        ) from None
+
+
+def sorted_header(data: bytes) -> bytes:
+    """A safetensors file with its metadata sorted, so that equal contents are equal bytes: the
+    library writes the keys in random order."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 def log_lines(path: Path) -> Iterator[dict[str, float]]:
-    if path.exists():
-        yield from map(json.loads, path.read_text().splitlines())
+    """One dictionary per validation so far. Errors: ValueError where it is not such a log."""
+    try:
+        for text in path.read_text().splitlines() if path.exists() else ():
+            line = json.loads(text)
+            int(line["step"])
+            yield line
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a training log ({error!r}); move it away") from None

@@ -22,6 +22,17 @@ from torch.nn import functional as F
 __all__ = ["UNet", "UNetConfig"]
 
 NORM_GROUPS = 16
+# A card may come from anywhere. What these admit is built without memory, on the meta device; what
+# is allocated then is what the weights file holds.
+LIMITS = {
+    "size": (1, 4096),
+    "channels": (1, 64),
+    "patch": (1, 64),
+    "blocks": (1, 64),
+    "embedding": (1, 16_384),
+    "classes": (0, 1_000_000),
+}
+MOST_WIDTHS, WIDEST = 8, 4096
 
 
 @dataclass(frozen=True)
@@ -30,6 +41,9 @@ class UNetConfig:
 
     size and channels describe the picture, patch the unshuffle factor of the stem; widths has one
     entry per resolution, each half the one before; classes=0 makes an unconditional network.
+
+    Errors: ValueError for what no network can have: numbers outside LIMITS, widths that the norm's
+    groups or the attention's heads do not divide, a size that cannot be halved so often.
     """
 
     size: int = 32
@@ -42,11 +56,30 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", tuple(self.widths))
+        for name, (low, high) in LIMITS.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or not low <= value <= high:
+                raise ValueError(f"{name} must be an integer from {low} to {high}, got {value!r}")
+        if not 1 <= len(self.widths) <= MOST_WIDTHS:
+            raise ValueError(f"widths must be 1 to {MOST_WIDTHS} numbers, got {len(self.widths)}")
+        for width in self.widths:
+            if not isinstance(width, int) or width % NORM_GROUPS or not 0 < width <= WIDEST:
+                raise ValueError(
+                    f"widths must be multiples of {NORM_GROUPS} up to {WIDEST}, got {self.widths}"
+                )
+        if self.widths[-1] % attention_heads(self.widths[-1]):
+            raise ValueError(
+                f"the last of widths must be a multiple of its {attention_heads(self.widths[-1])} "
+                f"attention heads (one per 64 channels), got {self.widths[-1]}"
+            )
         smallest = self.patch * 2 ** (len(self.widths) - 1)
         if self.size % smallest:
             raise ValueError(f"size must be a multiple of {smallest}, got {self.size}")
-        if any(width % NORM_GROUPS for width in self.widths):
-            raise ValueError(f"widths must be multiples of {NORM_GROUPS}, got {self.widths}")
+
+
+def attention_heads(channels: int) -> int:
+    """One per 64 channels, at least one."""
+    return max(1, channels // 64)
 
 
 def start_from_zero(module: nn.Module) -> None:
@@ -81,7 +114,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.heads = max(1, channels // 64)
+        self.heads = attention_heads(channels)
         self.norm = nn.GroupNorm(NORM_GROUPS, channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
@@ -110,8 +143,14 @@ class Middle(nn.Module):
 class UNet(nn.Module):
     """The raw network F(c_in x; c_noise, label) of EDM's preconditioning.
 
-    forward(x, c_noise, label): x [b, c, h, w], c_noise [b] (log(sigma) / 4), label [b] integers
-    below classes, or `classes` itself for "no class". Returns [b, c, h, w].
+    forward(x, c_noise, label, features=False):
+
+    x: [b, c, h, w]
+    c_noise: log(sigma) / 4, [b]
+    label: integers below classes, or `classes` itself for "no class", [b]
+    features: return the output of `middle` too, [b, c, h, w] of the lowest resolution
+
+    Returns [b, c, h, w], or (that, features).
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -119,8 +158,9 @@ class UNet(nn.Module):
         self.config = config
         emb, widths, stem = config.embedding, config.widths, config.channels * config.patch**2
         # periods from 8 down to 1/4 in c_noise, whose whole range is about 2.7: smooth in sigma,
-        # still sharp
-        frequencies = 2 * math.pi * torch.logspace(math.log10(1 / 8), math.log10(4), 32)
+        # still sharp; on the CPU even where the weights are built on the meta device
+        low, high = math.log10(1 / 8), math.log10(4)
+        frequencies = 2 * math.pi * torch.logspace(low, high, 32, device="cpu")
         self.frequencies: Tensor
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.embed_noise = nn.Sequential(nn.Linear(64, emb), nn.SiLU(), nn.Linear(emb, emb))
@@ -149,7 +189,9 @@ class UNet(nn.Module):
         self.head = nn.Conv2d(c, stem, 3, padding=1)
         start_from_zero(self.head)
 
-    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, c_noise: Tensor, label: Tensor, features: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         blocks = self.config.blocks
         angles = c_noise[:, None] * self.frequencies
         emb = self.embed_noise(torch.cat((angles.cos(), angles.sin()), dim=1).to(x.dtype))
@@ -162,9 +204,10 @@ class UNet(nn.Module):
                 h = self.down[i // blocks - 1](h)
             h = block(h, emb)
             skips.append(h)
-        h = self.middle(h, emb)
+        h = middle = self.middle(h, emb)
         for i, block in enumerate(self.decoder):
             if i and i % blocks == 0:
                 h = self.up[i // blocks - 1](F.interpolate(h, scale_factor=2.0, mode="nearest"))
             h = block(torch.cat((h, skips.pop()), dim=1), emb)
-        return F.pixel_shuffle(self.head(F.silu(self.norm(h))), self.config.patch)
+        out = F.pixel_shuffle(self.head(F.silu(self.norm(h))), self.config.patch)
+        return (out, middle) if features else out

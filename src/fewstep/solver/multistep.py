@@ -34,11 +34,12 @@ def unipc(sigmas: Sequence[float], *, order: int, bh: int = 2) -> Ops:
     The last state is predicted only. Depth is order + 1.
     """
     past: list[float] = []
-    for cur, nxt in pairwise(sigmas):
+    last = len(sigmas) - 2
+    for i, (cur, nxt) in enumerate(pairwise(sigmas)):
         yield Eval(cur)
         if past:
             a, b = unic(past, cur, order, bh)
             yield Combine(b, cur, a)
         past = [cur, *past[: order - 1]]
         a, b = unip(past, nxt, order, bh)
-        yield Combine(b, nxt, a, accept=nxt == sigmas[-1])
+        yield Combine(b, nxt, a, accept=i == last)

@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fewstep.plan import Combine, Eval, Ops, Plan, Prediction, freeze, nfe
+from fewstep.plan import Combine, Eval, Ops, Plan, Prediction, Program, freeze
 
 __all__ = ["ALIASES", "FIRST_STEPS", "Solver", "get", "intervals_for", "names", "register"]
 
 FIRST_STEPS = ("none", "zero", "mean")
+MOST_EVALUATIONS = 10_000  # in one budget; a typing error must not run for hours
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Solver:
         """Whether it needs the network's replies, so that it has no plan."""
         return self.evaluations is not None
 
-    def program(self, sigmas: Sequence[float], first: str = "none", final: bool = False) -> Ops:
+    def ops_on(self, sigmas: Sequence[float], first: str = "none", final: bool = False) -> Ops:
         """The operations on one grid, with an analytic first step and a last denoising step where
         asked for.
 
@@ -79,10 +80,27 @@ class Solver:
         final: bool = False,
         grid: str = "custom",
     ) -> Plan:
-        """`program`, drained. Errors: ValueError where the solver adapts to the network."""
+        """`ops_on`, drained. Errors: ValueError where the solver adapts to the network."""
         if self.adapts:
             raise ValueError(f"{self.name} adapts to the network's features, so it has no plan")
-        return _frozen(self, tuple(sigmas), first, final, grid)
+        # a solver of our own has no state, so its plans may be kept; others may hold anything
+        known = _REGISTRY.get(self.name) is self
+        return (_remembered if known else _drained)(self, tuple(sigmas), first, final, grid)
+
+    def on(self, sigmas: Sequence[float], first: str = "none", final: bool = False) -> Program:
+        """What the loop runs on one grid. Errors as in `ops_on`."""
+        if self.evaluations is None:
+            return self.plan(sigmas, first, final).program()
+        self.ops_on(sigmas, first, final).close()  # speaks up now about arguments that do not fit
+        return Program(
+            functools.partial(self.ops_on, sigmas, first, final),
+            self.prediction,
+            self.depth,
+            tuple(sigmas),
+            self.evaluations(len(sigmas) - 1) - (first != "none") + final,
+            adapts=True,
+            name=self.name,
+        )
 
     def with_options(self, **values: float) -> Solver:
         """The same solver with other options. Errors: ValueError where it has no such option."""
@@ -102,16 +120,18 @@ class Solver:
         )
 
 
-@functools.lru_cache(maxsize=256)
-def _frozen(solver: Solver, sigmas: tuple[float, ...], first: str, final: bool, grid: str) -> Plan:
+def _drained(solver: Solver, sigmas: tuple[float, ...], first: str, final: bool, grid: str) -> Plan:
     return freeze(
-        solver.program(sigmas, first, final),
+        solver.ops_on(sigmas, first, final),
         prediction=solver.prediction,
         depth=solver.depth,
         solver=solver.name,
         grid=grid,
         sigmas=sigmas,
     )
+
+
+_remembered = functools.lru_cache(maxsize=256)(_drained)
 
 
 def analytic_first(ops: Ops, source: str) -> Ops:
@@ -185,13 +205,10 @@ def get(name: str) -> Solver:
     return solver.with_options(**values)
 
 
-@functools.lru_cache(maxsize=1024)
 def _spent(solver: Solver, intervals: int, first: str, final: bool) -> int:
-    if solver.evaluations is not None:
-        return solver.evaluations(intervals) - (first != "none") + final
     # any decreasing grid will do: no solver's count depends on where the points lie
     sigmas = [80.0 * 0.5 ** (10 * i / intervals) for i in range(intervals + 1)]
-    return nfe(solver.plan(sigmas, first, final))
+    return solver.on(sigmas, first, final).evaluations
 
 
 def intervals_for(solver: Solver, budget: int, first: str = "none", final: bool = False) -> int:
@@ -199,14 +216,16 @@ def intervals_for(solver: Solver, budget: int, first: str = "none", final: bool 
 
     Errors: ValueError that names the nearest budgets that the solver can spend.
     """
-    if budget < 1:
-        raise ValueError(f"nfe must be at least 1, got {budget}")
-    low, high = 1, budget + 1
-    while low < high:  # the count rises with the intervals
-        middle = (low + high) // 2
-        low, high = (
-            (middle + 1, high) if _spent(solver, middle, first, final) < budget else (low, middle)
-        )
+    if not 1 <= budget <= MOST_EVALUATIONS:
+        raise ValueError(f"nfe must be from 1 to {MOST_EVALUATIONS}, got {budget}")
+    one, two = (_spent(solver, n, first, final) for n in (1, 2))
+    low = 1 + max(0, budget - one) // max(1, two - one)  # where every interval costs the same
+    if _spent(solver, low, first, final) != budget:
+        low, high = 1, budget + 1
+        while low < high:  # the count rises with the intervals
+            middle = (low + high) // 2
+            enough = _spent(solver, middle, first, final) >= budget
+            low, high = (low, middle) if enough else (middle + 1, high)
     if _spent(solver, low, first, final) == budget:
         return low
     spend = [_spent(solver, n, first, final) for n in range(max(1, low - 2), low + 3)]

@@ -9,11 +9,11 @@ Lu et al. 2022 (DPM-Solver++), arXiv:2211.01095.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 
 from fewstep.plan import Combine, Eval, Ops
+from fewstep.solver.rules import expm1, is_zero, log
 
 __all__ = ["dpm_solver_2", "dpm_solver_3", "dpmpp_2s", "heun"]
 
@@ -23,8 +23,8 @@ def heun(sigmas: Sequence[float]) -> Ops:
     for cur, nxt in pairwise(sigmas):
         h = nxt - cur
         yield Eval(cur)
-        yield Combine((h,), nxt, accept=nxt == 0)
-        if nxt == 0:
+        yield Combine((h,), nxt, accept=is_zero(nxt))
+        if is_zero(nxt):
             return
         yield Eval(nxt)
         yield Combine((h / 2, h / 2), nxt)
@@ -38,7 +38,7 @@ def dpm_solver_2(sigmas: Sequence[float], *, r: float = 0.5) -> Ops:
     """
     for cur, nxt in pairwise(sigmas):
         yield Eval(cur)
-        if nxt == 0:
+        if is_zero(nxt):
             yield Combine((-cur,), nxt)
             return
         mid = cur ** (1 - r) * nxt**r
@@ -59,17 +59,17 @@ def dpm_solver_3(sigmas: Sequence[float]) -> Ops:
     r1, r2 = 1 / 3, 2 / 3
     for cur, nxt in pairwise(sigmas):
         yield Eval(cur)
-        if nxt == 0:
+        if is_zero(nxt):
             yield Combine((-cur,), nxt)
             return
-        h = math.log(cur / nxt)
-        s1, s2 = cur * math.exp(-r1 * h), cur * math.exp(-r2 * h)
+        h = log(cur / nxt)
+        s1, s2 = cur ** (1 - r1) * nxt**r1, cur ** (1 - r2) * nxt**r2
         yield Combine((s1 - cur,), s1, accept=False)
         yield Eval(s1)
-        slope = -s2 * (r2 / r1) * (math.expm1(r2 * h) / (r2 * h) - 1)
+        slope = -s2 * (r2 / r1) * (expm1(r2 * h) / (r2 * h) - 1)
         yield Combine((slope, s2 - cur - slope), s2, accept=False)
         yield Eval(s2)
-        slope = -(nxt / r2) * (math.expm1(h) / h - 1)
+        slope = -(nxt / r2) * (expm1(h) / h - 1)
         yield Combine((slope, 0.0, nxt - cur - slope), nxt)
 
 
@@ -80,7 +80,7 @@ def dpmpp_2s(sigmas: Sequence[float], *, r: float = 0.5) -> Ops:
     """
     for cur, nxt in pairwise(sigmas):
         yield Eval(cur)
-        if nxt == 0:
+        if is_zero(nxt):
             yield Combine((1.0,), nxt, a=0.0)
             return
         mid = cur ** (1 - r) * nxt**r
