@@ -83,7 +83,7 @@ def test_the_tables_have_every_solver():
 @pytest.mark.parametrize("name", names())
 def test_the_tables_agree_with_the_registry(name):
     solver, sigmas = get(name), [8.0, 4.0, 2.0, 1.0]
-    spent = registry.nfe(solver.plan(sigmas)) // 3
+    spent = solver.on(sigmas).evaluations // 3
     degree = f"{solver.degree} in {solver.variable}" if solver.degree else "0"
     cells = [solver.prediction, str(solver.order), degree, str(solver.depth), str(spent)]
     cells += [", ".join(f"`{k}` = {v:g}" for k, v in solver.options)] * solver.stochastic

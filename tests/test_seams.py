@@ -6,6 +6,7 @@ import functools
 import gc
 import time
 import weakref
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,7 @@ GENERATORS = {
         for rule in (adams_sigma, adams_log, exp_adams, dpmpp_2m, dpmpp_3m, ipndm)
     },
 }
+ON_EPS = {"heun", "dpm-solver-2", "dpm-solver-3", "adams_sigma", "adams_log", "ipndm"}
 
 
 def pull(x: Tensor, sigma: Tensor) -> Tensor:
@@ -56,11 +58,7 @@ def test_levels_per_sample_equal_each_sample_on_its_own_grid(name: str) -> None:
         torch.tensor(s, dtype=torch.float64, requires_grad=True) for s in zip(*grids, strict=True)
     ]
     x = 8 * torch.randn(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    prediction = (
-        "eps"
-        if name in ("heun", "dpm-solver-2", "dpm-solver-3", "adams_sigma", "adams_log", "ipndm")
-        else "x0"
-    )
+    prediction = "eps" if name in ON_EPS else "x0"
 
     def run(sigmas, x):
         start = functools.partial(GENERATORS[name], sigmas)
@@ -81,7 +79,7 @@ ALIASES = {
 
 
 @pytest.mark.parametrize("alias", ALIASES)
-@pytest.mark.parametrize("name", [n for n in fewstep.solvers(stochastic=False)])
+@pytest.mark.parametrize("name", fewstep.solvers(stochastic=False))
 def test_a_denoiser_may_return_memory_of_x(name: str, alias: str) -> None:
     x_T, nfe = torch.randn(3, 4), 6
     with torch.no_grad():
@@ -94,7 +92,7 @@ def test_an_adaptive_solver_may_keep_what_it_saw() -> None:
     kept: list[tuple[Tensor, Tensor]] = []
 
     def ops(sigmas):
-        for cur, nxt in zip(sigmas, sigmas[1:], strict=False):
+        for cur, nxt in pairwise(sigmas):
             seen = yield Eval(cur)
             kept.append((seen.x, seen.x.clone()))
             yield Combine((1 - nxt / cur,), nxt, a=nxt / cur)
@@ -170,16 +168,16 @@ def test_seeds_may_come_from_numpy_and_torch(model: NetworkModel) -> None:
 def test_a_solver_with_learned_numbers_has_no_stale_plan() -> None:
     weight = torch.tensor(0.5, requires_grad=True)
 
-    def ops(sigmas):
-        for cur, nxt in zip(sigmas, sigmas[1:], strict=False):
+    def ops(sigmas, weight):
+        for cur, nxt in pairwise(sigmas):
             yield Eval(cur)
             yield Combine((weight,), nxt, a=nxt / cur)
 
-    solver = Solver("learned", ops, "x0", 1, 1)
+    solver = Solver("learned", functools.partial(ops, weight=weight), "x0", 1, 1)
     for _ in range(2):  # a plan kept from the first time would have no graph left
         fewstep.solve(pull, torch.ones(1, 2), solver, 3).sum().backward()
     held = weakref.ref(weight)
-    del weight, ops, solver
+    del weight, solver
     gc.collect()
     assert held() is None
 
@@ -197,7 +195,7 @@ def test_a_count_that_is_not_even_is_found_too() -> None:
     """Heun on the first two intervals only: 2, 4, 5, 6, ... evaluations."""
 
     def ops(sigmas):
-        for i, (cur, nxt) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
+        for i, (cur, nxt) in enumerate(pairwise(sigmas)):
             yield Eval(cur)
             yield Combine((nxt - cur,), nxt, accept=i >= 2)
             if i < 2:
@@ -216,22 +214,23 @@ def test_the_ledger_writes_a_step_as_flatten_does() -> None:
     ops = list(heun((cur, nxt)))
     ledger = Ledger(depth=2)
     ledger.evaluated(torch.zeros(1), cur)
-    assert ledger.combined(ops[1]) == pytest.approx((nxt / cur, 1 - nxt / cur), rel=1e-12)
+    euler, heuns = (op for op in ops if isinstance(op, Combine))
+    assert ledger.combined(euler) == pytest.approx((nxt / cur, 1 - nxt / cur), rel=1e-12)
     ledger.evaluated(torch.zeros(1), nxt)
-    row = ledger.combined(ops[3])
+    row = ledger.combined(heuns)
     plan = fewstep.freeze(ops, prediction="eps", depth=2)
     assert row == pytest.approx(tuple(flatten(plan)), rel=1e-9)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", fewstep.solvers())
-def test_no_solver_waits_for_the_device(name: str) -> None:
+def test_no_solver_waits_for_the_device() -> None:
     x_T = torch.randn(2, 1, 8, 8, device="cuda")
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.no_grad():
-            fewstep.solve(lambda x, sigma: x * 0.5, x_T, name, 6, seeds=(1, 2))
+            for name in fewstep.solvers():
+                fewstep.solve(lambda x, sigma: x * 0.5, x_T, name, 6, seeds=(1, 2))
     finally:
         torch.cuda.set_sync_debug_mode(mode)
 
@@ -241,7 +240,7 @@ def test_a_foreign_contact_sheet_is_kept(tmp_path: Path, model: NetworkModel) ->
 
     write_png(tmp_path / "sheet.png", np.zeros((4, 4), dtype=np.uint8))
     before = (tmp_path / "sheet.png").read_bytes()
-    with pytest.raises(ValueError, match=r"sheet\.png was not made by fewstep"):
+    with pytest.raises(ValueError, match=r"sheet\.png .*not made by fewstep"):
         sample_to_folder(model, tmp_path, seeds=(0,), nfe=2)
     assert (tmp_path / "sheet.png").read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 1

@@ -24,7 +24,7 @@ from abc import ABC
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -312,6 +312,10 @@ def calls_per_eval(denoiser: Any) -> int:
     return getattr(denoiser, "calls_per_eval", None) or 1
 
 
+@overload
+def per_sample(value: Tensor, x: Tensor) -> Tensor: ...
+@overload
+def per_sample(value: float | Tensor, x: Tensor) -> float | Tensor: ...
 def per_sample(value: float | Tensor, x: Tensor) -> float | Tensor:
     """A number for each sample, [b], shaped to multiply x and in its dtype; a float stays one."""
     return value.to(x).reshape(-1, *[1] * (x.ndim - 1)) if isinstance(value, Tensor) else value

@@ -16,6 +16,7 @@ import hashlib
 import math
 import operator
 from collections.abc import Sequence
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -26,14 +27,14 @@ LOW, HIGH = -20.0, 20.0  # log2(sigma): 1e-6 to 1e6
 LEVELS = 20  # leaves 4e-5 wide
 
 
-def key(*parts: int | str) -> int:
+def key(*parts: SupportsIndex | str) -> int:
     """A 63-bit integer from any sequence of integers and names, the same on every machine."""
     plain = tuple(part if isinstance(part, str) else operator.index(part) for part in parts)
     digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
-def generator(*parts: int | str) -> torch.Generator:
+def generator(*parts: SupportsIndex | str) -> torch.Generator:
     """A fresh CPU generator at the key of `parts`."""
     return torch.Generator().manual_seed(key(*parts))
 
