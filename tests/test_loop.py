@@ -99,9 +99,9 @@ def test_a_stochastic_solver_draws_from_the_data_when_its_grid_is_fine(name):
     x = 0.3 + (0.04 + 9) ** 0.5 * noise(len(seeds), 1.0, shape=(1000,))
     name = "churn:noise=1" if name == "churn" else name  # 1.003 adds noise on purpose
     end = solve(denoiser, x, name, grid=karras(160, 3.0, 0.01), seeds=seeds)
-    # three standard errors, 0.2 / sqrt(4000) and 0.2 / sqrt(8000), and what is left of order 1
-    assert abs(float(end.mean()) - 0.3) < 0.0095
-    assert abs(float(end.std()) - 0.2) < 0.0067 + 0.004
+    # four standard errors, 0.2 / sqrt(4000) and 0.2 / sqrt(8000), and what is left of order 1
+    assert abs(float(end.mean()) - 0.3) < 0.0126
+    assert abs(float(end.std()) - 0.2) < 0.0089 + 0.004
 
 
 # --- iterate -------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ def plans(draw) -> Plan:
                 tuple(draw(st.lists(FLOATS, max_size=depth))),
                 draw(FLOATS),
                 draw(FLOATS),
-                draw(FLOATS),
+                draw(st.floats(min_value=0.0, allow_infinity=False)),  # a standard deviation
                 draw(st.none() | st.tuples(FLOATS, FLOATS)),
                 draw(st.booleans()),
             )

@@ -14,15 +14,31 @@ import struct
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+from safetensors import safe_open
 
+import fewstep
+from fewstep.cli import train_network_command
+from fewstep.files import sweep
+from fewstep.models import read_card
 from fewstep.models.data import load_idx_folder, read_idx
-from fewstep.models.training import Recipe, batch_indices, noise_levels
+from fewstep.models.training import (
+    Recipe,
+    Run,
+    batch_indices,
+    export_network,
+    noise_levels,
+    train_network,
+)
+from fewstep.models.unet import UNetConfig
 from fewstep.noise import generator
 
 WRITERS = {"": open, ".gz": gzip.open, ".xz": lzma.open}
@@ -190,3 +206,239 @@ def test_learning_rate_rises_holds_and_falls_to_zero() -> None:
     assert rates[9:700] == [1e-3] * 691
     assert all(a > b for a, b in pairwise(rates[700:]))
     assert 0 < rates[-1] < 5e-6
+
+
+# In this process, on the smallest of networks.
+
+TINY = UNetConfig(size=8, widths=(16,), blocks=1, embedding=16, classes=3)
+RECIPE = Recipe(pictures=16, batch=4, dtype="float32", warmup=0, network=TINY)
+IMAGES = torch.arange(12 * 64).mul(37).remainder(256).to(torch.uint8).reshape(12, 1, 8, 8)
+LABELS = torch.arange(12) % 3
+
+
+def train(out: Path, **changes: Any) -> tuple[Any, list[int]]:
+    """The network, and the steps that were made."""
+    given = {"images": IMAGES, "labels": LABELS, "held_out": (IMAGES, LABELS), "recipe": RECIPE}
+    steps: list[int] = []
+    net = train_network(
+        **{"out": out, **given, "report": lambda progress: steps.append(progress.step), **changes}
+    )
+    return net, steps
+
+
+def longer(pictures: int) -> Recipe:
+    return Recipe(**{**asdict(RECIPE), "pictures": pictures, "network": TINY})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"label_dropout": 7.0}, "label_dropout must be between 0 and 1, got 7"),
+        ({"label_dropout": math.nan}, "label_dropout"),
+        ({"lr": -1e-3}, "lr must be positive"),
+        ({"lr": math.inf}, "lr"),
+        ({"warmup": -1}, "warmup"),
+        ({"cooldown": 1.5}, "cooldown"),
+        ({"cooldown": -0.1}, "cooldown"),
+        ({"sigma_min": 80.0}, "sigma_min must be positive and below sigma_max"),
+        ({"sigma_max": math.inf}, "sigma_max"),
+        ({"sigma_data": 0.0}, "sigma_data"),
+        ({"seed": 2**64}, "seed"),
+        ({"batch": 3}, "batch"),
+        ({"dtype": "int8"}, "dtype"),
+    ],
+)
+def test_recipes_that_cannot_be_are_refused(fields: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Recipe(**fields)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"device": "toaster"}, "device 'toaster' is not to be had"),
+        ({"device": "meta"}, "device 'meta' is not to be had"),
+        ({"labels": LABELS + 1}, "labels must lie below the 3 classes"),
+        ({"labels": LABELS - 1}, "labels must lie below the 3 classes"),
+        ({"labels": LABELS % 2}, "class 2 has 0"),
+        ({"labels": torch.tensor([0, 1] * 5 + [2, 0])}, "class 2 has 1"),
+        ({"labels": LABELS[:5]}, "with a label each"),
+        ({"images": IMAGES.float()}, "uint8"),
+        ({"images": IMAGES[..., :4]}, "must be uint8 of shape"),
+        ({"images": IMAGES[:3], "labels": LABELS[:3]}, "batch must be at most the 3"),
+        ({"held_out": (IMAGES[:1], LABELS[:1])}, "at least 2 held-out"),
+        ({"held_out": (IMAGES, LABELS + 1)}, "held-out labels must lie below"),
+        ({"checkpoint_every": 0}, "checkpoint_every"),
+        ({"validate_every": 0}, "validate_every"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_any_step(
+    tmp_path: Path, changes: dict, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        train(tmp_path / "out", **changes, report=lambda progress: pytest.fail("a step was made"))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"classes": "a,b"}, "classes must name 3 classes, got 2"),
+        ({"classes": "a,b,c,d"}, "classes must name 3 classes, got 4"),
+        ({"classes": "a,b,a"}, "no two the same"),
+        ({"classes": "a,,c"}, "a name each"),
+        ({"widths": "16,208"}, "3 attention heads"),
+        ({"widths": "16,x"}, "widths are written like"),
+        ({"label_dropout": 7.0}, "label_dropout"),
+        ({"device": "toaster"}, "toaster"),
+        ({"batch": 128}, "batch must be at most the 60 pictures"),
+    ],
+)
+def test_the_command_refuses_bad_options_before_any_step(
+    tmp_path: Path, options: dict, message: str
+) -> None:
+    write_data(tmp_path / "data")
+    with pytest.raises(ValueError, match=message):
+        train_network_command(
+            tmp_path / "data",
+            tmp_path / "out",
+            **{"pictures": 16, "batch": 8, "widths": "16,16", **options},
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_same_state_is_the_same_bytes(tmp_path: Path) -> None:
+    state = Run(RECIPE, torch.device("cpu"), "hash")
+    for i in range(12):  # safetensors writes its metadata in random order
+        state.save(tmp_path / f"{i}")
+    assert len({(tmp_path / f"{i}").read_bytes() for i in range(12)}) == 1
+    assert set(safetensors.torch.load_file(tmp_path / "0")) == set(state.tensors())
+
+
+def test_other_data_do_not_resume(tmp_path: Path) -> None:
+    train(tmp_path)
+    before = hashes(tmp_path)
+    for changes in ({"images": 255 - IMAGES}, {"labels": (LABELS + 1) % 3}):
+        with pytest.raises(ValueError, match=r"checkpoint\.safetensors was trained on other"):
+            train(tmp_path, recipe=longer(32), **changes)
+    assert hashes(tmp_path) == before
+
+
+def rewrite(path: Path, metadata: dict[str, str]) -> None:
+    path.write_bytes(safetensors.torch.save(safetensors.torch.load_file(path), metadata))
+
+
+def test_checkpoints_from_before_the_data_hash_resume(tmp_path: Path) -> None:
+    """A run begun by the first version: metadata "step" and "recipe", nothing else."""
+    train(tmp_path)
+    path = tmp_path / "checkpoint.safetensors"
+    rewrite(path, {"step": "4", "recipe": json.dumps(asdict(RECIPE))})
+    assert train(tmp_path)[1] == []
+    assert train(tmp_path, recipe=longer(24))[1] == [5, 6]
+    with safe_open(path, "pt") as file:
+        assert set(file.metadata()) == {"step", "recipe", "data"}
+
+
+def test_a_checkpoint_past_the_asked_length_is_not_cut(tmp_path: Path) -> None:
+    train(tmp_path)
+    with pytest.raises(ValueError, match="is at 16 pictures, past the 8 asked for; ask for as"):
+        train(tmp_path, recipe=longer(8))
+
+
+def test_a_run_taken_further_is_on_the_longer_path_up_to_the_cooldown(tmp_path: Path) -> None:
+    """Of 40 steps the last 12 are the cool-down; a checkpoint at step 20 does not know how long."""
+    recipe = longer(160)
+
+    def stop(progress: Any) -> None:
+        if progress.step == 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "a", recipe=recipe, checkpoint_every=20, report=stop)
+    train(tmp_path / "a", recipe=longer(200))
+    train(tmp_path / "b", recipe=longer(200))
+    ours, theirs = (hashes(tmp_path / name)["checkpoint.safetensors"] for name in "ab")
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "{}",
+        "[]",
+        "not json",
+        json.dumps({**asdict(RECIPE), "momentum": 0.9}),
+        json.dumps({**asdict(RECIPE), "network": {"layers": 3}}),
+        json.dumps({**asdict(RECIPE), "lr": "fast"}),
+        json.dumps({**asdict(RECIPE), "lr": -1}),
+    ],
+)
+def test_recipes_of_other_versions_name_the_checkpoint(tmp_path: Path, recipe: str) -> None:
+    train(tmp_path)
+    rewrite(tmp_path / "checkpoint.safetensors", {"step": "4", "recipe": recipe})
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors has a recipe that this version"):
+        train(tmp_path)
+
+
+def test_a_foreign_log_is_named(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"epoch": 3}\n')
+    with pytest.raises(ValueError, match=r"log\.jsonl is not a training log"):
+        train(tmp_path)
+
+
+def test_temporaries_of_killed_writes_are_swept_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    code = (
+        "import os, signal, sys; from fewstep.files import write_whole;"
+        "os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL);"
+        "write_whole(sys.argv[1], bytes(9))"
+    )
+    for target in (path, tmp_path / "other"):
+        assert run(sys.executable, "-c", code, target).returncode == -signal.SIGKILL
+    (tmp_path / ".checkpoint.safetensors.original").write_bytes(b"mine")
+    (tmp_path / ".checkpoint.safetensors.my-own.partial").write_bytes(b"mine")
+    before = {p.name for p in tmp_path.iterdir()}
+    assert len(before) == 4
+    sweep(path)
+    (gone,) = before - {p.name for p in tmp_path.iterdir()}
+    assert gone.startswith(".checkpoint.safetensors.")
+    run(sys.executable, "-c", code, path)
+    train(tmp_path)
+    assert not [p for p in tmp_path.glob(".checkpoint*.partial") if "my-own" not in p.name]
+
+
+@pytest.mark.parametrize("theirs", ["card.json", "model.safetensors"])
+def test_another_model_is_not_overwritten(tmp_path: Path, theirs: str) -> None:
+    (tmp_path / theirs).write_bytes(b"mine")
+    with pytest.raises(ValueError, match=f"{theirs} but no checkpoint"):
+        train(tmp_path, report=lambda progress: pytest.fail("a step was made"))
+    net, _ = train(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=f"{theirs} but no checkpoint"):
+        export_network(net, RECIPE, IMAGES, LABELS, tmp_path, name="x")
+    assert (tmp_path / theirs).read_bytes() == b"mine"
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_any_step(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(OSError, match="file"):
+        train(tmp_path / "file", report=lambda progress: pytest.fail("a step was made"))
+
+
+def test_an_exported_card_says_how_it_was_made(tmp_path: Path) -> None:
+    net, _ = train(tmp_path)
+    for _ in range(2):  # again from its checkpoint is allowed
+        export_network(
+            net, RECIPE, IMAGES, LABELS, tmp_path, name="x", about={"licence": "Apache-2.0"}
+        )
+    about = read_card(tmp_path).about
+    assert about["fewstep"] == fewstep.__version__
+    assert about["licence"] == "Apache-2.0"
+    assert Recipe.from_dict(about["recipe"]) == RECIPE
+    assert fewstep.sample(fewstep.load(tmp_path), nfe=2, seeds=[0]).images.shape == (1, 8, 8, 1)
+
+
+def test_training_leaves_the_random_state_alone(tmp_path: Path) -> None:
+    before = torch.get_rng_state()
+    train(tmp_path)
+    assert torch.equal(before, torch.get_rng_state())

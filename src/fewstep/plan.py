@@ -172,7 +172,9 @@ def _check_op(op: Op, depth: int) -> None:
 
 def _changed(op: Op) -> dict[str, Any]:
     defaults = type(op)._field_defaults
-    return {k: v for k, v in op._asdict().items() if k not in defaults or v != defaults[k]}
+    # by repr, since 0.0 == -0.0 and 1 == 1.0
+    changed = {k: v for k, v in op._asdict().items() if repr(v) != repr(defaults.get(k, ...))}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in changed.items()}
 
 
 def _read_op(fields: dict[str, Any]) -> Op:
