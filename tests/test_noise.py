@@ -155,6 +155,15 @@ def test_the_covariance_of_overlapping_increments_is_the_length_of_the_overlap()
     assert abs(covariance - 1.0) < 5 * math.sqrt((3 * 4 + 1) / PIXELS[0])  # five standard errors
 
 
+def test_across_a_leaf_of_the_tree_the_path_is_a_line():
+    """Leaves are 40 / 2^20 wide, 3.8e-5, and one begins at log2(sigma) = 0."""
+    one, two, three = (2.0 ** (k * 1e-5) for k in (1, 2, 3))
+    upper = difference([1], SHAPE, three, two)
+    lower = difference([1], SHAPE, two, one)
+    assert float(upper.abs().min()) > 1e-6
+    torch.testing.assert_close(upper, lower, rtol=1e-6, atol=0)
+
+
 # --- in the solvers ------------------------------------------------------------------------------
 
 

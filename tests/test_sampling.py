@@ -130,6 +130,7 @@ def test_head_start_is_the_closed_form_flow_of_a_gaussian(model: NetworkModel) -
 
 def test_half_precision_networks_keep_a_float32_state() -> None:
     half = load_folder(BUILTIN / "fashion-mnist", dtype="bfloat16")
+    assert (half.dtype, half.net.frequencies.dtype) == (torch.bfloat16, torch.float32)
     x = fewstep.solve(half.denoiser(), half.prior((0, 1)), "dpmpp-2m", 3)
     assert x.dtype == torch.float32
     full = load_folder(BUILTIN / "fashion-mnist")

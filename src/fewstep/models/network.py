@@ -218,7 +218,8 @@ def load_folder(
         config = UNetConfig(**card.network)
         with torch.device("meta"):  # takes no memory and draws no random numbers
             net = UNet(config)
-        weights = {name: t for name, t in tensors.items() if not name.startswith("stats.")}
+        kind = getattr(torch, dtype)  # for the weights; the table of frequencies stays float32
+        weights = {n: t.to(kind) for n, t in tensors.items() if not n.startswith("stats.")}
         net.load_state_dict(weights, assign=True)
         stats = _statistics(tensors, config)
         if len(card.classes) != config.classes:
@@ -230,7 +231,7 @@ def load_folder(
     except (RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{path} does not go with its card: {reason}") from None
-    net = net.to(place, getattr(torch, dtype)).eval().requires_grad_(False)
+    net = net.to(place).eval().requires_grad_(False)
     # float16 in the file: orthonormal again
     stats["basis"] = torch.linalg.qr(stats["basis"].mT).Q.mT.contiguous()
     stats = {name: t.to(place) for name, t in stats.items()}
