@@ -41,7 +41,9 @@ def hashes(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
 
 
-def test_sample_writes_skips_and_refuses_to_mix(tmp_path: Path) -> None:
+def test_sample_writes_skips_and_refuses_to_mix(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     first = fewstep("sample", "--out", out, "--seeds", "0-2", "--nfe", 3, "--solver", "ddim")
     assert first.returncode == 0, first.stderr
@@ -50,60 +52,54 @@ def test_sample_writes_skips_and_refuses_to_mix(tmp_path: Path) -> None:
     picture, metadata = read_png(out / "000001.png")
     assert picture.shape == (32, 32, 1)
     assert metadata is not None
-    assert {k: metadata[k] for k in ("seed", "solver", "nfe")} == {
-        "seed": 1,
-        "solver": "ddim",
-        "nfe": 3,
-    }
+    known = {key: metadata[key] for key in ("seed", "solver", "nfe")}
+    assert known == {"seed": 1, "solver": "ddim", "nfe": 3}
     assert len(metadata["weights"]) == 64
 
     base = ("sample", "--out", out, "--seeds", "0-3", "--solver", "ddim")
-    result = json.loads(fewstep(*base, "--nfe", 3, "--json").stdout)
+    assert in_process(*base, "--nfe", 3, "--json") == 0
+    result = json.loads(capsys.readouterr().out)
     assert result["skipped"] == 3
+    assert result["network_calls"] == 3
     assert [Path(p).name for p in result["files"]] == [f"00000{i}.png" for i in range(4)]
     after = hashes(out)
     assert all(after[name] == before[name] for name in before if name != "sheet.png")
 
-    other = fewstep(*base, "--nfe", 4)
-    assert other.returncode == 2
-    assert "nfe=3 (now 4)" in other.stderr
+    assert in_process(*base, "--nfe", 4) == 2
+    assert "nfe=3 (now 4)" in capsys.readouterr().err
     assert hashes(out) == after
 
 
 def test_running_twice_gives_the_same_files(tmp_path: Path) -> None:
+    more = ("--seeds", "7,9", "--label", "bag,1", "--guidance", 2)
     for name in "ab":
-        done = fewstep(
-            "sample",
-            "--out",
-            tmp_path / name,
-            "--seeds",
-            "7,9",
-            "--label",
-            "bag,1",
-            "--guidance",
-            2,
-        )
-        assert done.returncode == 0, done.stderr
+        assert fewstep("sample", "--out", tmp_path / name, *more).returncode == 0
     assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
 
 
-def test_a_lost_picture_alone_is_made_again(tmp_path: Path) -> None:
+def test_a_lost_picture_alone_is_made_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ("sample", "--out", tmp_path, "--seeds", "0-3", "--nfe", 2)
-    assert fewstep(*arguments).returncode == 0
-    before = hashes(tmp_path)
+    assert in_process(*arguments) == 0
+    before, lost = hashes(tmp_path), read_png(tmp_path / "000002.png")[0]
     (tmp_path / "000002.png").unlink()
-    again = fewstep(*arguments, "--json")
-    assert json.loads(again.stdout)["skipped"] == 3
-    # alone in its batch now: equal to float32 rounding, so compare pixels and not bytes
-    old = {k: v for k, v in before.items() if k not in ("000002.png", "sheet.png")}
-    assert {k: hashes(tmp_path)[k] for k in old} == old
+    capsys.readouterr()
+    assert in_process(*arguments, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["skipped"] == 3
+    kept = {k: v for k, v in before.items() if k not in ("000002.png", "sheet.png")}
+    assert {k: hashes(tmp_path)[k] for k in kept} == kept
+    # alone in its batch now: equal to float32 rounding, one grey level
+    made = read_png(tmp_path / "000002.png")[0]
+    assert np.abs(made.astype(int) - lost.astype(int)).max() <= 1
 
 
 def test_batches_and_processes_give_the_same_pictures(tmp_path: Path) -> None:
     base = ("sample", "--nfe", 3, "--solver", "dpmpp-2m-sde")
-    assert fewstep(*base, "--out", tmp_path / "one", "--seeds", "0-5").returncode == 0
-    assert fewstep(*base, "--out", tmp_path / "two", "--seeds", "3-5", "--batch", 2).returncode == 0
-    assert fewstep(*base, "--out", tmp_path / "two", "--seeds", "0-2", "--batch", 1).returncode == 0
+    assert in_process(*base, "--out", tmp_path / "one", "--seeds", "0-5") == 0
+    for seeds, batch in (("3-5", 2), ("0-2", 1)):
+        done = fewstep(*base, "--out", tmp_path / "two", "--seeds", seeds, "--batch", batch)
+        assert done.returncode == 0, done.stderr
     for seed in range(6):
         a, b = (read_png(tmp_path / n / f"{seed:06d}.png")[0].astype(int) for n in ("one", "two"))
         assert np.abs(a - b).max() <= 1  # one grey level: float32 rounding
