@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,12 +140,25 @@ def test_half_precision_networks_keep_a_float32_state() -> None:
 
 
 def test_auto_takes_the_best_that_the_card_knows(model: NetworkModel) -> None:
-    known = model.card.auto.get("5", {})
-    made = fewstep.sample(model, solver="auto", nfe=5, seeds=[0]).provenance
-    assert made["solver"] == known.get("solver", "dpmpp-2m")
-    assert made["grid"] == known.get("grid", "karras")
-    explicit = fewstep.sample(model, solver="auto", nfe=5, seeds=[0], grid="log-snr").provenance
-    assert explicit["grid"] == "log-snr"
+    entries = {
+        "3": {"solver": "ipndm-2", "grid": "log-snr", "first": "mean"},
+        "6": {"solver": "heun"},
+    }
+    knowing = replace(model, card=replace(model.card, auto=entries))
+
+    def chosen(nfe: int, **more: Any) -> tuple[str, str, str]:
+        made = fewstep.sample(knowing, solver="auto", nfe=nfe, seeds=[0], **more).provenance
+        return made["solver"], made["grid"], made["first"]
+
+    assert chosen(2) == ("dpmpp-2m", "karras", "none")  # nothing known that low
+    assert chosen(3) == chosen(5) == ("ipndm-2", "log-snr", "mean")
+    assert chosen(3, grid="karras", first="none") == ("ipndm-2", "karras", "none")
+    assert chosen(6) == ("heun", "karras", "none")
+    assert chosen(7) == ("dpmpp-2m", "karras", "none")  # heun cannot spend 7
+
+
+def test_the_shipped_card_knows_every_small_budget(model: NetworkModel) -> None:
+    assert set(map(str, range(1, 9))) <= set(model.card.auto)
 
 
 @pytest.mark.parametrize(

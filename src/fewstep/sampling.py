@@ -16,7 +16,7 @@ from torch import Tensor
 from fewstep.denoiser import Counted, Denoiser
 from fewstep.loop import DEFAULT_GRID, Runnable, iterate, resolve, solve
 from fewstep.plan import Plan
-from fewstep.solver import Solver, get
+from fewstep.solver import Solver, get, intervals_for
 
 if TYPE_CHECKING:
     from fewstep.models import Model
@@ -76,7 +76,7 @@ class Settings:
         """
         known: dict[str, Any] = {}
         if solver == "auto":
-            known = model.card.auto.get(str(nfe), {})
+            known = _known(model.card.auto, nfe)
             solver = known.get("solver", "dpmpp-2m")
         if isinstance(solver, str):
             get(solver)  # speaks up now about an unknown name
@@ -107,6 +107,17 @@ class Settings:
             name = name.name if isinstance(name, Solver) else name.program().name
         grid = list(self.grid) if isinstance(self.grid, tuple) else self.grid
         return {**self.arguments(), "solver": name, "grid": grid}
+
+
+def _known(auto: dict[str, dict[str, Any]], nfe: int) -> dict[str, Any]:
+    """The card's entry for the budget, or for the next lower one that it has, where that fits."""
+    below = [int(budget) for budget in auto if int(budget) <= nfe]
+    entry = auto[str(max(below))] if below else {}
+    try:
+        intervals_for(get(entry["solver"]), nfe, entry.get("first", "none"))
+    except (KeyError, ValueError):
+        return {}
+    return entry
 
 
 def _check_start(model: Model, sigma: float, head_start: float | None) -> None:
