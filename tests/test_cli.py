@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fewstep.cli import main, parse_seeds
+from fewstep.cli import main
+from fewstep.cli.options import parse_seeds
 from fewstep.pictures import contact_sheet, read_png, write_png
 
 

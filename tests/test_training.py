@@ -26,7 +26,7 @@ import torch
 from safetensors import safe_open
 
 import fewstep
-from fewstep.cli import train_network_command
+from fewstep.cli.train import train_network_command
 from fewstep.files import sweep
 from fewstep.models import read_card
 from fewstep.models.data import load_idx_folder, read_idx

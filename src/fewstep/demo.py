@@ -181,11 +181,12 @@ def _settings(model: Model, name: str, nfe: int) -> Settings:
     solver = _solver(settings)
     for budget in range(nfe, nfe + 8):
         try:
-            intervals_for(solver, budget, settings.first, settings.final)
+            intervals_for(solver, budget, settings.first, settings.final, settings.end)
         except ValueError:
             continue
         return Settings(**{**settings.arguments(), "nfe": budget})
-    intervals_for(solver, nfe, settings.first, settings.final)  # raises, and says why
+    # raises, and says why
+    intervals_for(solver, nfe, settings.first, settings.final, settings.end)
     return settings
 
 
@@ -212,6 +213,8 @@ def _row(
     words = [f"{grid} grid"]
     if settings.first != "none":
         words.append(f"analytic first step ({settings.first})")
+    if settings.end == "zero":
+        words.append("to 0")
     if settings.final:
         words.append("last denoising step")
     if nfe is not None and run.nfe != nfe:

@@ -51,6 +51,7 @@ def sample_to_folder(
     final: bool = False,
     guidance: float | None = None,
     head_start: float | None = None,
+    end: str | None = None,
     batch: int = 64,
     report: Callable[[int], None] = lambda done: None,
 ) -> FolderResult:
@@ -60,7 +61,7 @@ def sample_to_folder(
     otherwise, and what `fewstep.sample` raises; OSError where the folder cannot be written.
     """
     out = Path(out)
-    settings = Settings.choose(model, solver, nfe, grid, first, final, head_start)
+    settings = Settings.choose(model, solver, nfe, grid, first, final, head_start, end)
     common = describe(model, settings, guidance=guidance, head_start=head_start)
     denoiser = model.denoiser(labels[:1] if labels else None, None, guidance)
     check_writable(out)

@@ -20,7 +20,7 @@ from fewstep.denoiser import Denoiser, per_sample
 from fewstep.grid import check_grid, make_grid
 from fewstep.noise import brownian, normal
 from fewstep.plan import Combine, Eval, Level, Program, Seen
-from fewstep.solver import Solver, get, intervals_for
+from fewstep.solver import Solver, end_at, get, intervals_for
 
 __all__ = ["Denoiser", "State", "iterate", "solve"]
 
@@ -62,27 +62,30 @@ def resolve(
     sigma_min: float | None = None,
     sigma_max: float | None = None,
     denoiser: Denoiser | None = None,
+    end: str = "sigma_min",
 ) -> Program:
-    """What the loop will run. sigma_min, sigma_max: as in `solve`, where the grid is a name."""
+    """What the loop will run. sigma_min, sigma_max, end: as in `solve`, where the grid is a
+    name."""
     if isinstance(solver, str):
         solver = get(solver)
     given = sigma_min is not None or sigma_max is not None
     if not isinstance(solver, Solver):
-        if grid is not None or first != "none" or final or given:
+        if grid is not None or first != "none" or final or given or end != "sigma_min":
             raise ValueError(
                 "a plan has its own grid and ends: "
-                "leave out grid, first, final, sigma_min and sigma_max"
+                "leave out grid, first, final, end, sigma_min and sigma_max"
             )
         return solver.program()
     if grid is not None and not isinstance(grid, str):
-        if given:
-            raise ValueError("sigmas have their own ends: leave out sigma_min and sigma_max")
+        if given or end != "sigma_min":
+            raise ValueError("sigmas have their own ends: leave out end, sigma_min and sigma_max")
         return solver.on(check_grid(grid), first, final)
-    points = 1 + intervals_for(solver, nfe, first, final)
+    points = 1 + intervals_for(solver, nfe, first, final, end)
     low = _end(denoiser, "sigma_min", sigma_min, DEFAULT_RANGE[0])
     high = _end(denoiser, "sigma_max", sigma_max, DEFAULT_RANGE[1])
     schedule = getattr(denoiser, "schedule", None)
-    return solver.on(make_grid(grid or DEFAULT_GRID, points, high, low, schedule), first, final)
+    name = DEFAULT_GRID if grid is None else grid
+    return solver.on(end_at(make_grid(name, points, high, low, schedule), end), first, final)
 
 
 def solve(
@@ -97,6 +100,7 @@ def solve(
     seeds: Sequence[int] | None = None,
     first: str = "none",
     final: bool = False,
+    end: str = "sigma_min",
 ) -> Tensor:
     """Solve the probability-flow ODE (or the SDE) from x_T with exactly `nfe` evaluations of the
     denoiser.
@@ -113,16 +117,18 @@ def solve(
     first: analytic first step, at no evaluation: "none", "zero" as published, or "mean", which
         needs `denoiser.far_mean`
     final: spend the last evaluation at the grid's end and return its D
+    end: where a named grid ends: "sigma_min", or "zero", its last point moved to 0, which costs
+        nothing: there solvers that work on D take a step of order 1, as public implementations do
 
-    Returns x at the grid's end (at sigma_min, or at 0 with `final`), [b, ...], float32, or float64
-    where x_T is. Runs in the caller's grad mode.
+    Returns x at the grid's end (at sigma_min, or at 0 with `final` or `end`), [b, ...], float32, or
+    float64 where x_T is. Runs in the caller's grad mode.
     Errors: ValueError for unknown names, impossible budgets, stochastic solvers without seeds, and
     a denoiser that returns another shape.
     """
     reuse = not torch.is_grad_enabled()
     x = x_T
     for state in _iterate(
-        denoiser, x_T, solver, nfe, grid, sigma_min, sigma_max, seeds, first, final, reuse
+        denoiser, x_T, solver, nfe, grid, sigma_min, sigma_max, seeds, first, final, end, reuse
     ):
         x = state.x
     return x
@@ -140,6 +146,7 @@ def iterate(
     seeds: Sequence[int] | None = None,
     first: str = "none",
     final: bool = False,
+    end: str = "sigma_min",
 ) -> Generator[State, State | None, None]:
     """`solve`, one accepted state at a time.
 
@@ -149,14 +156,14 @@ def iterate(
     State are never written to again.
     """
     return _iterate(
-        denoiser, x_T, solver, nfe, grid, sigma_min, sigma_max, seeds, first, final, False
+        denoiser, x_T, solver, nfe, grid, sigma_min, sigma_max, seeds, first, final, end, False
     )
 
 
 def _iterate(
-    denoiser, x_T, solver, nfe, grid, sigma_min, sigma_max, seeds, first, final, reuse
+    denoiser, x_T, solver, nfe, grid, sigma_min, sigma_max, seeds, first, final, end, reuse
 ) -> Generator[State, State | None, None]:
-    program = resolve(solver, nfe, grid, first, final, sigma_min, sigma_max, denoiser)
+    program = resolve(solver, nfe, grid, first, final, sigma_min, sigma_max, denoiser, end)
     if seeds is not None and len(seeds) != len(x_T):
         raise ValueError(f"seeds must have one entry per picture, got {len(seeds)} for {len(x_T)}")
     return _run(program, denoiser, x_T, seeds, reuse and not program.adapts)

@@ -56,6 +56,7 @@ class Settings:
     grid: str | tuple[float, ...] | None
     first: str = "none"
     final: bool = False
+    end: str = "sigma_min"
 
     @classmethod
     def choose(
@@ -67,11 +68,12 @@ class Settings:
         first: str | None = None,
         final: bool = False,
         head_start: float | None = None,
+        end: str | None = None,
     ) -> Settings:
         """Fill in what was left open, and check that everything fits.
 
         "auto" is the best that the model's card knows for the budget; what the caller did name
-        (grid, first) is kept.
+        (grid, first, end) is kept.
         Errors: ValueError, also where the grid does not start where the prior does.
         """
         known: dict[str, Any] = {}
@@ -81,17 +83,18 @@ class Settings:
         if isinstance(solver, str):
             get(solver)  # speaks up now about an unknown name
         elif not isinstance(solver, Solver):
-            program = resolve(solver, nfe, grid, first or "none", final)
+            program = resolve(solver, nfe, grid, first or "none", final, end=end or "sigma_min")
             _check_start(model, program.sigmas[0], head_start)
             return cls(solver, program.evaluations, None)
         chosen = known.get("grid", DEFAULT_GRID) if grid is None else grid
         start = known.get("first", "none") if first is None else first
         if not isinstance(chosen, str):
             chosen = tuple(float(sigma) for sigma in chosen)
-            program = resolve(solver, nfe, chosen, start, final)
+            program = resolve(solver, nfe, chosen, start, final, end=end or "sigma_min")
             _check_start(model, chosen[0], head_start)
             return cls(solver, program.evaluations, chosen, start, final)
-        return cls(solver, nfe, chosen, start, final)
+        stop = "sigma_min" if final else known.get("end", "sigma_min")
+        return cls(solver, nfe, chosen, start, final, stop if end is None else end)
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of `solve` and `iterate`."""
@@ -114,7 +117,8 @@ def _known(auto: dict[str, dict[str, Any]], nfe: int) -> dict[str, Any]:
     below = [int(budget) for budget in auto if int(budget) <= nfe]
     entry = auto[str(max(below))] if below else {}
     try:
-        intervals_for(get(entry["solver"]), nfe, entry.get("first", "none"))
+        end = entry.get("end", "sigma_min")
+        intervals_for(get(entry["solver"]), nfe, entry.get("first", "none"), end=end)
     except (KeyError, ValueError):
         return {}
     return entry
@@ -164,6 +168,7 @@ def sample(
     first: str | None = None,
     final: bool = False,
     head_start: float | None = None,
+    end: str | None = None,
     report: Callable[[int], None] = lambda done: None,
 ) -> Samples:
     """Sample one picture per seed in `nfe` evaluations each.
@@ -173,7 +178,7 @@ def sample(
     prompt: a text, for models that take one; one for all pictures or one per seed
     guidance: classifier-free guidance scale; None or 1 is none
     batch: pictures at a time, 64 unless given
-    grid, first, final: as in `solve`
+    grid, first, final, end: as in `solve`
     head_start: a noise level to which the prior is carried analytically, as the flow of a Gaussian,
         at no evaluation
     report: called with the number of pictures done after each batch
@@ -188,7 +193,7 @@ def sample(
     if batch is not None and batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
     many = _one_per_seed("label", label, len(seeds)), _one_per_seed("prompt", prompt, len(seeds))
-    settings = Settings.choose(model, solver, nfe, grid, first, final, head_start)
+    settings = Settings.choose(model, solver, nfe, grid, first, final, head_start, end)
     run = settings.arguments()
     if isinstance(settings.grid, str):
         run["sigma_max"] = head_start

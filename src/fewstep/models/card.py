@@ -23,8 +23,8 @@ class Card:
     classes: their names, in order
     feature_module: dotted name of the module whose output feature taps read
     weights_sha256: hash of the weights file
-    auto: for each budget (as a string) the best known "solver", and "grid" and "first" where they
-        are not the usual ones
+    auto: for each budget (as a string) the best known "solver", and "grid", "first" and "end" where
+        they are not the usual ones
     about: recipe, data, licence and figures, for people
 
     Errors: ValueError for a field of the wrong kind.
@@ -95,4 +95,5 @@ def _is_choice(budget: Any, entry: Any) -> bool:
         and isinstance(entry.get("solver"), str)
         and isinstance(entry.get("grid", ""), str | list | tuple)
         and isinstance(entry.get("first", ""), str)
+        and isinstance(entry.get("end", ""), str)
     )

@@ -16,8 +16,10 @@ from fewstep.solver import rules
 from fewstep.solver.multistep import linear_multistep, unipc
 from fewstep.solver.registry import (
     ALIASES,
+    ENDS,
     FIRST_STEPS,
     Solver,
+    end_at,
     get,
     intervals_for,
     names,
@@ -30,7 +32,17 @@ from fewstep.solver.stochastic import ancestral, churn, dpmpp_2m_sde
 Variable = Literal["sigma", "log_snr"]
 Family = Callable[[str, int, int, int, str], Solver]
 
-__all__ = ["ALIASES", "FIRST_STEPS", "Solver", "get", "intervals_for", "names", "register"]
+__all__ = [
+    "ALIASES",
+    "ENDS",
+    "FIRST_STEPS",
+    "Solver",
+    "end_at",
+    "get",
+    "intervals_for",
+    "names",
+    "register",
+]
 
 
 def _multistep(rule: Callable[..., Weights], prediction: Prediction, variable: Variable) -> Family:

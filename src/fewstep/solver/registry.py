@@ -14,9 +14,20 @@ from typing import Literal
 
 from fewstep.plan import Combine, Eval, Ops, Plan, Prediction, Program, freeze
 
-__all__ = ["ALIASES", "FIRST_STEPS", "Solver", "get", "intervals_for", "names", "register"]
+__all__ = [
+    "ALIASES",
+    "ENDS",
+    "FIRST_STEPS",
+    "Solver",
+    "end_at",
+    "get",
+    "intervals_for",
+    "names",
+    "register",
+]
 
 FIRST_STEPS = ("none", "zero", "mean")
+ENDS = ("sigma_min", "zero")
 MOST_EVALUATIONS = 10_000  # in one budget; a typing error must not run for hours
 
 
@@ -205,31 +216,53 @@ def get(name: str) -> Solver:
     return solver.with_options(**values)
 
 
-def _spent(solver: Solver, intervals: int, first: str, final: bool) -> int:
+def end_at(sigmas: tuple[float, ...], end: str) -> tuple[float, ...]:
+    """A named grid that ends at sigma_min, as it comes, or with its last point moved to 0.
+
+    Into 0 every exponential rule is of order 1 (x = D), as public implementations end.
+    Errors: ValueError for another `end`.
+    """
+    if end not in ENDS:
+        raise ValueError(f"end must be one of {', '.join(ENDS)}, got {end!r}")
+    return (*sigmas[:-1], 0.0) if end == "zero" else sigmas
+
+
+def _spent(solver: Solver, intervals: int, first: str, final: bool, end: str) -> int:
     # any decreasing grid will do: no solver's count depends on where the points lie
-    sigmas = [80.0 * 0.5 ** (10 * i / intervals) for i in range(intervals + 1)]
-    return solver.on(sigmas, first, final).evaluations
+    sigmas = tuple(80.0 * 0.5 ** (10 * i / intervals) for i in range(intervals + 1))
+    return solver.on(end_at(sigmas, end), first, final).evaluations
 
 
-def intervals_for(solver: Solver, budget: int, first: str = "none", final: bool = False) -> int:
+def intervals_for(
+    solver: Solver,
+    budget: int,
+    first: str = "none",
+    final: bool = False,
+    end: str = "sigma_min",
+) -> int:
     """How many intervals spend exactly `budget` evaluations.
 
     Errors: ValueError that names the nearest budgets that the solver can spend.
     """
     if not 1 <= budget <= MOST_EVALUATIONS:
         raise ValueError(f"nfe must be from 1 to {MOST_EVALUATIONS}, got {budget}")
-    one, two = (_spent(solver, n, first, final) for n in (1, 2))
+
+    def spent(intervals: int) -> int:
+        return _spent(solver, intervals, first, final, end)
+
+    one, two = spent(1), spent(2)
     low = 1 + max(0, budget - one) // max(1, two - one)  # where every interval costs the same
-    if _spent(solver, low, first, final) != budget:
+    if spent(low) != budget:
         low, high = 1, budget + 1
         while low < high:  # the count rises with the intervals
             middle = (low + high) // 2
-            enough = _spent(solver, middle, first, final) >= budget
+            enough = spent(middle) >= budget
             low, high = (low, middle) if enough else (middle + 1, high)
-    if _spent(solver, low, first, final) == budget:
+    if spent(low) == budget:
         return low
-    spend = [_spent(solver, n, first, final) for n in range(max(1, low - 2), low + 3)]
+    spend = [spent(n) for n in range(max(1, low - 2), low + 3)]
     options = [f"first={first}"] * (first != "none") + ["final"] * final
+    options += [f"end={end}"] * (end != "sigma_min")
     extra = f" with {', '.join(options)}" if options else ""
     raise ValueError(
         f"{solver.name}{extra} cannot spend exactly {budget} evaluations; it can spend "

@@ -1,0 +1,104 @@
+"""What the commands share: their options, and how text becomes values."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+__all__ = [
+    "MOST_SEEDS",
+    "ModelArgument",
+    "SolverOption",
+    "NfeOption",
+    "GridOption",
+    "FirstOption",
+    "EndOption",
+    "FinalOption",
+    "SeedsOption",
+    "DeviceOption",
+    "DtypeOption",
+    "JsonOption",
+    "parse_seeds",
+    "parse_grid",
+    "parse_widths",
+    "progress_bar",
+]
+
+MOST_SEEDS = 1_000_000
+
+ModelArgument = Annotated[str, typer.Argument(help="A built-in model's name, or a model folder.")]
+SolverOption = Annotated[
+    str, typer.Option(help="auto (the best known), a name, or NAME:option=value.")
+]
+NfeOption = Annotated[int, typer.Option(help="Network evaluations per picture.", min=1, max=10_000)]
+GridOption = Annotated[
+    str | None,
+    typer.Option(help="karras, log-snr, time-uniform, discrete, trailing, or sigmas: 80,9,1,0.002"),
+]
+FirstOption = Annotated[
+    str | None, typer.Option(help="Analytic first step, at no evaluation: none, zero or mean.")
+]
+EndOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Where a named grid ends: sigma_min, or zero (a last step of order 1, free)."
+    ),
+]
+FinalOption = Annotated[bool, typer.Option(help="Add a last denoising step; costs one evaluation.")]
+SeedsOption = Annotated[str, typer.Option(help="Seeds, one per picture: 0-63 or 1,5,7-9.")]
+DeviceOption = Annotated[str, typer.Option(help="A torch device: cpu, cuda, cuda:1.")]
+DtypeOption = Annotated[
+    str, typer.Option(help="The network's arithmetic: float32, bfloat16, float16.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Seeds from "0-63" or "1,5,7-9", in that order, each once. Errors: ValueError that shows the
+    form."""
+    seeds: dict[int, None] = {}
+    for part in text.split(","):
+        low, dash, high = part.strip().partition("-")
+        if not low.isdecimal() or (dash and not high.isdecimal()):
+            raise ValueError(f"seeds are written like 0-63 or 1,5,7-9, got {text!r}")
+        first, last = int(low), int(high or low)
+        if last < first or last >= 2**63:
+            raise ValueError(f"seeds must rise and stay below 2^63, got {part.strip()!r}")
+        if last - first >= MOST_SEEDS or len(seeds) >= MOST_SEEDS:
+            raise ValueError(f"at most {MOST_SEEDS} seeds at a time, got {text!r}")
+        seeds.update(dict.fromkeys(range(first, last + 1)))
+    return list(seeds)
+
+
+def parse_grid(text: str | None) -> str | list[float] | None:
+    """A grid's name as it is, or sigmas from "80,9,1"."""
+    if text is None or not text[:1].isdigit():
+        return text
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"a grid is a name or sigmas like 80,9,1,0.002, got {text!r}") from None
+
+
+def parse_widths(text: str) -> tuple[int, ...]:
+    """Channel counts from "64,128"."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"widths are written like 64,128, got {text!r}") from None
+
+
+def progress_bar(quiet: bool) -> Progress:
+    """A bar on standard error, so that standard output stays clean."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=quiet or not sys.stderr.isatty(),
+    )
