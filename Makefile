@@ -17,13 +17,13 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(CORE) ## Draw pictures with the built-in networks, into demo/
+demo: $(CORE) ## Compare every solver on the built-in network, into demo/
 	$(VENV)/bin/fewstep demo --out demo
 
-test: $(DEV) ## The everyday tests
+test: $(DEV) ## The everyday tests (minutes)
 	$(VENV)/bin/python -m pytest -m "not slow"
 
-test-all: $(DEV) ## All tests, the slow ones too
+test-all: $(DEV) ## All tests, the slow ones too (longer)
 	$(VENV)/bin/python -m pytest
 
 lint: $(DEV) ## Style, format and types
@@ -40,7 +40,7 @@ bench: $(DEV) ## Time what a solver adds to the network's own work
 
 setup: $(DEV) ## Only set up .venv, for work on fewstep itself
 
-clean: ## Remove what the targets made, but not .venv
+clean: ## Remove what the targets made (demo/, caches), but not .venv
 	rm -rf demo build dist .pytest_cache .ruff_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
 

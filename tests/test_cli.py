@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fewstep import __version__
+from fewstep import solvers as solver_names
 from fewstep.cli import main
 from fewstep.cli.options import parse_seeds
+from fewstep.models import read_card
 from fewstep.pictures import contact_sheet, read_png, write_png
 
 
@@ -153,6 +159,230 @@ def test_an_error_leaves_no_traceback_in_a_real_process() -> None:
     done = fewstep("sample", "--seeds", "9-1")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "fewstep: seeds must rise and stay below 2^63, got '9-1'\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["sample", "--nfe", "x"], ["--nfe"]),
+        (["sample", "--gird", "karras"], ["--gird", "--grid"]),
+        (["nope"], ["nope"]),
+        (["sample", "--grid", ""], ["--grid is empty"]),
+        (["sample", "--out", ""], ["--out is empty"]),
+        (["sample", "--label="], ["--label is empty"]),
+        (["plan", ""], ["empty"]),
+        (["sample", "--grid", ","], ["80,9,1"]),
+        (["sample", "--label", "bag,"], ["''"]),
+        (["sample", "--label", "troser"], ["troser", "did you mean trouser?"]),
+        (["sample", "--guidance", "nan", "--label", "bag"], ["guidance"]),
+        (["sample", "--head-start", "nan"], ["head_start"]),
+        (["sample", "--head-start", "0"], ["head_start"]),
+        (["sample", "--first", "mean", "--head-start", "20"], ["first='mean'", "80", "20"]),
+        (["sample", "--grid", "80,9,1", "--nfe", "2"], ["sigmas", "--nfe"]),
+        (["sample", "--grid", "80,9,1", "--end", "zero"], ["sigmas", "--end"]),
+        (["sample", "--final", "--end", "zero"], ["final", "0"]),
+        (["sample", "--grid", "discrete"], ["discrete", "karras"]),
+        (["sample", "--solver", "dpm-solver-2:r=0"], ["r of dpm-solver-2"]),
+        (["sample", "--plan", "nowhere.json"], ["nowhere.json"]),
+        (["plan", "auto"], ["auto", "model"]),
+        (["plan", "ddim", "--grid", "9,1", "--nfe", "1"], ["sigmas", "--nfe"]),
+        (["plan", "ddim", "--grid", "9,1", "--sigma-max", "9"], ["sigmas", "--sigma-max"]),
+        (["plan", "ddim", "--grid", "trailing"], ["trailing", "karras"]),
+    ],
+)
+def test_usage_errors_and_contradictions_are_one_line_and_leave_no_folder(
+    arguments: list[str],
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert in_process(*arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("fewstep: ")
+    assert all(word in error for word in words), error
+    assert "schedule=" not in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_says_so_and_keeps_what_was_finished(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    line = ["sample", "--out", out, "--seeds", "0-9999", "--batch", "1", "--nfe", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fewstep", *map(str, line)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    while not (out / "000001.png").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output, error = process.communicate(timeout=60)
+    assert (process.returncode, output) == (130, "")
+    assert error == (
+        f"fewstep: stopped; {out} holds what was done, run the same command again to go on\n"
+    )
+    for path in out.glob("*.png"):
+        assert read_png(path)[0].shape == (32, 32, 1)
+
+
+def test_ctrl_c_anywhere_else_says_so_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fewstep.models.builtin", stop)
+    assert in_process("models") == 130
+    assert capsys.readouterr().err == "fewstep: stopped; what was finished is kept\n"
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert in_process("--version") == 0
+    assert capsys.readouterr().out == f"fewstep {__version__}\n"
+    assert in_process("sample", "--help") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert not [line for line in lines if "bool" in line and "--help" not in line]
+    assert in_process() == 2  # no command: the help
+    assert "Commands" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (["--nfe", "3"], "nfe=2 (now 3)"),
+        (["--nfe", "2", "--solver", "heun"], "solver=ddim (now heun)"),
+        (["--nfe", "2", "--label", "1", "--guidance", "2"], "guidance=None (now 2.0)"),
+    ],
+)
+@pytest.mark.parametrize("left", ["all", "no sheet", "no pictures"])
+def test_one_folder_holds_one_kind_of_pictures_whatever_their_seeds(
+    left: str, change: list[str], word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ["sample", "--out", tmp_path, "--solver", "ddim"]
+    assert in_process(*base, "--seeds", "0-1", "--nfe", "2") == 0
+    if left == "no sheet":  # as after Ctrl-C
+        (tmp_path / "sheet.png").unlink()
+    elif left == "no pictures":
+        for path in tmp_path.glob("0*.png"):
+            path.unlink()
+    before = hashes(tmp_path)
+    assert in_process(*base, "--seeds", "5-6", *change) == 2
+    assert word in capsys.readouterr().err
+    assert hashes(tmp_path) == before
+    assert in_process(*base, "--seeds", "5-6", "--nfe", "2") == 0
+
+
+def test_a_cut_picture_of_ours_may_be_removed_a_foreign_one_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["sample", "--out", tmp_path, "--seeds", "0", "--nfe", "2"]
+    assert in_process(*line) == 0
+    path = tmp_path / "000000.png"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-30])
+    assert in_process(*line) == 2
+    assert capsys.readouterr().err == f"fewstep: {path} was cut short; remove it\n"
+    for foreign in (b"my holiday", whole[:20], b""):
+        path.write_bytes(foreign)
+        assert in_process(*line) == 2
+        error = capsys.readouterr().err
+        assert "not made by fewstep; choose another --out" in error
+        assert "remove" not in error
+
+
+def test_a_plan_in_a_file_stands_for_a_solver(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "plan.json"
+    assert in_process("plan", "unipc_2", "--nfe", "3", "--grid", "log-snr", "--json") == 0
+    file.write_text(capsys.readouterr().out)
+    one, two = tmp_path / "one", tmp_path / "two"
+    base = ["sample", "--seeds", "0-2", "--out"]
+    assert in_process(*base, one, "--plan", file) == 0
+    assert "unipc-2, plan " in capsys.readouterr().out
+    same = ["--solver", "unipc-2", "--nfe", "3", "--grid", "log-snr"]
+    assert in_process(*base, two, *same) == 0
+    for seed in range(3):
+        a, b = (read_png(out / f"{seed:06d}.png")[0] for out in (one, two))
+        np.testing.assert_array_equal(a, b)
+    capsys.readouterr()
+    assert in_process(*base, tmp_path / "three", "--plan", file, "--nfe", "3") == 2
+    assert "leave out --nfe" in capsys.readouterr().err
+    for text in ("{}", "[1]", "no json", "\xff"):
+        file.write_text(text, encoding="latin-1")
+        assert in_process(*base, tmp_path / "three", "--plan", file) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert "plan.json" in error
+
+
+def test_plan_shows_what_auto_is_on_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert in_process("plan", "auto", "--model", "fashion-mnist", "--nfe", "5", "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    known = read_card("fashion-mnist").auto["5"]
+    assert (plan["solver"], plan["grid"]) == (known["solver"], known["grid"])
+    assert sum(op["op"] == "eval" and op.get("source", "net") == "net" for op in plan["ops"]) == 5
+    assert (plan["sigmas"][0], plan["sigmas"][-1]) == (80.0, 0.002)
+
+
+def test_plan_lists_the_solvers_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert in_process("plan", "--list", "--json") == 0
+    listed = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
+    assert set(solver_names()) <= set(listed)
+    assert "euler-a" in listed["ddim-eta"]["aliases"]
+    assert listed["ddim-eta"]["options"]["eta"]["default"] == 1.0
+
+
+def test_the_line_at_the_end_says_what_was_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert in_process("sample", "--out", tmp_path / "a", "--seeds", "4", "--nfe", "2") == 0
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line.startswith("1 picture: ")
+    assert not any(word in line for word in ("label", "guidance", "head start", "end="))
+    more = ["--label", "bag,boot", "--guidance", "2", "--head-start", "20", "--end", "zero"]
+    out = ["--out", tmp_path / "b"]
+    assert in_process("sample", *out, "--seeds", "4-5", "--nfe", "2", *more) == 0
+    line = capsys.readouterr().out
+    given = [read_png(tmp_path / "b" / f"00000{seed}.png")[1] for seed in (4, 5)]
+    assert [metadata["label"] for metadata in given if metadata] == ["bag", "boot"]
+    for word in ("label bag,boot", "guidance 2", "head start 20", "end=zero", "4 network calls"):
+        assert word in line, line
+    final = ["--solver", "ddim", "--grid", "80,9,0.1", "--final", "--seeds", "0"]
+    assert in_process("sample", "--out", tmp_path / "c", *final) == 0
+    assert "ddim on sigmas 80, 9, 0.1, final, 3 evaluations" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert in_process("sample", "--out", tmp_path, "--seeds", "0", "--nfe", "2") == 2
+    error = capsys.readouterr().err
+    assert error == f"fewstep: {tmp_path / '000000.png'}: No space left on device\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_killed_runs_left_is_swept_and_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = tmp_path / ".000003.png.abcdefgh.partial", tmp_path / ".000004.png.abcd_fgh.partial"
+    other = tmp_path / ".notes.txt.abcdefgh.partial"
+    for path in (old, new, other):
+        path.write_bytes(b"half")
+    for path in (old, other):
+        os.utime(path, (time.time() - 3600, time.time() - 3600))
+    assert in_process("sample", "--out", tmp_path, "--seeds", "0", "--nfe", "2") == 0
+    assert not old.exists()
+    assert new.exists()  # a process beside this one may be writing it
+    assert other.exists()
 
 
 def test_a_file_in_the_way_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -196,7 +196,7 @@ def test_conditions_that_do_not_match_are_refused():
         Guided(conditional, 2.0, x[:2], x)(x, sigma)
     with pytest.raises(ValueError, match="keys"):
         Guided(conditional, 2.0, {"a": x}, {"b": x})(x, sigma)
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="cond has 2 parts, uncond 1"):
         Guided(conditional, 2.0, (x, x), (x,))(x, sigma)
 
 

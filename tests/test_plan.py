@@ -217,10 +217,10 @@ def test_unknown_names_and_options_are_refused_with_the_nearest():
         registry.get("ddim-eta:eto=1")
     with pytest.raises(ValueError, match=r"NAME:key=number"):
         registry.get("ddim-eta:eta")
-    with pytest.raises(ValueError, match="eta must be between 0 and 1, got 2"):
-        registry.get("ddim-eta:eta=2").plan(IRREGULAR)
-    with pytest.raises(ValueError, match="eta must not be negative, got -1"):
-        registry.get("dpmpp-2m-sde:eta=-1").plan(IRREGULAR)
+    with pytest.raises(
+        ValueError, match="eta of ddim-eta must be at least 0 and at most 1, got 2.0"
+    ):
+        registry.get("ddim-eta:eta=2")
     with pytest.raises(ValueError, match="first must be one of none, zero, mean, got 'one'"):
         registry.get("ddim").plan(IRREGULAR, first="one")
     with pytest.raises(ValueError, match="nfe must be from 1 to 10000, got 0"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
 import lzma
 import math
@@ -31,6 +32,7 @@ from fewstep.files import sweep
 from fewstep.models import read_card
 from fewstep.models.data import load_idx_folder, read_idx
 from fewstep.models.training import (
+    Progress,
     Recipe,
     Run,
     batch_indices,
@@ -40,6 +42,7 @@ from fewstep.models.training import (
 )
 from fewstep.models.unet import UNetConfig
 from fewstep.noise import generator
+from fewstep.show import TrainingBar
 
 WRITERS = {"": open, ".gz": gzip.open, ".xz": lzma.open}
 
@@ -111,9 +114,40 @@ def test_another_recipe_does_not_resume(tmp_path: Path) -> None:
     before = hashes(tmp_path / "out")
     other = run(*command(tmp_path / "data", tmp_path / "out", "--lr", "0.5"))
     assert other.returncode == 2
-    assert "another recipe" in other.stderr
+    assert "was made with lr=0.001 (now 0.5); give the same, or another folder" in other.stderr
     assert other.stderr.count("\n") == 1
     assert hashes(tmp_path / "out") == before
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_a_second_run_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_data(tmp_path / "data")
+    out, often = tmp_path / "out", {"checkpoint_every": 10_000, "validate_every": 7}
+    more = [f"--{key.replace('_', '-')}={value}" for key, value in often.items()]
+    process = subprocess.Popen(
+        command(tmp_path / "data", out, *more, "--pictures", "80000"),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (out / "log.jsonl").exists() and process.poll() is None:  # after step 7 of 10,000
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, error
+    assert error.splitlines()[-1] == (
+        f"fewstep: stopped; {out} holds what was done, run the same command again to go on"
+    )
+    assert "Traceback" not in error
+    with safe_open(out / "checkpoint.safetensors", "pt") as file:
+        step = int(file.metadata()["step"])
+    assert 7 <= step < 10_000
+    short = {"pictures": 8 * (step + 1), "batch": 8, "widths": "16,16", **often}
+    train_network_command(tmp_path / "data", out, **short)
+    assert f"resumed at step {step}\n" in capsys.readouterr().err
+    assert (out / "model.safetensors").exists()
 
 
 def test_a_longer_run_goes_on_from_a_shorter_one(tmp_path: Path) -> None:
@@ -314,6 +348,58 @@ def test_the_same_state_is_the_same_bytes(tmp_path: Path) -> None:
         state.save(tmp_path / f"{i}")
     assert len({(tmp_path / f"{i}").read_bytes() for i in range(12)}) == 1
     assert set(safetensors.torch.load_file(tmp_path / "0")) == set(state.tensors())
+
+
+def test_stopped_by_ctrl_c_and_resumed_equals_undisturbed_to_the_bit(tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(whole)
+
+    def stop(progress: Progress) -> None:
+        if progress.step == 1:
+            os.kill(os.getpid(), signal.SIGINT)  # in step 2, which is finished first
+
+    with pytest.raises(KeyboardInterrupt):
+        train(broken, report=stop)
+    steps: list[int] = []
+    train(broken, resumed=steps.append)
+    assert steps == [2]
+    assert hashes(broken) == hashes(whole)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_checkpoint_of_other_shapes_is_refused_and_nothing_is_spread_over_them(
+    tmp_path: Path,
+) -> None:
+    train(tmp_path)
+    path = tmp_path / "checkpoint.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    name = next(name for name, value in tensors.items() if value.ndim == 1 and len(value) > 1)
+    path.write_bytes(safetensors.torch.save({**tensors, name: tensors[name][:1].clone()}, metadata))
+    state = Run(RECIPE, torch.device("cpu"), metadata["data"])
+    before = {k: v.clone() for k, v in state.tensors().items()}
+    with pytest.raises(ValueError, match=rf"safetensors cannot be read \({name} has shape \[1\]"):
+        state.restore(path)
+    assert all(torch.equal(before[k], v) for k, v in state.tensors().items())
+
+
+def test_a_folder_in_the_checkpoints_place_is_named(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.safetensors").mkdir()
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors is not a file"):
+        train(tmp_path)
+
+
+def test_the_bar_shows_no_number_before_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    bar = TrainingBar(100)
+    shown = io.StringIO()
+    bar.console.file = shown
+    bar.console.print(bar.bar.get_renderable())
+    assert "nan" not in shown.getvalue()
+    bar.report(Progress(1, 100, 0.25, 1e-3, 10.0))
+    bar.console.print(bar.bar.get_renderable())
+    assert "loss 0.2500" in shown.getvalue()
 
 
 def test_other_data_do_not_resume(tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ _HOMES = {
     "fewstep.sampling": ("Samples", "sample"),
     "fewstep.solver": ("Solver", "register", "solvers"),
 }
+_MODULES = ("evaluate", "learned", "splam")  # fewstep.learned.train needs no import of its own
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 
@@ -59,6 +60,8 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"fewstep.{name}")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'fewstep' has no attribute {name!r}")
     module = importlib.import_module(_HOME_OF[name])

@@ -212,6 +212,9 @@ class Guided(Wrapper):
     uncond: Condition
     far_means: tuple[Tensor, Tensor] | None = None
 
+    def __post_init__(self) -> None:
+        _check_conditions(self.cond, self.uncond)
+
     @property
     def calls_per_eval(self) -> int:
         return 2 * calls_per_eval(self.denoiser)
@@ -321,11 +324,32 @@ def per_sample(value: float | Tensor, x: Tensor) -> float | Tensor:
     return value.to(x).reshape(-1, *[1] * (x.ndim - 1)) if isinstance(value, Tensor) else value
 
 
-def _join(cond: Condition, uncond: Condition, count: int) -> Condition:
-    """Two conditions of `count` rows as one of twice as many, leaf by leaf."""
+def _check_conditions(cond: Condition, uncond: Condition) -> None:
+    """Errors: ValueError unless both are tensors, or tuples, lists or dicts of them, alike."""
+    kinds = (Mapping, tuple | list, Tensor)
+    kind = next((kind for kind in kinds if isinstance(cond, kind)), None)
+    if kind is None or not isinstance(uncond, kind):
+        raise ValueError(
+            "cond and uncond must be tensors, or tuples, lists or dicts of tensors, alike in "
+            f"structure, got {type(cond).__name__} and {type(uncond).__name__}"
+        )
     if isinstance(cond, Mapping):
         if cond.keys() != uncond.keys():
             raise ValueError(f"cond has keys {list(cond)}, uncond {list(uncond)}: they must agree")
+        pairs = [(cond[key], uncond[key]) for key in cond]
+    elif isinstance(cond, tuple | list):
+        if len(cond) != len(uncond):
+            raise ValueError(f"cond has {len(cond)} parts, uncond {len(uncond)}: they must agree")
+        pairs = list(zip(cond, uncond, strict=True))
+    else:
+        return
+    for pair in pairs:
+        _check_conditions(*pair)
+
+
+def _join(cond: Condition, uncond: Condition, count: int) -> Condition:
+    """Two conditions of `count` rows as one of twice as many, leaf by leaf."""
+    if isinstance(cond, Mapping):
         return {key: _join(cond[key], uncond[key], count) for key in cond}
     if isinstance(cond, tuple | list):
         return tuple(_join(c, u, count) for c, u in zip(cond, uncond, strict=True))

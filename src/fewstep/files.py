@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import re
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
-__all__ = ["check_writable", "file_hash", "sweep", "write_json", "write_whole"]
+__all__ = [
+    "cache_folder",
+    "check_writable",
+    "file_hash",
+    "sweep",
+    "sweep_stale",
+    "write_json",
+    "write_whole",
+]
 
 PARTIAL = ".partial"
+STALE = 600.0  # seconds; a living temporary is there for the time that one write takes
 
 
 def write_whole(path: Path | str, data: bytes) -> None:
@@ -21,20 +32,26 @@ def write_whole(path: Path | str, data: bytes) -> None:
     part.
 
     A process killed in the middle leaves its temporary, `.{name}.{8 letters}.partial`; see `sweep`.
+    Errors: OSError that names `path`.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL
+        )
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:  # a full disk names no file, other errors the temporary one
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def sweep(path: Path | str) -> None:
@@ -45,6 +62,16 @@ def sweep(path: Path | str) -> None:
     for other in path.parent.iterdir():
         if ours.fullmatch(other.name):
             other.unlink(missing_ok=True)
+
+
+def sweep_stale(folder: Path | str, suffix: str) -> None:
+    """Remove the temporaries of files named *suffix in `folder` that no living process can still be
+    writing, because they are ten minutes old."""
+    ours = re.compile(rf"\..+{re.escape(suffix)}\.[a-z0-9_]{{8}}{re.escape(PARTIAL)}")
+    for other in Path(folder).iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another process may sweep as well
+            if ours.fullmatch(other.name) and time.time() - other.stat().st_mtime > STALE:
+                other.unlink()
 
 
 def write_json(path: Path | str, value: Any) -> None:
@@ -72,3 +99,9 @@ def check_writable(folder: Path | str) -> None:
         raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(folder)) from None
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(folder)) from None
+
+
+def cache_folder() -> Path:
+    """Where what is slow to make again is kept: $FEWSTEP_CACHE, else the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("FEWSTEP_CACHE") or Path(base) / "fewstep")

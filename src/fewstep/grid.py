@@ -220,8 +220,8 @@ def _own_range(
     """The schedule and the ends of a grid that lives in the network's own time."""
     if schedule is None or not schedule.own_time:
         raise ValueError(
-            f"the {name} grid is uniform in a network's own time, and this one has none: pass a "
-            "schedule with a time (VP, Flow), or take karras, log-snr or time-uniform"
+            f"the {name} grid is uniform in a network's own time, and there is none here: take "
+            "karras, log-snr or time-uniform, or a network with a schedule (VP, flow)"
         )
     sigma_max = schedule.sigma_max if sigma_max is None else sigma_max
     sigma_min = schedule.sigma_min if sigma_min is None else sigma_min

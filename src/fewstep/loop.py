@@ -8,9 +8,11 @@ mode to the caller.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -27,6 +29,7 @@ __all__ = ["Denoiser", "State", "iterate", "solve"]
 Row = tuple[Level, ...]
 DEFAULT_RANGE = (0.002, 80.0)  # EDM's
 DEFAULT_GRID = "karras"
+DEFAULT_NFE = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +56,19 @@ class Runnable(Protocol):
     def program(self) -> Program: ...
 
 
+def find(solver: str | Path) -> Solver | Runnable:
+    """A solver by name, or a learned one by its folder. Errors: ValueError where there is none."""
+    text = str(solver)
+    if (Path(text) / "solver.json").is_file() or "/" in text:
+        from fewstep.learned.solver import LearnedSolver  # it imports the loop
+
+        return LearnedSolver.load(text)
+    return get(text)
+
+
 def resolve(
     solver: str | Solver | Runnable,
-    nfe: int,
+    nfe: int | None,
     grid: str | Sequence[float] | None,
     first: str,
     final: bool,
@@ -66,8 +79,13 @@ def resolve(
 ) -> Program:
     """What the loop will run. sigma_min, sigma_max, end: as in `solve`, where the grid is a
     name."""
-    if isinstance(solver, str):
-        solver = get(solver)
+    if isinstance(solver, str | Path):
+        solver = find(solver)
+    elif not isinstance(solver, Solver) and not hasattr(solver, "program"):
+        raise ValueError(
+            "solver must be a name, a Solver, a Plan, or have a method program(), "
+            f"got {solver!r:.80}"
+        )
     given = sigma_min is not None or sigma_max is not None
     if not isinstance(solver, Solver):
         if grid is not None or first != "none" or final or given or end != "sigma_min":
@@ -75,12 +93,19 @@ def resolve(
                 "a plan has its own grid and ends: "
                 "leave out grid, first, final, end, sigma_min and sigma_max"
             )
-        return solver.program()
+        program = solver.program()
+        if program.learned_on is not None and nfe not in (None, program.evaluations):
+            raise ValueError(
+                f"{program.name} was trained for nfe={program.evaluations}, got nfe={nfe}; "
+                "leave nfe out, or train one for that budget"
+            )
+        return program
     if grid is not None and not isinstance(grid, str):
         if given or end != "sigma_min":
             raise ValueError("sigmas have their own ends: leave out end, sigma_min and sigma_max")
         return solver.on(check_grid(grid), first, final)
-    points = 1 + intervals_for(solver, nfe, first, final, end)
+    budget = DEFAULT_NFE if nfe is None else nfe
+    points = 1 + intervals_for(solver, budget, first, final, end)
     low = _end(denoiser, "sigma_min", sigma_min, DEFAULT_RANGE[0])
     high = _end(denoiser, "sigma_max", sigma_max, DEFAULT_RANGE[1])
     schedule = getattr(denoiser, "schedule", None)
@@ -92,7 +117,7 @@ def solve(
     denoiser: Denoiser,
     x_T: Tensor,
     solver: str | Solver | Runnable = "dpmpp-2m",
-    nfe: int = 5,
+    nfe: int | None = None,
     *,
     grid: str | Sequence[float] | None = None,
     sigma_min: float | None = None,
@@ -109,13 +134,15 @@ def solve(
     x_T: the start, [b, ...]: noise of standard deviation sigma_max, or a picture plus such noise,
         to start in the middle
     solver: a name, with options if need be ("ddim-eta:eta=0.5"), a Solver, a Plan, or anything else
-        with a method `program()`
+        with a method `program()`, or the folder of a learned solver
+    nfe: the budget, 5 unless given, or a learned solver's own; what is passed here is not looked
+        at beside sigmas or a plan, from which it follows
     grid: "karras" (the default), "log-snr", "time-uniform", "discrete" or "trailing"; or strictly
-        decreasing sigmas, from which nfe then follows
+        decreasing sigmas
     sigma_min, sigma_max: the denoiser's own where left out, else 0.002 and 80
     seeds: one integer per picture, needed by stochastic solvers
     first: analytic first step, at no evaluation: "none", "zero" as published, or "mean", which
-        needs `denoiser.far_mean`
+        needs `denoiser.far_mean` and a start at the denoiser's sigma_max
     final: spend the last evaluation at the grid's end and return its D
     end: where a named grid ends: "sigma_min", or "zero", its last point moved to 0, which costs
         nothing: there solvers that work on D take a step of order 1, as public implementations do
@@ -123,7 +150,7 @@ def solve(
     Returns x at the grid's end (at sigma_min, or at 0 with `final` or `end`), [b, ...], float32, or
     float64 where x_T is. Runs in the caller's grad mode.
     Errors: ValueError for unknown names, impossible budgets, stochastic solvers without seeds, and
-    a denoiser that returns another shape.
+    a denoiser that returns another shape, or no tensor. What is not finite stays the caller's.
     """
     reuse = not torch.is_grad_enabled()
     x = x_T
@@ -138,7 +165,7 @@ def iterate(
     denoiser: Denoiser,
     x_T: Tensor,
     solver: str | Solver | Runnable = "dpmpp-2m",
-    nfe: int = 5,
+    nfe: int | None = None,
     *,
     grid: str | Sequence[float] | None = None,
     sigma_min: float | None = None,
@@ -167,6 +194,25 @@ def _iterate(
     if seeds is not None and len(seeds) != len(x_T):
         raise ValueError(f"seeds must have one entry per picture, got {len(seeds)} for {len(x_T)}")
     return _run(program, denoiser, x_T, seeds, reuse and not program.adapts)
+
+
+def check_mean_start(sigma: Level, sigma_max: float | None) -> None:
+    """far_mean is the mean of D at sigma_max, and stands for no D below it.
+
+    Errors: ValueError for an analytic first step "mean" from below.
+    """
+    if sigma_max is None or isinstance(sigma, Tensor) or starts_at(sigma, sigma_max):
+        return
+    if sigma < sigma_max:
+        raise ValueError(
+            f"first='mean' holds at sigma_max, {sigma_max:g}, and this starts at {sigma:g}; "
+            "take first='none' or 'zero'"
+        )
+
+
+def starts_at(sigma: float, level: float) -> bool:
+    """Whether two levels are one, but for what float32 makes of them."""
+    return math.isclose(sigma, level, rel_tol=1e-6)
 
 
 def _end(denoiser: Denoiser | None, name: str, given: float | None, default: float) -> float:
@@ -282,6 +328,11 @@ def _evaluate(denoiser: Denoiser, x: Tensor, op: Eval, reuse: bool) -> tuple[Ten
             denoised, features = denoiser.with_features(x, sigma)  # type: ignore[attr-defined]
         else:
             denoised = denoiser(x, sigma)
+        if not isinstance(denoised, Tensor):
+            raise ValueError(
+                f"the denoiser returned a {type(denoised).__name__}; it must return D alone, a "
+                "tensor (take [0] of a tuple, .sample of an output of diffusers)"
+            )
         if denoised.shape != x.shape:
             raise ValueError(
                 f"the denoiser returned {tuple(denoised.shape)} for x of {tuple(x.shape)}; "
@@ -298,6 +349,7 @@ def _evaluate(denoiser: Denoiser, x: Tensor, op: Eval, reuse: bool) -> tuple[Ten
                 "first='mean' needs denoiser.far_mean, the mean of D at sigma_max; "
                 "set it, or use first='zero'"
             )
+        check_mean_start(op.sigma, getattr(denoiser, "sigma_max", None))
         denoised = mean.to(x).expand_as(x)
     denoised = denoised.to(x.dtype)
     if denoised.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():

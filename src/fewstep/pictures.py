@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import math
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
 
 from fewstep.files import write_whole
 
 __all__ = ["contact_sheet", "read_metadata", "read_png", "write_png"]
 
 KEY = "fewstep"  # the text chunk that holds the metadata
+END = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk of every PNG
 
 
 def write_png(path: Path | str, image: np.ndarray, metadata: dict[str, Any] | None = None) -> None:
@@ -33,12 +34,33 @@ def write_png(path: Path | str, image: np.ndarray, metadata: dict[str, Any] | No
 
 
 def read_metadata(path: Path | str) -> dict[str, Any] | None:
-    """The metadata of a picture, None where it is not ours; reads no pixels.
+    """The metadata of a picture, None where the file is not ours; reads no pixels.
 
-    Errors: ValueError where the file is not a picture.
+    Errors: ValueError where it is ours and was cut short.
     """
-    with _opened(path) as picture:
-        return _metadata(picture)
+    try:
+        with Image.open(path) as picture:
+            found = _metadata(picture)
+    except (OSError, SyntaxError, ValueError) as error:
+        if _of_the_system(error):
+            raise
+        return None
+    if found is not None and not _ends(path):
+        raise ValueError(f"{path} was cut short; remove it")
+    return found
+
+
+def _of_the_system(error: Exception) -> bool:
+    """Whether the file could not be read at all; Pillow's own OSErrors, about what is in it, have no
+    number."""
+    return isinstance(error, OSError) and error.errno is not None
+
+
+def _ends(path: Path | str) -> bool:
+    with open(path, "rb") as file:
+        file.seek(0, os.SEEK_END)
+        file.seek(max(0, file.tell() - len(END)))
+        return file.read() == END
 
 
 def read_png(path: Path | str) -> tuple[np.ndarray, dict[str, Any] | None]:
@@ -46,21 +68,16 @@ def read_png(path: Path | str) -> tuple[np.ndarray, dict[str, Any] | None]:
 
     Errors: ValueError where the file is not a whole picture.
     """
-    with _opened(path) as picture:
-        picture.load()
-        array = np.asarray(picture)
-        return (array if array.ndim == 3 else array[..., None]), _metadata(picture)
-
-
-@contextlib.contextmanager
-def _opened(path: Path | str) -> Iterator[Image.Image]:
+    metadata = read_metadata(path)
     try:
         with Image.open(path) as picture:
-            yield picture
-    except (FileNotFoundError, PermissionError):
-        raise
-    except (UnidentifiedImageError, SyntaxError, OSError) as error:
-        raise ValueError(f"{path} is not a whole picture ({error}); remove it") from None
+            array = np.asarray(picture)
+    except (OSError, SyntaxError, ValueError) as error:
+        if _of_the_system(error):
+            raise
+        advice = "; remove it" if metadata else ""
+        raise ValueError(f"{path} is not a whole picture ({error}){advice}") from None
+    return (array if array.ndim == 3 else array[..., None]), metadata
 
 
 def _metadata(picture: Image.Image) -> dict[str, Any] | None:

@@ -16,12 +16,27 @@ import json
 import math
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-__all__ = ["Combine", "Eval", "Op", "Ops", "Plan", "Program", "Seen", "flatten", "freeze", "nfe"]
+__all__ = [
+    "Combine",
+    "Eval",
+    "Op",
+    "Ops",
+    "Plan",
+    "Program",
+    "SOURCES",
+    "Seen",
+    "Source",
+    "flatten",
+    "freeze",
+    "nfe",
+    "stages",
+]
 
 Level = float | Tensor
 Prediction = Literal["eps", "x0"]
@@ -89,6 +104,7 @@ class Program:
     evaluations: how many network evaluations it spends
     adapts: whether it looks at the replies (and may keep them: no buffer is reused then)
     name: for the record
+    learned_on: for what was trained: the hash of the network's weights, "" where they are not known
     """
 
     start: Callable[[], Ops]
@@ -98,6 +114,7 @@ class Program:
     evaluations: int
     adapts: bool = False
     name: str = "custom"
+    learned_on: str | None = None
 
     def program(self) -> Program:
         """Itself."""
@@ -144,11 +161,20 @@ class Plan:
         return json.dumps({**asdict(self), "ops": ops}, indent=1)
 
     @classmethod
+    def read(cls, path: Path | str) -> Plan:
+        """The plan in a file. Errors: OSError where there is none, ValueError that names the file
+        where it holds no plan."""
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    @classmethod
     def from_json(cls, text: str) -> Plan:
         """Inverse of `to_json`, exact to the bit. Errors: ValueError where the text is not a
         plan."""
         try:
-            fields = json.loads(text)
+            fields = dict(json.loads(text))
             ops = tuple(_read_op(dict(op)) for op in fields.pop("ops"))
             return cls(**{**fields, "sigmas": tuple(fields["sigmas"]), "ops": ops})
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
@@ -217,20 +243,27 @@ def flatten(plan: Plan) -> np.ndarray:
     "zero" is 0, since it depends on x alone). Two deterministic solvers are equal when their rows
     are. Noise is left out.
     """
+    return stages(plan)[-1]
+
+
+def stages(plan: Plan) -> np.ndarray:
+    """The states of all evaluations, and last the end, as rows of such weights, [evals + 1, 1 +
+    evals]."""
     evals = sum(isinstance(op, Eval) for op in plan.ops)
     unit = np.eye(1 + evals)
     anchor = x = unit[0]
     history: list[np.ndarray] = []
-    count = 0
+    rows: list[np.ndarray] = []
     for op in plan.ops:
         if isinstance(op, Eval):
-            count += 1
+            rows.append(x)
             sigma = float(op.sigma)
-            eps = x / math.sqrt(1 + sigma**2) if op.source == "zero" else (x - unit[count]) / sigma
+            own = unit[len(rows)]
+            eps = x / math.sqrt(1 + sigma**2) if op.source == "zero" else (x - own) / sigma
             output = eps if plan.prediction == "eps" else x - sigma * eps
             history = [output, *history[: plan.depth - 1]]
         else:
             terms = (float(b) * h for b, h in zip(op.b, history, strict=False))
             x = sum(terms, float(op.a) * anchor)
             anchor = x if op.accept else anchor
-    return x
+    return np.stack([*rows, x])

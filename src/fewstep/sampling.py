@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import operator
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,17 +15,28 @@ import torch
 from torch import Tensor
 
 from fewstep.denoiser import Counted, Denoiser
-from fewstep.loop import DEFAULT_GRID, Runnable, iterate, resolve, solve
-from fewstep.plan import Plan
+from fewstep.grid import check_grid
+from fewstep.loop import (
+    DEFAULT_GRID,
+    DEFAULT_NFE,
+    Runnable,
+    check_mean_start,
+    find,
+    iterate,
+    resolve,
+    solve,
+    starts_at,
+)
+from fewstep.plan import Plan, Program
 from fewstep.solver import Solver, get, intervals_for
 
 if TYPE_CHECKING:
-    from fewstep.models import Model
+    from fewstep.models import Card, Model
 
-__all__ = ["Samples", "Settings", "describe", "sample"]
+__all__ = ["Samples", "Settings", "describe", "plan_for", "sample"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Samples:
     """Pictures and how they came about.
 
@@ -40,6 +52,12 @@ class Samples:
     nfe: int
     network_calls: int
     provenance: dict[str, Any]
+
+    def __repr__(self) -> str:
+        count, *shape = self.images.shape
+        size = "x".join(map(str, shape))
+        spent = f"{self.nfe} evaluations and {self.network_calls} network calls each"
+        return f"Samples({count} of {size}, {spent}, solver {self.provenance.get('solver')})"
 
 
 @dataclass(frozen=True)
@@ -63,7 +81,7 @@ class Settings:
         cls,
         model: Model,
         solver: str | Solver | Runnable = "auto",
-        nfe: int = 5,
+        nfe: int | None = None,
         grid: str | Sequence[float] | None = None,
         first: str | None = None,
         final: bool = False,
@@ -73,21 +91,33 @@ class Settings:
         """Fill in what was left open, and check that everything fits.
 
         "auto" is the best that the model's card knows for the budget; what the caller did name
-        (grid, first, end) is kept.
+        (grid, first, end) is kept. Beside sigmas it is a solver alone, one that spends one
+        evaluation on each interval, and first is "none" unless given.
         Errors: ValueError, also where the grid does not start where the prior does.
         """
         known: dict[str, Any] = {}
-        if solver == "auto":
-            known = _known(model.card.auto, nfe)
+        asked, nfe = nfe, DEFAULT_NFE if nfe is None else nfe
+        if grid is not None and not isinstance(grid, str):
+            grid = check_grid(grid)
+        if isinstance(solver, str) and solver == "auto":
+            top = head_start is None or starts_at(head_start, model.card.sigma_max)
+            known = _known(model.card.auto, nfe, grid, first, final, end, top)
             solver = known.get("solver", "dpmpp-2m")
-        if isinstance(solver, str):
-            get(solver)  # speaks up now about an unknown name
-        elif not isinstance(solver, Solver):
-            program = resolve(solver, nfe, grid, first or "none", final, end=end or "sigma_min")
+        if isinstance(solver, str | Path):
+            found = find(solver)  # speaks up now about an unknown name
+            solver = found.name if isinstance(found, Solver) else found
+        if model.card.distilled and grid is None and isinstance(solver, str | Solver):
+            grid = _own_levels(model.card, nfe)
+        if not isinstance(solver, str | Solver):
+            program = resolve(solver, asked, grid, first or "none", final, end=end or "sigma_min")
             _check_start(model, program.sigmas[0], head_start)
+            _check_weights(model, program)
             return cls(solver, program.evaluations, None)
         chosen = known.get("grid", DEFAULT_GRID) if grid is None else grid
         start = known.get("first", "none") if first is None else first
+        if start == "mean":
+            level = model.card.sigma_max if head_start is None else head_start
+            check_mean_start(level if isinstance(chosen, str) else chosen[0], model.card.sigma_max)
         if not isinstance(chosen, str):
             chosen = tuple(float(sigma) for sigma in chosen)
             program = resolve(solver, nfe, chosen, start, final, end=end or "sigma_min")
@@ -96,9 +126,14 @@ class Settings:
         stop = "sigma_min" if final else known.get("end", "sigma_min")
         return cls(solver, nfe, chosen, start, final, stop if end is None else end)
 
-    def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of `solve` and `iterate`."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+    def arguments(self, head_start: float | None = None) -> dict[str, Any]:
+        """Keyword arguments of `solve` and `iterate`.
+
+        head_start: a level to which the prior is carried, where a named grid then begins
+        """
+        named = isinstance(self.grid, str) and head_start is not None
+        start = {"sigma_max": head_start} if named else {}
+        return {name: getattr(self, name) for name in self.__dataclass_fields__} | start
 
     def record(self) -> dict[str, Any]:
         """The same for provenance, JSON-ready; a plan is known by a hash of its numbers."""
@@ -112,25 +147,104 @@ class Settings:
         return {**self.arguments(), "solver": name, "grid": grid}
 
 
-def _known(auto: dict[str, dict[str, Any]], nfe: int) -> dict[str, Any]:
-    """The card's entry for the budget, or for the next lower one that it has, where that fits."""
+def _known(
+    auto: dict[str, dict[str, Any]],
+    nfe: int,
+    grid: str | tuple[float, ...] | None,
+    first: str | None,
+    final: bool,
+    end: str | None,
+    top: bool,
+) -> dict[str, Any]:
+    """The card's entry for the budget, or for the next lower one that it has, where that fits what
+    the caller has named.
+
+    top: whether the start is at sigma_max; below it, first="mean" does not hold
+    """
+    sigmas = None if grid is None or isinstance(grid, str) else grid
+    if sigmas is not None:
+        nfe = len(sigmas) - 1
     below = [int(budget) for budget in auto if int(budget) <= nfe]
-    entry = auto[str(max(below))] if below else {}
+    entry = dict(auto[str(max(below))]) if below else {}
+    if not top and entry.get("first") == "mean":
+        del entry["first"]
+    begin = entry.get("first", "none") if first is None else first
+    stop = end or ("sigma_min" if final else entry.get("end", "sigma_min"))
     try:
-        end = entry.get("end", "sigma_min")
-        intervals_for(get(entry["solver"]), nfe, entry.get("first", "none"), end=end)
+        solver = get(entry["solver"])
+        if sigmas is not None:
+            fits = solver.on(sigmas).evaluations == nfe
+            return {"solver": entry["solver"]} if fits else {}
+        intervals_for(solver, nfe, begin, final, stop)
     except (KeyError, ValueError):
         return {}
     return entry
 
 
+def _own_levels(card: Card, nfe: int) -> Sequence[float]:
+    """The levels that a distilled network was trained on for this budget, whatever the solver."""
+    try:
+        return card.auto[str(nfe)]["grid"]
+    except KeyError:
+        have = ", ".join(card.auto) or "none"
+        raise ValueError(
+            f"{card.name} is distilled and has levels for {have} evaluations, not for {nfe}; "
+            "take one of these, or give a grid"
+        ) from None
+
+
+def _check_weights(model: Model, program: Program) -> None:
+    """Warn of a solver that was trained on another network."""
+    if program.learned_on and program.learned_on != model.card.weights_sha256:
+        warnings.warn(
+            f"{program.name} was trained on other weights than those of {model.card.name}; "
+            "expect less of it, or train one for this model",
+            stacklevel=4,
+        )
+
+
 def _check_start(model: Model, sigma: float, head_start: float | None) -> None:
-    start = head_start or model.card.sigma_max
-    if not math.isclose(sigma, start, rel_tol=1e-6):
+    start = model.card.sigma_max if head_start is None else head_start
+    if not starts_at(sigma, start):
         raise ValueError(
             f"the grid starts at sigma {sigma:g}, but the prior at {start:g}; "
             f"start the grid there, or carry the prior down with head_start={sigma:g}"
         )
+
+
+def plan_for(
+    solver: str,
+    nfe: int | None = None,
+    model: Model | None = None,
+    *,
+    grid: str | Sequence[float] | None = None,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    first: str | None = None,
+    final: bool = False,
+    end: str | None = None,
+) -> Plan:
+    """The plan that a run would follow, on a model, or without one on the range of EDM.
+
+    solver: a name, or "auto" where there is a model; the others as in `sample`
+    Errors: ValueError, also where the solver adapts to the network.
+    """
+    if model is None:
+        if solver == "auto":
+            raise ValueError("auto is the best that a model's card knows; name a model too")
+        denoiser, chosen = None, get(solver).name
+        named = DEFAULT_GRID if grid is None else grid
+        begin, stop = first or "none", end or "sigma_min"
+    else:
+        settings = Settings.choose(model, solver, nfe, grid, first, final, sigma_max, end)
+        denoiser, chosen = model.denoiser(), settings.solver
+        nfe, named, begin, stop = settings.nfe, settings.grid, settings.first, settings.end
+    if not isinstance(chosen, str):
+        raise ValueError(f"{solver} is a learned solver; its numbers are in its folder")
+    ends = (sigma_min, sigma_max) if isinstance(named, str) else (None, None)
+    program = resolve(chosen, nfe, named, begin, final, *ends, denoiser, stop)
+    name = named if isinstance(named, str) else "custom"
+    return get(chosen).plan(program.sigmas, begin, final, grid=name)
 
 
 def describe(
@@ -138,7 +252,7 @@ def describe(
     settings: Settings,
     *,
     prompt: str | None = None,
-    guidance: float | None = None,
+    guidance: float | Sequence[float] | None = None,
     head_start: float | None = None,
 ) -> dict[str, Any]:
     """What makes a picture, besides its seed and label, JSON-ready: known before it is made."""
@@ -158,11 +272,11 @@ def sample(
     model: Model,
     *,
     solver: str | Solver | Runnable = "auto",
-    nfe: int = 5,
+    nfe: int | None = None,
     seeds: Sequence[int],
     label: Any = None,
     prompt: Any = None,
-    guidance: float | None = None,
+    guidance: float | Sequence[float] | Tensor | None = None,
     batch: int | None = None,
     grid: str | Sequence[float] | None = None,
     first: str | None = None,
@@ -174,9 +288,13 @@ def sample(
     """Sample one picture per seed in `nfe` evaluations each.
 
     solver: a name, "auto" (the best that the model's card knows for the budget), a Solver or a Plan
-    label: a class, by index or name; one for all pictures or one per seed
+    nfe: the budget; it follows from the grid or the plan where sigmas or a Plan are given
+    label: a class, by name or index; one for all pictures or one per seed (a sequence or a tensor).
+        Text that is a class's name means that class, other text of digits an index; a number is
+        always an index.
     prompt: a text, for models that take one; one for all pictures or one per seed
-    guidance: classifier-free guidance scale; None or 1 is none
+    guidance: classifier-free guidance scale, one for all pictures or one per seed; None or 1 is
+        none
     batch: pictures at a time, 64 unless given
     grid, first, final, end: as in `solve`
     head_start: a noise level to which the prior is carried analytically, as the flow of a Gaussian,
@@ -187,24 +305,25 @@ def sample(
     Errors: ValueError for what the model or the solver cannot do; FloatingPointError, with the step
     and the seeds, where the network returns NaN or infinity.
     """
-    seeds = tuple(operator.index(seed) for seed in seeds)
-    if not seeds:
-        raise ValueError("seeds must name at least one picture")
+    if not hasattr(model, "denoiser"):
+        raise ValueError(
+            f"model must be a loaded model, got {model!r:.80}; load it first: fewstep.load(...)"
+        )
+    seeds = _whole_seeds(seeds)
     if batch is not None and batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
-    many = _one_per_seed("label", label, len(seeds)), _one_per_seed("prompt", prompt, len(seeds))
+    label, guidance = _plain(label), _plain(guidance)
+    given = {"label": label, "prompt": prompt, "guidance": guidance}
+    many = {name: _one_per_seed(name, value, len(seeds)) for name, value in given.items()}
     settings = Settings.choose(model, solver, nfe, grid, first, final, head_start, end)
-    run = settings.arguments()
-    if isinstance(settings.grid, str):
-        run["sigma_max"] = head_start
+    run = settings.arguments(head_start)
     size, images, evals, calls = batch or 64, [], 0, 0
     for start in range(0, len(seeds), size):
         part = slice(start, start + size)
-        labels, prompts = (
-            value[part] if each else value
-            for value, each in zip((label, prompt), many, strict=True)
+        labels, prompts, scale = (
+            value[part] if many[name] else value for name, value in given.items()
         )
-        denoiser = Counted(model.denoiser(labels, prompts, guidance))
+        denoiser = Counted(model.denoiser(labels, prompts, scale))
         carried = {} if head_start is None else {"sigma": head_start, "label": labels}
         x_T = model.prior(seeds[part], **carried)
         x = solve(denoiser, x_T, **run, seeds=seeds[part])
@@ -214,13 +333,31 @@ def sample(
         evals, calls = denoiser.evaluations, denoiser.network_calls
         report(min(start + size, len(seeds)))
     provenance = {
-        **describe(model, settings, guidance=guidance, head_start=head_start),
+        **describe(model, settings, head_start=head_start),
         "nfe": evals,
         "network_calls": calls,
-        "label": list(label) if many[0] else label,
-        "prompt": list(prompt) if many[1] else prompt,
+        **{name: list(value) if many[name] else value for name, value in given.items()},
     }
     return Samples(np.concatenate(images), seeds, evals, calls, provenance)
+
+
+def _whole_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
+    try:
+        whole = tuple(operator.index(seed) for seed in seeds)
+    except TypeError:
+        raise ValueError(
+            f"seeds must be whole numbers, one per picture, such as range(16), got {seeds!r:.80}"
+        ) from None
+    if not whole:
+        raise ValueError("seeds must name at least one picture")
+    return whole
+
+
+def _plain(value: Any) -> Any:
+    """The same with the numbers of torch and numpy as Python's, which JSON knows."""
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        return value.tolist()
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _one_per_seed(name: str, value: Any, count: int) -> bool:

@@ -11,18 +11,49 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fewstep.plan import Combine, Plan, flatten, nfe
-from fewstep.solver import ALIASES, get, names
+from fewstep.solver import ALIASES, Range, get, names
 
 if TYPE_CHECKING:
     from fewstep.models.training import Progress as TrainingProgress
 
-__all__ = ["TrainingBar", "plan_table", "solver_table", "weights_line"]
+__all__ = [
+    "TrainingBar",
+    "plan_table",
+    "sampling_line",
+    "solver_list",
+    "solver_table",
+    "weights_line",
+]
+
+
+def solver_list() -> list[dict[str, Any]]:
+    """The same as `solver_table`, JSON-ready."""
+    return [
+        {
+            "name": name,
+            "aliases": [alias for alias, target in ALIASES.items() if target == name],
+            "history": solver.prediction,
+            "order": solver.order,
+            "stochastic": solver.stochastic,
+            "options": {
+                key: {"default": value, "range": str(dict(solver.ranges).get(key, Range()))}
+                for key, value in solver.options
+            },
+            "summary": solver.summary,
+        }
+        for name in _every_name()
+        for solver in (get(name),)
+    ]
+
+
+def _every_name() -> list[str]:
+    return [*names(), *names(consistency=True)]
 
 
 def solver_table() -> Table:
     """Every registered solver with what it declares."""
     table = Table("solver", "history", "order", "what it is", box=None)
-    for name in names():
+    for name in _every_name():
         solver = get(name)
         other = ", ".join(alias for alias, target in ALIASES.items() if target == name)
         order = "SDE" if solver.stochastic else str(solver.order)
@@ -59,6 +90,47 @@ def weights_line(plan: Plan) -> str:
     return f"end = {row[0]:.6g} x_T  {terms}"
 
 
+def sampling_line(
+    made: int,
+    skipped: int,
+    settings: dict[str, Any],
+    label: str | None,
+    network_calls: int,
+    seconds: float,
+) -> str:
+    """What a run has made and how, in one line; settings that were left alone are not named.
+
+    settings: as in the files' metadata
+    """
+    kept = f", {skipped} {'was' if skipped == 1 else 'were'} there already" if skipped else ""
+    grid = settings["grid"]
+    on = f" on the {grid} grid" if isinstance(grid, str) else ""
+    if isinstance(grid, list):
+        on = f" on sigmas {', '.join(f'{sigma:g}' for sigma in grid)}"
+    parts = [
+        settings["solver"] + on,
+        f"first={settings['first']}" * (settings["first"] != "none"),
+        f"end={settings['end']}" * (settings["end"] != "sigma_min"),
+        "final" * settings["final"],
+        *(
+            f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in (
+                ("label", label),
+                ("guidance", settings["guidance"]),
+                ("head start", settings["head_start"]),
+            )
+            if value is not None
+        ),
+        f"{_count(settings['nfe'], 'evaluation')} each ({_count(network_calls, 'network call')})",
+        f"{seconds:.2f} s",
+    ]
+    return f"{_count(made, 'picture')}{kept}: {', '.join(filter(None, parts))}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 class TrainingBar:
     """A progress bar with loss, learning rate and speed; a line per validation. Lines only without
     a terminal."""
@@ -69,14 +141,12 @@ class TrainingBar:
             TextColumn("training"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn(
-                "loss {task.fields[loss]:.4f}  lr {task.fields[lr]:.1e}  {task.fields[speed]:.0f}/s"
-            ),
+            TextColumn("{task.fields[state]}"),
             TimeRemainingColumn(),
             console=self.console,
             disable=not sys.stderr.isatty(),
         )
-        self.task = self.bar.add_task("", total=total, loss=math.nan, lr=0.0, speed=0.0)
+        self.task = self.bar.add_task("", total=total, state="first step")
         self.loss = math.nan
 
     def __enter__(self) -> TrainingBar:
@@ -86,6 +156,11 @@ class TrainingBar:
     def __exit__(self, *exception: Any) -> None:
         self.bar.stop()
 
+    def resumed(self, step: int) -> None:
+        """Say that the run goes on from a checkpoint."""
+        self.console.print(f"resumed at step {step}", highlight=False)
+        self.bar.update(self.task, completed=step)
+
     def report(self, progress: TrainingProgress) -> None:
         """Show one step; the loss is smoothed over about 50."""
         first = math.isnan(self.loss)
@@ -93,9 +168,8 @@ class TrainingBar:
         self.bar.update(
             self.task,
             completed=progress.step,
-            loss=self.loss,
-            lr=progress.lr,
-            speed=progress.pictures_per_second,
+            state=f"loss {self.loss:.4f}  lr {progress.lr:.1e}  "
+            f"{progress.pictures_per_second:.0f}/s",
         )
         if progress.validation:
             values = "  ".join(f"{k} {v:.4f}" for k, v in progress.validation.items())

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
+
+from fewstep import __version__
 
 __all__ = ["app", "train_app"]
 
@@ -15,3 +19,20 @@ app = typer.Typer(
 )
 train_app = typer.Typer(help="Train networks.", no_args_is_help=True)
 app.add_typer(train_app, name="train")
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"fewstep {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", metavar="", callback=_show_version, is_eager=True, help="Show the version."
+        ),
+    ] = False,
+) -> None: ...

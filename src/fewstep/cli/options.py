@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,6 +17,7 @@ __all__ = [
     "ModelArgument",
     "SolverOption",
     "NfeOption",
+    "BudgetOption",
     "GridOption",
     "FirstOption",
     "EndOption",
@@ -26,15 +30,23 @@ __all__ = [
     "parse_grid",
     "parse_widths",
     "progress_bar",
+    "refuse_beside",
+    "resumable",
 ]
 
 MOST_SEEDS = 1_000_000
 
 ModelArgument = Annotated[str, typer.Argument(help="A built-in model's name, or a model folder.")]
 SolverOption = Annotated[
-    str, typer.Option(help="auto (the best known), a name, or NAME:option=value.")
+    str, typer.Option(help="auto (the best known), a name, NAME:option=value, or a folder.")
 ]
 NfeOption = Annotated[int, typer.Option(help="Network evaluations per picture.", min=1, max=10_000)]
+BudgetOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Network evaluations per picture; 5, or a learned solver's own.", min=1, max=10_000
+    ),
+]
 GridOption = Annotated[
     str | None,
     typer.Option(help="karras, log-snr, time-uniform, discrete, trailing, or sigmas: 80,9,1,0.002"),
@@ -48,13 +60,18 @@ EndOption = Annotated[
         help="Where a named grid ends: sigma_min, or zero (a last step of order 1, free)."
     ),
 ]
-FinalOption = Annotated[bool, typer.Option(help="Add a last denoising step; costs one evaluation.")]
+FinalOption = Annotated[
+    bool,
+    typer.Option("--final", metavar="", help="Add a last denoising step; costs one evaluation."),
+]
 SeedsOption = Annotated[str, typer.Option(help="Seeds, one per picture: 0-63 or 1,5,7-9.")]
 DeviceOption = Annotated[str, typer.Option(help="A torch device: cpu, cuda, cuda:1.")]
 DtypeOption = Annotated[
     str, typer.Option(help="The network's arithmetic: float32, bfloat16, float16.")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", metavar="", help="Print JSON on standard output instead.")
+]
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -76,7 +93,7 @@ def parse_seeds(text: str) -> list[int]:
 
 def parse_grid(text: str | None) -> str | list[float] | None:
     """A grid's name as it is, or sigmas from "80,9,1"."""
-    if text is None or not text[:1].isdigit():
+    if text is None or not (text[:1].isdigit() or "," in text):
         return text
     try:
         return [float(part) for part in text.split(",")]
@@ -90,6 +107,26 @@ def parse_widths(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"widths are written like 64,128, got {text!r}") from None
+
+
+def refuse_beside(what: str, options: Mapping[str, Any]) -> None:
+    """Errors: ValueError that says `what` and names those of the options that were given."""
+    given = [name for name, value in options.items() if value not in (None, False)]
+    if given:
+        raise ValueError(f"{what}: leave out {' and '.join(given)}")
+
+
+@contextmanager
+def resumable(folder: Path) -> Iterator[None]:
+    """Say, where Ctrl-C ends the work, that it can be taken up again; exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(
+            f"fewstep: stopped; {folder} holds what was done, run the same command again to go on",
+            file=sys.stderr,
+        )
+        sys.exit(130)
 
 
 def progress_bar(quiet: bool) -> Progress:

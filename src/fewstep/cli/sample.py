@@ -13,6 +13,7 @@ from rich.table import Table
 
 from fewstep.cli.app import app
 from fewstep.cli.options import (
+    BudgetOption,
     DeviceOption,
     DtypeOption,
     EndOption,
@@ -21,12 +22,13 @@ from fewstep.cli.options import (
     GridOption,
     JsonOption,
     ModelArgument,
-    NfeOption,
     SeedsOption,
     SolverOption,
     parse_grid,
     parse_seeds,
     progress_bar,
+    refuse_beside,
+    resumable,
 )
 
 
@@ -35,10 +37,14 @@ def sample_command(
     model: ModelArgument = "fashion-mnist",
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
     solver: SolverOption = "auto",
-    nfe: NfeOption = 5,
+    nfe: BudgetOption = None,
     seeds: SeedsOption = "0-15",
     label: Annotated[
-        str | None, typer.Option(help="Class name or index; a comma list goes round the seeds.")
+        str | None,
+        typer.Option(
+            help="Class name or index. Several, with commas, are dealt out by position: the first "
+            "to the first seed, and round again."
+        ),
     ] = None,
     guidance: Annotated[
         float | None, typer.Option(help="Classifier-free guidance scale; needs --label.")
@@ -51,11 +57,16 @@ def sample_command(
         float | None,
         typer.Option(help="Carry the noise analytically to this sigma before the first step."),
     ] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(help="A plan, as `fewstep plan --json` prints it, instead of a solver."),
+    ] = None,
     batch: Annotated[int, typer.Option(help="Pictures at a time.", min=1)] = 64,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
     compile: Annotated[
-        bool, typer.Option("--compile", help="torch.compile the network: for many pictures.")
+        bool,
+        typer.Option("--compile", metavar="", help="torch.compile the network: for many pictures."),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -64,23 +75,34 @@ def sample_command(
     Pictures that are there already, made with the same settings, are kept and skipped; with other
     settings, nothing is touched and the command says so.
     """
+    from fewstep import show
     from fewstep.folder import sample_to_folder
     from fewstep.models import load
+    from fewstep.plan import Plan
 
     chosen = parse_seeds(seeds)
-    names = label.split(",") if label is not None else None
+    names = [name.strip() for name in label.split(",")] if label is not None else None
+    levels = parse_grid(grid)
+    if plan is not None:
+        others = {"--nfe": nfe, "--grid": grid, "--first": first, "--final": final, "--end": end}
+        others |= {"--solver": solver if solver != "auto" else None}
+        refuse_beside("a plan has its own solver, budget and grid", others)
+    elif levels is not None and not isinstance(levels, str):
+        refuse_beside(
+            "the sigmas decide what is spent, and where it ends", {"--nfe": nfe, "--end": end}
+        )
     loaded = load(model, device=device, dtype=dtype, compile=compile)
     begun = time.perf_counter()
-    with progress_bar(as_json) as bar:
+    with resumable(out), progress_bar(as_json) as bar:
         task = bar.add_task("sampling", total=len(chosen))
         result = sample_to_folder(
             loaded,
             out,
             seeds=chosen,
             labels=[names[i % len(names)] for i in range(len(chosen))] if names else None,
-            solver=solver,
+            solver=solver if plan is None else Plan.read(plan),
             nfe=nfe,
-            grid=parse_grid(grid),
+            grid=levels,
             first=first,
             final=final,
             end=end,
@@ -93,47 +115,66 @@ def sample_command(
     if as_json:
         print(json.dumps({**result.to_dict(), "seconds": round(seconds, 3)}))
         return
-    how = result.settings
-    kept = f", {result.skipped} were there already" if result.skipped else ""
-    made = len(chosen) - result.skipped
-    print(
-        f"{made} pictures{kept}: {how['solver']} on the {how['grid']} grid, first={how['first']}, "
-        f"{how['nfe']} evaluations each ({result.network_calls} network calls), {seconds:.2f} s"
-    )
+    made, calls = len(chosen) - result.skipped, result.network_calls
+    print(show.sampling_line(made, result.skipped, result.settings, label, calls, seconds))
     print(f"{result.sheet}")
 
 
 @app.command("plan")
 def plan_command(
-    solver: Annotated[str | None, typer.Argument(help="A solver's name.")] = None,
-    nfe: NfeOption = 5,
+    solver: Annotated[
+        str | None, typer.Argument(help="A solver's name, or auto where there is a --model.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Take the range, and what auto stands for, from this model.")
+    ] = None,
+    nfe: BudgetOption = None,
     grid: GridOption = None,
-    sigma_max: Annotated[float, typer.Option(help="The first noise level.")] = 80.0,
-    sigma_min: Annotated[float, typer.Option(help="The last noise level.")] = 0.002,
+    sigma_max: Annotated[
+        float | None, typer.Option(help="The first noise level; the model's, or 80.")
+    ] = None,
+    sigma_min: Annotated[
+        float | None, typer.Option(help="The last noise level; the model's, or 0.002.")
+    ] = None,
     first: FirstOption = None,
     final: FinalOption = False,
     end: EndOption = None,
-    list_all: Annotated[bool, typer.Option("--list", help="List every solver.")] = False,
+    list_all: Annotated[
+        bool, typer.Option("--list", metavar="", help="List every solver.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show every coefficient of a solver as a table; --list names all solvers."""
     from fewstep import show
-    from fewstep.grid import check_grid, make_grid
-    from fewstep.solver import end_at, get, intervals_for
+    from fewstep.sampling import plan_for
 
     console = Console()
     if list_all or solver is None:
-        console.print(show.solver_table())
+        if as_json:
+            print(json.dumps(show.solver_list(), indent=2))
+        else:
+            console.print(show.solver_table())
         return
-    found, first, stop = get(solver), first or "none", end or "sigma_min"
     levels = parse_grid(grid)
-    if levels is None or isinstance(levels, str):
-        points = 1 + intervals_for(found, nfe, first, final, stop)
-        sigmas = make_grid("karras" if levels is None else levels, points, sigma_max, sigma_min)
-        sigmas = end_at(sigmas, stop)
-    else:
-        sigmas = check_grid(levels)
-    plan = found.plan(sigmas, first, final, grid=levels if isinstance(levels, str) else "custom")
+    if levels is not None and not isinstance(levels, str):
+        others = {"--nfe": nfe, "--sigma-max": sigma_max, "--sigma-min": sigma_min, "--end": end}
+        refuse_beside("the sigmas decide what is spent, and both ends", others)
+    loaded = None
+    if model is not None:
+        from fewstep.models import load
+
+        loaded = load(model)
+    plan = plan_for(
+        solver,
+        nfe,
+        loaded,
+        grid=levels,
+        sigma_min=sigma_min,
+        sigma_max=sigma_max,
+        first=first,
+        final=final,
+        end=end,
+    )
     if as_json:
         print(plan.to_json())
         return

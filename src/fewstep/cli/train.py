@@ -11,6 +11,7 @@ from fewstep.cli.app import train_app
 from fewstep.cli.options import (
     DeviceOption,
     parse_widths,
+    resumable,
 )
 
 
@@ -58,7 +59,7 @@ def train_network_command(
         seed=seed,
         network=UNetConfig(widths=parse_widths(widths), classes=count),
     )
-    with show.TrainingBar(recipe.total_steps) as bar:
+    with resumable(out), show.TrainingBar(recipe.total_steps) as bar:
         net = train_network(
             images,
             labels,
@@ -69,6 +70,7 @@ def train_network_command(
             checkpoint_every=checkpoint_every,
             validate_every=validate_every,
             report=bar.report,
+            resumed=bar.resumed,
         )
     card = export_network(net, recipe, images, labels, out, name=name, classes=names)
     print(f"{out}: a model folder, weights {card.weights_sha256[:16]}; try: fewstep sample {out}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["Card", "Model", "builtin", "load", "read_card"]
 
 BUILTIN = Path(__file__).parent / "builtin"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # owner/name
 LOADERS = {
     "unet": "fewstep.models.network"
 }  # kind of a card: the module whose load_folder reads it
@@ -35,9 +37,7 @@ class Model(Protocol):
     def shape(self) -> tuple[int, ...]: ...
     @property
     def dtype(self) -> torch.dtype: ...
-    def denoiser(
-        self, label: Any = None, prompt: str | None = None, guidance: float | None = None
-    ) -> Denoiser: ...
+    def denoiser(self, label: Any = None, prompt: Any = None, guidance: Any = None) -> Denoiser: ...
     def prior(
         self, seeds: Sequence[int], sigma: float | None = None, label: Any = None
     ) -> Tensor: ...
@@ -52,22 +52,35 @@ def builtin() -> list[str]:
 def load(
     name_or_path: str | Path,
     *,
-    device: str = "cpu",
-    dtype: str = "float32",
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "float32",
     compile: bool = False,
+    **options: Any,
 ) -> Model:
-    """Load a built-in model by name, or a model folder by path.
+    """Load a built-in model by name, a model folder by path, or a pipeline of diffusers.
 
+    name_or_path: for a pipeline, its folder, the .safetensors or .ckpt file of a Stable Diffusion,
+        or its name on the Hugging Face hub
     device: a torch device
-    dtype: the network's arithmetic, float32, bfloat16 or float16 (the sampled state stays float32)
+    dtype: the network's arithmetic, float32, bfloat16 or float16, or torch's own (the sampled
+        state stays float32)
     compile: torch.compile the network, worth it for many pictures
+    options: for pipelines, see `fewstep.models.pipelines.load_pipeline`: config, size, slicing,
+        tiling
 
     Nothing in a folder is executed.
 
     Errors: ValueError where there is no such model (with the nearest names), no such device, or its
     files are damaged.
     """
+    device, dtype = str(device), str(dtype).removeprefix("torch.")
+    if _is_pipeline(name_or_path):
+        from fewstep.models.pipelines import load_pipeline
+
+        return load_pipeline(name_or_path, device, dtype, compile, **options)
     folder = _folder(name_or_path)
+    if options:
+        raise ValueError(f"{', '.join(options)}: only pipelines have such options; leave them out")
     kind = Card.read(folder).kind
     if kind not in LOADERS:
         raise ValueError(
@@ -79,6 +92,14 @@ def load(
 def read_card(name_or_path: str | Path) -> Card:
     """The card of a model, by name or path, without its weights. Errors as in `load`."""
     return Card.read(_folder(name_or_path))
+
+
+def _is_pipeline(name_or_path: str | Path) -> bool:
+    """Whether this is for diffusers to read: an indexed folder, a file, or a name on the hub."""
+    path = Path(name_or_path)
+    if path.exists():
+        return path.is_file() or (path / "model_index.json").is_file()
+    return HUB_NAME.fullmatch(str(name_or_path)) is not None
 
 
 def _folder(name_or_path: str | Path) -> Path:
@@ -94,5 +115,8 @@ def _folder(name_or_path: str | Path) -> Path:
             "(`fewstep models` lists the built-in ones)"
         )
     if not (folder / CARD_FILE).is_file():
-        raise ValueError(f"{folder} is not a model folder: it has no {CARD_FILE}")
+        raise ValueError(
+            f"{folder} is not a model folder: it has no {CARD_FILE}, and no model_index.json as a "
+            "pipeline of diffusers has"
+        )
     return folder

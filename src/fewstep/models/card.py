@@ -25,6 +25,7 @@ class Card:
     weights_sha256: hash of the weights file
     auto: for each budget (as a string) the best known "solver", and "grid", "first" and "end" where
         they are not the usual ones
+    distilled: for a network that was distilled, how, and the levels on which it may be sampled
     about: recipe, data, licence and figures, for people
 
     Errors: ValueError for a field of the wrong kind.
@@ -40,6 +41,7 @@ class Card:
     feature_module: str = "middle"
     weights_sha256: str = ""
     auto: dict[str, dict[str, Any]] = field(default_factory=dict)
+    distilled: dict[str, Any] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
     kind: str = "unet"
     format: str = FORMAT
@@ -48,7 +50,7 @@ class Card:
         for name in ("name", "summary", "kind", "feature_module", "weights_sha256"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be text, got {getattr(self, name)!r}")
-        for name in ("network", "auto", "about"):
+        for name in ("network", "auto", "distilled", "about"):
             if not isinstance(getattr(self, name), dict):
                 raise ValueError(f"{name} must be a table, got {getattr(self, name)!r}")
         if isinstance(self.classes, str) or not all(isinstance(c, str) for c in self.classes):

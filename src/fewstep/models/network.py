@@ -12,6 +12,7 @@ each class, and last for no class, what solvers may use that costs no evaluation
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ from fewstep.models.card import CARD_FILE, WEIGHTS_FILE, Card
 from fewstep.models.data import to_pixels, to_unit
 from fewstep.models.edm import denoise, denoise_with_features
 from fewstep.models.exact import gaussian_flow
+from fewstep.models.told import indices
 from fewstep.models.unet import UNet, UNetConfig
 from fewstep.noise import generator, normal
 
@@ -43,6 +45,7 @@ __all__ = [
     "save_folder",
 ]
 
+Label = int | np.integer | str | Sequence[Any] | Tensor | np.ndarray | None
 DIRECTIONS = 16  # principal directions kept per class
 FAR_DRAWS = 512  # draws behind far_mean: its error is the spread of D at sigma_max over 22
 
@@ -107,44 +110,59 @@ class NetworkModel:
 
     def denoiser(
         self,
-        label: int | str | Sequence[int | str] | None = None,
+        label: Label = None,
         prompt: str | None = None,
-        guidance: float | None = None,
+        guidance: float | Sequence[float] | Tensor | None = None,
     ) -> Wrapper:
         """D(x, sigma) for one label for all pictures, or one per picture; None is the network
         without class.
 
-        guidance: scale of classifier-free guidance, >= 0, needs a label; None or 1 is none
+        label: text that is a class's name means that class, other text of digits an index; a number
+            is always an index
+        guidance: scale of classifier-free guidance, >= 0, one or one per picture, needs a label;
+            None or 1 is none. A network that is told the scale takes it in, at no second pass.
 
         Errors: ValueError for a prompt, an unknown label, a guidance that is negative or not
         finite, or guidance without a label.
         """
         if prompt is not None:
             raise ValueError(f"{self.card.name} has no text input; use label instead of prompt")
-        if guidance is not None and not 0 <= guidance < math.inf:
+        scale = torch.as_tensor(1.0 if guidance is None else guidance, dtype=torch.float64)
+        if not ((scale >= 0) & (scale < math.inf)).all():
             raise ValueError(f"guidance must be finite and at least 0, got {guidance}")
+        if scale.ndim > 1:
+            raise ValueError(f"guidance must be one number, or one per picture, got {guidance}")
         rows, far = self._rows(label), self.stats["far_mean"]
         base = Conditional(self.net, self.card, self.forward)
-        if guidance is None or guidance == 1:
+        if scale.ndim == 0 and scale == 1:
             return Bound(base, rows, far[rows])
         if label is None:
             raise ValueError("guidance needs a label to guide towards; give label too")
+        if "guidance" in self.net.config.told:
+            told = indices(self.net.config.told, torch.ones(scale.numel()), scale.reshape(-1))
+            assert told is not None  # it is told the guidance at least
+            forward = partial(self.forward, told=told.to(self.device))
+            return Bound(replace(base, forward=forward), rows, far[rows])
         none = torch.full_like(rows, len(self.card.classes))
-        return Guided(base, float(guidance), rows, none, (far[rows], far[none]))
+        strength = scale.item() if scale.ndim == 0 else scale.float().to(self.device)
+        return Guided(base, strength, rows, none, (far[rows], far[none]))
 
-    def _rows(self, label: int | str | Sequence[int | str] | None) -> Tensor:
+    def _rows(self, label: Label) -> Tensor:
         """Rows of the label table, [1] or [b]."""
         names = self.card.classes
         if label is None:
             return torch.tensor([len(names)], device=self.device)
-        labels = [label] if np.ndim(label) == 0 else list(label)  # type: ignore[arg-type]
+        plain: Any = label.tolist() if isinstance(label, Tensor | np.ndarray) else label
         rows = []
-        for one in labels:
+        for one in [plain] if isinstance(plain, str) or np.ndim(plain) == 0 else plain:
             text = str(one)
-            index = names.index(text) if text in names else int(text) if text.isdecimal() else -1
+            index = names.index(one) if one in names else int(text) if text.isdecimal() else -1
             if not 0 <= index < len(names):
                 have = ", ".join(f"{i} {name}" for i, name in enumerate(names)) or "none"
-                raise ValueError(f"there is no label {one!r}; this model has: {have}")
+                lower = {name.lower(): name for name in names}
+                near = difflib.get_close_matches(text.lower(), lower, n=1)
+                hint = f" (did you mean {lower[near[0]]}?)" if near else ""
+                raise ValueError(f"there is no label {one!r}{hint}; this model has: {have}")
             rows.append(index)
         return torch.tensor(rows, device=self.device)
 
@@ -152,7 +170,7 @@ class NetworkModel:
         self,
         seeds: Sequence[int],
         sigma: float | None = None,
-        label: int | str | Sequence[int | str] | None = None,
+        label: Label = None,
     ) -> Tensor:
         """The start of sampling, float32 [n, c, h, w]: sigma_max z, z keyed by seed.
 
@@ -196,12 +214,16 @@ def check_device(name: str | torch.device) -> torch.device:
 
 
 def load_folder(
-    folder: Path, device: str = "cpu", dtype: str = "float32", compile: bool = False
+    folder: Path,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "float32",
+    compile: bool = False,
 ) -> NetworkModel:
     """Read a model folder of the kind unet. Nothing in it is executed: JSON and safetensors only.
 
     Errors: ValueError where a file is missing, cut short, or does not go with the card.
     """
+    dtype = str(dtype).removeprefix("torch.")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
     place = check_device(device)

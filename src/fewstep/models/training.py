@@ -34,6 +34,7 @@ from torch import Tensor
 
 from fewstep import __version__
 from fewstep.files import check_writable, sweep, write_whole
+from fewstep.interrupts import between_steps
 from fewstep.models.card import CARD_FILE, WEIGHTS_FILE, Card
 from fewstep.models.data import to_unit
 from fewstep.models.edm import denoise
@@ -199,18 +200,21 @@ class Run:
     def restore(self, path: Path) -> None:
         """Take up the state in `path`.
 
-        Errors: ValueError where it is cut short, of another recipe, of other data, or longer than
-        the run that is asked for.
+        Errors: ValueError where it is no file, cut short, of another recipe, of other data, of
+        other shapes, or longer than the run that is asked for.
         """
+        if not path.is_file():
+            raise ValueError(f"{path} is not a file; remove it, or give another folder")
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 if "recipe" not in metadata or "step" not in metadata:
                     raise ValueError(f"{path} is not a training checkpoint of fewstep")
                 theirs, step = read_recipe(path, metadata)
-                if replace(theirs, pictures=self.recipe.pictures) != self.recipe:
+                if differing := differences(theirs, self.recipe):
                     raise ValueError(
-                        f"{path} was made by another recipe; give its options, or another folder"
+                        f"{path} was made with {', '.join(differing)}; "
+                        "give the same, or another folder"
                     )
                 # checkpoints from before the key "data" was written are taken on trust
                 if metadata.get("data", self.data) != self.data:
@@ -224,7 +228,14 @@ class Run:
                         f"{self.recipe.pictures} asked for; ask for as many or more, "
                         "or give another folder"
                     )
-                for name, tensor in self.tensors().items():
+                tensors = self.tensors()
+                for name, tensor in tensors.items():
+                    if (shape := file.get_slice(name).get_shape()) != list(tensor.shape):
+                        raise ValueError(
+                            f"{path} cannot be read ({name} has shape {shape}, not "
+                            f"{list(tensor.shape)}); remove it to start again"
+                        )
+                for name, tensor in tensors.items():
                     tensor.copy_(file.get_tensor(name))
         except (SafetensorError, RuntimeError) as error:
             raise ValueError(f"{path} cannot be read ({error}); remove it to start again") from None
@@ -306,6 +317,7 @@ def train_network(
     checkpoint_every: int = 100,
     validate_every: int = 1000,
     report: Callable[[Progress], None] = lambda progress: None,
+    resumed: Callable[[int], None] = lambda step: None,
 ) -> UNet:
     """Train to the end of the recipe, resuming from a checkpoint in `out` where there is one.
 
@@ -313,12 +325,15 @@ def train_network(
     labels: int64 [n]
     held_out: the same, for validation
     checkpoint_every, validate_every: in steps
+    report: called after every step
+    resumed: called once, with the step, where there was a checkpoint
 
     Returns the network with averaged weights, float32. `out` receives checkpoint.safetensors and
     log.jsonl (one line per validation).
 
     Resuming takes exactly the path of an undisturbed run of the same `pictures`. More pictures than
     the checkpoint's run had, even one that was finished, are allowed: see the module's docstring.
+    On Ctrl-C the step is finished and a checkpoint saved before KeyboardInterrupt goes on.
 
     Errors, all before the first step: ValueError for data that do not go with the recipe, a device
     that is not to be had, a checkpoint of another recipe or other data, or an `out` that holds
@@ -336,30 +351,36 @@ def train_network(
     run = Run(recipe, place, data_hash(images, labels))
     if (path := out / CHECKPOINT).exists():
         run.restore(path)
+        resumed(run.step)
     for name in (CHECKPOINT, LOG, WEIGHTS_FILE, CARD_FILE):
         sweep(out / name)
     lines = [line for line in log_lines(out / LOG) if line["step"] <= run.step]
     begun, first = time.perf_counter(), run.step
-    while run.step < recipe.total_steps:
-        loss = run.update(images, labels)
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss} at step {run.step}; the last checkpoint stays, try a lower lr"
+    with between_steps() as stopping:
+        while run.step < recipe.total_steps:
+            loss = run.update(images, labels)
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"the loss is {loss} at step {run.step}; the last checkpoint stays, "
+                    "try a lower lr"
+                )
+            last = run.step == recipe.total_steps
+            validation = None
+            if last or run.step % validate_every == 0:
+                validation = validate(run.averaged(), *held_out, recipe)
+            speed = (run.step - first) * recipe.batch / (time.perf_counter() - begun)
+            progress = Progress(
+                run.step, recipe.total_steps, loss, recipe.lr_at(run.step), speed, validation
             )
-        last = run.step == recipe.total_steps
-        validation = None
-        if last or run.step % validate_every == 0:
-            validation = validate(run.averaged(), *held_out, recipe)
-        speed = (run.step - first) * recipe.batch / (time.perf_counter() - begun)
-        progress = Progress(
-            run.step, recipe.total_steps, loss, recipe.lr_at(run.step), speed, validation
-        )
-        if validation:
-            lines.append({"step": run.step, "pictures": run.step * recipe.batch, **validation})
-            write_whole(out / LOG, "".join(json.dumps(e) + "\n" for e in lines).encode())
-        if last or run.step % checkpoint_every == 0:
-            run.save(path)
-        report(progress)
+            if validation:
+                lines.append({"step": run.step, "pictures": run.step * recipe.batch, **validation})
+                write_whole(out / LOG, "".join(json.dumps(e) + "\n" for e in lines).encode())
+            stop = stopping()
+            if last or stop or run.step % checkpoint_every == 0:
+                run.save(path)
+            report(progress)
+            if stop:
+                raise KeyboardInterrupt
     return run.averaged()
 
 
@@ -475,6 +496,13 @@ def read_recipe(path: Path, metadata: dict[str, str]) -> tuple[Recipe, int]:
             f"{path} has a recipe that this version of fewstep does not know ({error!r}); "
             "update fewstep, or give another folder"
         ) from None
+
+
+def differences(theirs: Recipe, ours: Recipe) -> list[str]:
+    """What two recipes differ in besides their length, "lr=0.001 (now 0.002)" and so on."""
+    one, other = ({**asdict(r), **asdict(r.network)} for r in (theirs, ours))
+    names = [name for name in one if name not in ("pictures", "network")]
+    return [f"{n}={one[n]} (now {other[n]})" for n in names if one[n] != other[n]]
 
 
 def sorted_header(data: bytes) -> bytes:

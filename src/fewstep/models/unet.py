@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fewstep.models.told import TOLD, Told
+
 __all__ = ["UNet", "UNetConfig"]
 
 NORM_GROUPS = 16
@@ -40,7 +42,8 @@ class UNetConfig:
     """Shape of a `UNet`; everything needed to build one.
 
     size and channels describe the picture, patch the unshuffle factor of the stem; widths has one
-    entry per resolution, each half the one before; classes=0 makes an unconditional network.
+    entry per resolution, each half the one before; classes=0 makes an unconditional network; told
+    names the further numbers that it is told (see `fewstep.models.told`).
 
     Errors: ValueError for what no network can have: numbers outside LIMITS, widths that the norm's
     groups or the attention's heads do not divide, a size that cannot be halved so often.
@@ -53,9 +56,13 @@ class UNetConfig:
     blocks: int = 2
     embedding: int = 128
     classes: int = 10
+    told: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", tuple(self.widths))
+        object.__setattr__(self, "told", tuple(self.told))
+        if len(set(self.told)) < len(self.told) or not set(self.told) <= set(TOLD):
+            raise ValueError(f"told must be from {', '.join(TOLD)}, each once, got {self.told}")
         for name, (low, high) in LIMITS.items():
             value = getattr(self, name)
             if not isinstance(value, int) or not low <= value <= high:
@@ -143,12 +150,13 @@ class Middle(nn.Module):
 class UNet(nn.Module):
     """The raw network F(c_in x; c_noise, label) of EDM's preconditioning.
 
-    forward(x, c_noise, label, features=False):
+    forward(x, c_noise, label, features=False, told=None):
 
     x: [b, c, h, w]
     c_noise: log(sigma) / 4, [b]
     label: integers below classes, or `classes` itself for "no class", [b]
     features: return the output of `middle` too, [b, c, h, w] of the lowest resolution
+    told: an index for each name in config.told, [b, names] or [1, names]; zeros where left out
 
     Returns [b, c, h, w], or (that, features).
     """
@@ -166,6 +174,7 @@ class UNet(nn.Module):
         self.embed_noise = nn.Sequential(nn.Linear(64, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.embed_label = nn.Embedding(config.classes + 1, emb)
         start_from_zero(self.embed_label)
+        self.embed_told = nn.ModuleList(Told(emb) for _ in config.told)
 
         self.stem = nn.Conv2d(stem, widths[0], 3, padding=1)
         self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
@@ -190,12 +199,22 @@ class UNet(nn.Module):
         start_from_zero(self.head)
 
     def forward(
-        self, x: Tensor, c_noise: Tensor, label: Tensor, features: bool = False
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        label: Tensor,
+        features: bool = False,
+        told: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         blocks = self.config.blocks
         angles = c_noise[:, None] * self.frequencies
         emb = self.embed_noise(torch.cat((angles.cos(), angles.sin()), dim=1).to(x.dtype))
-        emb = F.silu(emb + self.embed_label(label))
+        emb = emb + self.embed_label(label)
+        if told is None:
+            told = c_noise.new_zeros(1, len(self.embed_told))
+        for i, embed in enumerate(self.embed_told):
+            emb = emb + embed(told[:, i])
+        emb = F.silu(emb)
 
         h = self.stem(F.pixel_unshuffle(x, self.config.patch))
         skips = []

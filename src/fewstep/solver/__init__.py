@@ -8,16 +8,19 @@ lists the names.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Literal
 
 from fewstep.plan import Prediction
 from fewstep.solver import rules
+from fewstep.solver.consistency import consistency
 from fewstep.solver.multistep import linear_multistep, unipc
 from fewstep.solver.registry import (
     ALIASES,
     ENDS,
     FIRST_STEPS,
+    Range,
     Solver,
     end_at,
     get,
@@ -36,6 +39,7 @@ __all__ = [
     "ALIASES",
     "ENDS",
     "FIRST_STEPS",
+    "Range",
     "Solver",
     "end_at",
     "get",
@@ -69,20 +73,26 @@ _adams = _multistep(rules.adams_sigma, "eps", "sigma")
 _ipndm = _multistep(rules.ipndm, "eps", "sigma")
 
 _PUBLISHED_3M = "DPM-Solver++(3M) as published, its slip kept; corrected: exp-adams-3"
-_R = (("r", 0.5),)
+_R = {"options": (("r", 0.5),), "ranges": (("r", Range(0, 1, above=True)),)}
 _ETA = (("eta", 1.0),)
 _CHURN = (("churn", 40.0), ("low", 0.05), ("high", 50.0), ("noise", 1.003))
+_CHURN_RANGES = (
+    ("churn", Range(0)),
+    ("low", Range(0)),
+    ("high", Range(0, math.inf)),
+    ("noise", Range(0)),
+)
 
 # fmt: off
 _SOLVERS = (
     # name, operations, history, depth, order, degree, variable
     _exp_adams("ddim", 1, 1, 0, "DDIM = Euler = DPM-Solver-1"),
     Solver("heun", heun, "eps", 2, 2, 1, "sigma", summary="Heun's method, as in EDM"),
-    Solver("dpm-solver-2", dpm_solver_2, "eps", 2, 2, 0, "log_snr", options=_R,
+    Solver("dpm-solver-2", dpm_solver_2, "eps", 2, 2, 0, "log_snr", **_R,
            summary="DPM-Solver-2, singlestep"),
     Solver("dpm-solver-3", dpm_solver_3, "eps", 3, 3, 1, "log_snr",
            summary="DPM-Solver-3, singlestep"),
-    Solver("dpmpp-2s", dpmpp_2s, "x0", 2, 2, 0, "log_snr", options=_R,
+    Solver("dpmpp-2s", dpmpp_2s, "x0", 2, 2, 0, "log_snr", **_R,
            summary="DPM-Solver++(2S), singlestep"),
     # name, outputs used, order, degree
     _2m("dpmpp-2m", 2, 2, 0, "DPM-Solver++(2M)"),
@@ -104,11 +114,13 @@ _SOLVERS = (
     *(_adams(f"lms-{p}", p, p, p - 1, f"linear multistep: Adams-Bashforth in sigma, order {p}")
       for p in (2, 3, 4)),
     Solver("ddim-eta", ancestral, "x0", 1, 1, stochastic=True, options=_ETA,
-           summary="DDIM with eta = Euler-ancestral"),
+           ranges=(("eta", Range(0, 1)),), summary="DDIM with eta = Euler-ancestral"),
     Solver("churn", churn, "eps", 2, 2, stochastic=True, options=_CHURN,
-           summary="EDM's stochastic sampler: churn and Heun"),
+           ranges=_CHURN_RANGES, summary="EDM's stochastic sampler: churn and Heun"),
     Solver("dpmpp-2m-sde", dpmpp_2m_sde, "x0", 2, 1, stochastic=True, options=_ETA,
-           summary="SDE-DPM-Solver++(2M), midpoint form"),
+           ranges=(("eta", Range(0)),), summary="SDE-DPM-Solver++(2M), midpoint form"),
+    Solver("consistency", consistency, "x0", 1, 0, stochastic=True, consistency=True,
+           summary="D, then fresh noise to the next level: for distilled networks"),
 )
 # fmt: on
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import difflib
 import functools
+import operator
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from fewstep.plan import Combine, Eval, Ops, Plan, Prediction, Program, freeze
 
@@ -18,6 +20,7 @@ __all__ = [
     "ALIASES",
     "ENDS",
     "FIRST_STEPS",
+    "Range",
     "Solver",
     "end_at",
     "get",
@@ -29,9 +32,31 @@ __all__ = [
 FIRST_STEPS = ("none", "zero", "mean")
 ENDS = ("sigma_min", "zero")
 MOST_EVALUATIONS = 10_000  # in one budget; a typing error must not run for hours
+LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True)
+class Range:
+    """The numbers from low to high that an option may have; nan is never among them.
+
+    above: whether low itself is left out
+    """
+
+    low: float = -LARGEST
+    high: float = LARGEST
+    above: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high and not (self.above and value == self.low)
+
+    def __str__(self) -> str:
+        if self.low == -LARGEST:
+            return "finite"
+        low = f"{'above' if self.above else 'at least'} {self.low:g}"
+        return low + ("" if self.high >= LARGEST else f" and at most {self.high:g}")
+
+
+@dataclass(frozen=True, repr=False)
 class Solver:
     """A named solver and what it promises.
 
@@ -43,6 +68,9 @@ class Solver:
     evaluations: only for a solver that adapts to the network's replies, and so has no plan: how
         many it spends on so many intervals
     options: the keyword arguments of ops that a user may set, with their defaults
+    ranges: what each of them may be; any finite number where nothing is said
+    consistency: only for networks that were distilled into consistency functions, D(x, sigma) = the
+        end of the path through x; of others it draws from another law than that of the data
     """
 
     name: str
@@ -56,6 +84,12 @@ class Solver:
     evaluations: Callable[[int], int] | None = None
     options: tuple[tuple[str, float], ...] = ()
     summary: str = ""
+    ranges: tuple[tuple[str, Range], ...] = ()
+    consistency: bool = False
+
+    def __repr__(self) -> str:
+        law = "stochastic, " if self.stochastic else ""
+        return f"Solver({self.name!r}, {law}order {self.order}, history of {self.prediction})"
 
     @property
     def adapts(self) -> bool:
@@ -114,14 +148,21 @@ class Solver:
         )
 
     def with_options(self, **values: float) -> Solver:
-        """The same solver with other options. Errors: ValueError where it has no such option."""
-        known = dict(self.options)
+        """The same solver with other options.
+
+        Errors: ValueError where it has no such option, or where a value is out of its range.
+        """
+        known, ranges = dict(self.options), dict(self.ranges)
         for name in values:
             if name not in known:
                 have = ", ".join(known) or "none"
                 raise ValueError(f"{self.name} has no option {name!r}; it has: {have}")
+            allowed = ranges.get(name, Range())
+            value = values[name]
+            if not isinstance(value, int | float) or value not in allowed:
+                raise ValueError(f"{name} of {self.name} must be {allowed}, got {value!r}")
         known.update(values)
-        label = ",".join(f"{k}={v:g}" for k, v in known.items())
+        label = ",".join(f"{k}={_number(v)}" for k, v in known.items())
         base = self.name.partition(":")[0]
         return replace(
             self,
@@ -129,6 +170,12 @@ class Solver:
             ops=functools.partial(self.ops, **values),
             options=tuple(known.items()),
         )
+
+
+def _number(value: float) -> str:
+    """A number in few digits, but always the same number."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
 
 
 def _drained(solver: Solver, sigmas: tuple[float, ...], first: str, final: bool, grid: str) -> Plan:
@@ -169,6 +216,7 @@ _REGISTRY: dict[str, Solver] = {}
 
 ALIASES = {
     "euler": "ddim",
+    "consistency-ode": "ddim",
     "dpm-solver-1": "ddim",
     "exp-adams": "exp-adams-3",
     "unipc": "unipc-2",
@@ -177,32 +225,56 @@ ALIASES = {
     "ipndm": "ipndm-4",
     "ipndm-v": "ipndm-v-4",
     "lms": "lms-4",
+    "dpm-2": "dpm-solver-2",
+    "dpm-solver++": "dpmpp-2m",
     "euler-ancestral": "ddim-eta",
+    "euler-a": "ddim-eta",
+    "ddpm": "ddim-eta",
 }
 
 
+def _key(name: str) -> str:
+    """What two spellings of one name have in common: dpmpp-2m, DPM++ 2M, dpmpp_2m."""
+    return "".join(c for c in name.lower().replace("++", "pp") if c not in "-_ ")
+
+
 def register(solver: Solver) -> Solver:
-    """Add a solver under its name. Errors: ValueError where the name is taken."""
-    if solver.name in _REGISTRY or solver.name in ALIASES:
-        raise ValueError(f"there is already a solver called {solver.name!r}")
+    """Add a solver under its name. Errors: ValueError where the name, or one that differs from it
+    in case and hyphens alone, is taken."""
+    for taken in (*_REGISTRY, *ALIASES):
+        if _key(taken) == _key(solver.name):
+            raise ValueError(f"there is already a solver called {taken!r}")
     _REGISTRY[solver.name] = solver
     return solver
 
 
-def names(*, stochastic: bool | None = None) -> list[str]:
-    """Names of the registered solvers, all of them or only the (non-)stochastic ones."""
-    return [s.name for s in _REGISTRY.values() if stochastic in (None, s.stochastic)]
+def names(*, stochastic: bool | None = None, consistency: bool = False) -> list[str]:
+    """Names of the registered solvers, all of them or only the (non-)stochastic ones.
+
+    consistency: those for consistency functions, instead of those for any denoiser
+    """
+    return [
+        s.name
+        for s in _REGISTRY.values()
+        if stochastic in (None, s.stochastic) and s.consistency == consistency
+    ]
 
 
 def get(name: str) -> Solver:
     """The solver of a name, an alias, or a name with options: "ddim-eta:eta=0.5".
 
+    Case, hyphens, underscores and spaces do not matter, and ++ is pp: "DPM++ 2M" is dpmpp-2m.
     Errors: ValueError with the nearest names.
     """
     base, _, text = name.partition(":")
-    solver = _REGISTRY.get(ALIASES.get(base, base))
+    keys = {_key(known): known for known in (*_REGISTRY, *ALIASES)}
+    found = keys.get(_key(base), "")
+    solver = _REGISTRY.get(ALIASES.get(found, found))
     if solver is None:
-        near = difflib.get_close_matches(base, [*_REGISTRY, *ALIASES], n=3, cutoff=0.4)
+        typed = _key(base)
+        begin = [key for key in keys if typed and key.startswith(typed)]
+        close = difflib.get_close_matches(typed, keys, n=3, cutoff=0.4)
+        near = [keys[key] for key in dict.fromkeys((*begin, *close))][:4]
         hint = f"; the nearest: {', '.join(near)}" if near else ""
         raise ValueError(
             f"there is no solver called {base!r}{hint} (`fewstep plan --list` has all)"
@@ -244,6 +316,7 @@ def intervals_for(
 
     Errors: ValueError that names the nearest budgets that the solver can spend.
     """
+    budget = _whole("nfe", budget)
     if not 1 <= budget <= MOST_EVALUATIONS:
         raise ValueError(f"nfe must be from 1 to {MOST_EVALUATIONS}, got {budget}")
 
@@ -260,11 +333,16 @@ def intervals_for(
             low, high = (low, middle) if enough else (middle + 1, high)
     if spent(low) == budget:
         return low
-    spend = [spent(n) for n in range(max(1, low - 2), low + 3)]
+    spend = [n for n in map(spent, range(max(1, low - 2), low + 3)) if n > 0]
     options = [f"first={first}"] * (first != "none") + ["final"] * final
     options += [f"end={end}"] * (end != "sigma_min")
     extra = f" with {', '.join(options)}" if options else ""
-    raise ValueError(
-        f"{solver.name}{extra} cannot spend exactly {budget} evaluations; it can spend "
-        f"{', '.join(str(n) for n in spend if n > 0)}, ..."
-    )
+    can = f"it can spend {', '.join(map(str, spend))}, ..." if spend else "it spends none"
+    raise ValueError(f"{solver.name}{extra} cannot spend exactly {budget} evaluations; {can}")
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number, got {value!r}") from None

@@ -25,8 +25,6 @@ __all__ = ["ancestral", "churn", "dpmpp_2m_sde"]
 def ancestral(sigmas: Sequence[float], *, eta: float = 1.0) -> Ops:
     """DDIM with eta = Euler-ancestral, on D. eta = 0 is ddim, eta = 1 is DDPM's ancestral
     sampling."""
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must be between 0 and 1, got {eta}")
     for cur, nxt in pairwise(sigmas):
         up = eta * nxt * math.sqrt((cur - nxt) * (cur + nxt)) / cur
         down = math.sqrt((nxt - up) * (nxt + up))
@@ -69,8 +67,6 @@ def dpmpp_2m_sde(sigmas: Sequence[float], *, eta: float = 1.0) -> Ops:
     x_s = (s / t) e^{-eta h} x + w [(1 + 1 / (2 r)) D_0 - D_1 / (2 r)] + s sqrt(1 - e^{-2 eta h}) xi
     with w = 1 - e^{-(1 + eta) h} and r the ratio of the last log step to this one.
     """
-    if eta < 0:
-        raise ValueError(f"eta must not be negative, got {eta}")
     before = None
     for cur, nxt in pairwise(sigmas):
         yield Eval(cur)

@@ -1,0 +1,142 @@
+"""Write docs/results.md and the README's table from the comparisons stored in results/.
+
+    make results                                    rewrites both from the stored numbers
+    python benchmarks/make_results.py --check       says whether they are what the numbers give
+
+Nothing here computes a number: `fewstep compare` made them, and each file says with which command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from fewstep.evaluate.report import ordered, setting_words
+
+ROOT = Path(__file__).parents[1]
+STORED = ROOT / "results"
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+SHOWN = (3, 5, 7)  # budgets of the README's table
+Record = dict[str, Any]
+
+
+def judge(record: Record) -> str:
+    """The feature network that no choice was made by: the last."""
+    return list(record["floor"])[-1]
+
+
+def excess(row: Record, name: str) -> str:
+    return f"{row['fd'][name]['excess']:.2f} ± {row['fd'][name]['excess_se']:.2f}"
+
+
+def readme_table(record: Record) -> str:
+    """Samplers down, budgets across: excess distance and error, the best of each budget bold."""
+    name = judge(record)
+    budgets = [nfe for nfe in SHOWN if any(row["nfe"] == nfe for row in record["rows"])]
+    cells: dict[str, dict[int, str]] = {}
+    scores: dict[str, float] = {}
+    for nfe in budgets:
+        rows = [row for row in ordered(record) if row["nfe"] == nfe]
+        best_fd = min(row["fd"][name]["excess"] for row in rows)
+        best_error = min(row["error"] for row in rows)
+        for row in rows:
+            fd, error = f"{row['fd'][name]['excess']:.2f}", f"{row['error']:.3f}"
+            fd = f"**{fd}**" if row["fd"][name]["excess"] == best_fd else fd
+            error = f"**{error}**" if row["error"] == best_error else error
+            cells.setdefault(row["sampler"], {})[nfe] = f"{fd} / {error}"
+            if nfe == SHOWN[1]:
+                scores[row["sampler"]] = row["fd"][name]["excess"]
+    names = sorted(cells, key=lambda sampler: scores.get(sampler, float("inf")))
+    lines = [
+        f"| excess FD-{name} / error | {' | '.join(f'{nfe} NFE' for nfe in budgets)} |",
+        "|---" * (len(budgets) + 1) + "|",
+        *(
+            f"| {sampler} | {' | '.join(cells[sampler].get(nfe, '-') for nfe in budgets)} |"
+            for sampler in names
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def results_page(records: dict[str, Record]) -> str:
+    """The whole of docs/results.md."""
+    parts = [
+        "# Results",
+        "Written by `make results` from the files in `results/`; never edited by hand. What the "
+        "columns mean, and how quality is measured: [evaluate.md](evaluate.md).",
+    ]
+    for stem, record in records.items():
+        names, references = list(record["floor"]), record["references"]
+        screen = record["screen"]
+        parts += [
+            f"## {record['model']['name']}",
+            f"Weights `{record['model']['weights'][:16]}`; {record['pictures']:,} pictures, seeds "
+            f"{record['seeds']}. Reference solves: {references['solver']} at {references['nfe']} "
+            f"evaluations on the {references['grid']} grid, float32, within "
+            f"{references['own_error']:.1e} of a finer solve by another method. Population: seeds "
+            f"{references['population']}. Settings were chosen on the validation seeds "
+            f"{screen['seeds']} by {screen['by']}, out of {', '.join(screen['grids'])}; first step "
+            f"{', '.join(screen['firsts'])}; end {', '.join(screen['ends'])}.",
+            "The floor, which excess subtracts: "
+            + "; ".join(f"FD-{name} {record['floor'][name]['fd']:.3f}" for name in names)
+            + ".",
+            f"Numbers: `results/{stem}.json`.",
+        ]
+        for nfe in sorted({row["nfe"] for row in record["rows"]}):
+            head = ["sampler", "setting", "error", "PSNR, dB"]
+            head += [f"excess FD-{name}" for name in names] + [
+                f"FD-{name} to data" for name in names
+            ]
+            lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+            for row in ordered(record):
+                if row["nfe"] != nfe:
+                    continue
+                spread = f" ± {row['error_se']:.4f}" if row["error_se"] is not None else ""
+                cells = [row["sampler"], setting_words(row), f"{row['error']:.4f}{spread}"]
+                cells += [f"{row['psnr']:.1f}", *(excess(row, name) for name in names)]
+                cells += [f"{row['fd_data'].get(name, float('nan')):.2f}" for name in names]
+                lines.append(f"| {' | '.join(cells)} |")
+            parts += [f"### {nfe} evaluations", "\n".join(lines)]
+        parts.append("### How these were made")
+        for source in record["sources"]:
+            machine = source["machine"]
+            parts.append(
+                f"`{source['command']}` on {source['made']}, network in {source['dtype']}, "
+                f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}."
+            )
+    return "\n\n".join(parts) + "\n"
+
+
+def with_table(readme: str, table: str) -> str:
+    """The README with the part between the marks replaced."""
+    head, found, rest = readme.partition(BEGIN)
+    _, closed, tail = rest.partition(END)
+    if not (found and closed):
+        raise ValueError(f"README.md needs the marks {BEGIN} and {END}")
+    return f"{head}{BEGIN}\n{table}\n{END}{tail}"
+
+
+def main(check: bool = False) -> int:
+    records = {path.stem: json.loads(path.read_text()) for path in sorted(STORED.glob("*.json"))}
+    if not records:
+        raise ValueError(f"there is no comparison in {STORED}")
+    first = next(iter(records.values()))
+    wanted = {
+        ROOT / "docs" / "results.md": results_page(records),
+        ROOT / "README.md": with_table((ROOT / "README.md").read_text(), readme_table(first)),
+    }
+    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
+    for path in stale:
+        print(f"{path.relative_to(ROOT)} {'is out of date: make results' if check else 'written'}")
+        if not check:
+            path.write_text(wanted[path])
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing, exit 1 if out of date")
+    sys.exit(main(parser.parse_args().check))

@@ -1,0 +1,517 @@
+"""Train the built-in feature networks, `fashion-a` and `fashion-b`, and write their folders.
+
+    python recipes/fashion_features.py --data FOLDER --network a --out RUN --export TO
+
+a   cross-entropy on the ten classes; shifts, flips and erased boxes.
+b   VICReg: two views of each picture must agree, while each of their features keeps its spread and
+    no two are correlated. No label is used. Views are crops, flips, small rotations, brightness and
+    erased boxes; neither blur nor noise, which a judge of samples has to see.
+
+Convolutions have a batch norm behind them while they train, and so have the pooled features; the
+export folds the former into the convolutions and fixes the latter to the training pictures' own
+mean and spread, so the shipped network has no norm at all. The head of b is a linear probe, fitted
+to the frozen features of the shipped file.
+
+Every random draw is a function of (seed, step): a run that is killed and started again takes the
+path of one that was not, to the bit, on one kind of machine and number of threads. One core,
+OMP_NUM_THREADS=1, takes about a quarter of an hour for a and half an hour for b.
+
+Source: Bardes et al. 2022 (VICReg), arXiv:2105.04906.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from fewstep import __version__
+from fewstep.evaluate.fashion import (
+    CARD_FILE,
+    CLASSES,
+    FORMAT,
+    REFERENCE_FILE,
+    WEIGHTS_FILE,
+    load_feature_folder,
+    make_trunk,
+)
+from fewstep.files import check_writable, file_hash, sweep, write_json, write_whole
+from fewstep.models.data import load_idx_folder, to_unit
+from fewstep.models.training import data_hash, sorted_header
+from fewstep.noise import generator
+
+CHECKPOINT = "checkpoint.safetensors"
+PROJECTOR = 512  # width of VICReg's projector
+INVARIANCE, VARIANCE, COVARIANCE = 25.0, 25.0, 1.0  # VICReg, section 4.2
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides the trained weights, to the bit, on one kind of machine.
+
+    labels: cross-entropy on the classes, or VICReg without them
+    pictures: length of the run, rounded up to whole batches
+    warmup: pictures until the learning rate is reached; it then falls to zero along a cosine
+    """
+
+    network: dict[str, Any] = field(default_factory=dict)
+    labels: bool = True
+    pictures: int = 1_200_000
+    batch: int = 256
+    lr: float = 2e-3
+    warmup: int = 30_000
+    weight_decay: float = 0.05
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.pictures < 1 or self.batch < 4:
+            raise ValueError(
+                "pictures must be positive and batch at least 4, "
+                f"got pictures={self.pictures}, batch={self.batch}"
+            )
+
+    @property
+    def total_steps(self) -> int:
+        return math.ceil(self.pictures / self.batch)
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of the update after `step` earlier ones."""
+        rise = (step + 1) * self.batch / self.warmup if self.warmup else 1.0
+        return self.lr * min(1.0, rise) * (1 + math.cos(math.pi * step / self.total_steps)) / 2
+
+
+RECIPES = {
+    "a": Recipe({"kind": "residual", "widths": [32, 64, 128], "blocks": 1}),
+    "b": Recipe(
+        {
+            "kind": "depthwise",
+            "patch": 4,
+            "width": 96,
+            "blocks": 3,
+            "kernel": 7,
+            "expand": 2,
+            "dim": 128,
+        },
+        labels=False,
+        pictures=450_000,
+        weight_decay=0.01,
+    ),
+}
+
+
+class TrainingConv(nn.Module):
+    """A convolution as the network trains: with a batch norm behind it, or, where it is depthwise,
+    in float32 and without one (CPUs are slow at it in bfloat16, and slower at its norm)."""
+
+    def __init__(
+        self, c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1
+    ) -> None:
+        super().__init__()
+        padding, self.normed = 0 if stride == kernel else kernel // 2, groups == 1
+        self.conv = nn.Conv2d(
+            c_in, c_out, kernel, stride, padding, groups=groups, bias=not self.normed
+        )
+        self.norm = nn.BatchNorm2d(c_out) if self.normed else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.normed:
+            return self.norm(self.conv(x))
+        with torch.autocast("cpu", enabled=False):
+            return self.conv(x.float())
+
+
+def folded(trunk: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a trunk of plain convolutions from those of one of `TrainingConv`s."""
+    norms = {name.removesuffix(".norm.weight") for name in trunk if name.endswith(".norm.weight")}
+    out = {}
+    for name, value in trunk.items():
+        place = name.partition(".conv.")[0].partition(".norm.")[0]
+        if place not in norms:
+            out[name.replace(".conv.", ".")] = value
+    for place in norms:
+        gain, bias, mean, var = (
+            trunk[f"{place}.norm.{part}"].double()
+            for part in ("weight", "bias", "running_mean", "running_var")
+        )
+        gain = gain / (var + nn.BatchNorm2d(1).eps).sqrt()
+        out[f"{place}.weight"] = trunk[f"{place}.conv.weight"].double() * gain[:, None, None, None]
+        out[f"{place}.bias"] = bias - gain * mean
+    return out
+
+
+class Student(nn.Module):
+    """What is trained: the trunk, a norm of its features, and a top, which VICReg throws away."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        self.trunk = make_trunk(recipe.network, TrainingConv)
+        self.norm = nn.BatchNorm1d(self.trunk.dim, affine=False)
+        if recipe.labels:
+            self.top = nn.Sequential(nn.Linear(self.trunk.dim, CLASSES))
+        else:
+            self.top = nn.Sequential(
+                nn.Linear(self.trunk.dim, PROJECTOR, bias=False),
+                nn.BatchNorm1d(PROJECTOR),
+                nn.ReLU(),
+                nn.Linear(PROJECTOR, PROJECTOR, bias=False),
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            h = self.trunk(x.contiguous(memory_format=torch.channels_last))
+        return self.top(self.norm(h.float()))
+
+
+def uniform(count: int, low: float, high: float, gen: torch.Generator) -> Tensor:
+    return low + (high - low) * torch.rand(count, generator=gen)
+
+
+def erased(x: Tensor, low: int, high: int, chance: float, gen: torch.Generator) -> Tensor:
+    """Pictures [b, 1, h, w] in [0, 1], a share of them with a black box of `low` to `high` pixels a
+    side."""
+    b, _, h, w = x.shape
+    inside = []
+    for size in (h, w):
+        length = torch.randint(low, high + 1, (b, 1), generator=gen)
+        start = (torch.rand(b, 1, generator=gen) * (size - length)).long()
+        place = torch.arange(size)
+        inside.append((place >= start) & (place < start + length))  # [b, size]
+    box = inside[0][:, :, None] & inside[1][:, None, :]
+    box &= (torch.rand(b, generator=gen) < chance)[:, None, None]
+    return x.masked_fill(box[:, None], 0.0)
+
+
+def shifted(x: Tensor, gen: torch.Generator, most: int = 2) -> Tensor:
+    """Pictures moved by up to `most` whole pixels, half of them mirrored."""
+    b, _, h, w = x.shape
+    y_0, x_0 = torch.randint(0, 2 * most + 1, (2, b, 1), generator=gen)
+    rows, columns = y_0 + torch.arange(h), x_0 + torch.arange(w)  # [b, h], [b, w]
+    mirrored = torch.rand(b, 1, generator=gen) < 0.5
+    columns = torch.where(mirrored, columns.flip(1), columns)
+    padded = F.pad(x, (most,) * 4)[:, 0]
+    return padded[torch.arange(b)[:, None, None], rows[:, :, None], columns[:, None, :]][:, None]
+
+
+def view(x: Tensor, gen: torch.Generator) -> Tensor:
+    """A random crop of 40 to 100 % of the area, mirrored, rotated by up to 10 degrees, brighter or
+    darker by up to 30 %, with a box erased."""
+    b = len(x)
+    zoom = uniform(b, 0.4, 1.0, gen).sqrt()
+    stretch = uniform(b, math.log(3 / 4), math.log(4 / 3), gen).mul(0.5).exp()
+    angle = uniform(b, -math.pi / 18, math.pi / 18, gen)
+    width, height = zoom * stretch, zoom / stretch
+    moved = [uniform(b, -1, 1, gen) * (1 - side).clamp(min=0.1) for side in (width, height)]
+    mirror = torch.where(torch.rand(b, generator=gen) < 0.5, -1.0, 1.0)
+    rows = (
+        torch.stack((mirror * width * angle.cos(), -height * angle.sin(), moved[0]), 1),
+        torch.stack((mirror * width * angle.sin(), height * angle.cos(), moved[1]), 1),
+    )
+    grid = F.affine_grid(torch.stack(rows, 1), list(x.shape), align_corners=False)
+    x = F.grid_sample(x, grid, mode="bilinear", align_corners=False)
+    x = (x * uniform(b, 0.7, 1.3, gen)[:, None, None, None]).clamp(max=1)
+    return erased(x, 6, 14, 0.5, gen)
+
+
+def vicreg(first: Tensor, second: Tensor) -> Tensor:
+    """VICReg's loss of the projections [b, d] of two views."""
+    loss = INVARIANCE * F.mse_loss(first, second)
+    for z in (first, second):
+        z = z - z.mean(0)
+        spread = (z.var(0) + 1e-4).sqrt()
+        cov = (z.T @ z) / (len(z) - 1)
+        loss = loss + VARIANCE / 2 * F.relu(1 - spread).mean()
+        loss = loss + COVARIANCE * (cov.square().sum() - cov.diagonal().square().sum()) / len(cov)
+    return loss
+
+
+def batch_indices(count: int, recipe: Recipe, step: int) -> Tensor:
+    """The pictures of one step: one fresh permutation of the data an epoch, its rest left out."""
+    epoch, place = divmod(step, count // recipe.batch)
+    order = torch.randperm(count, generator=generator(recipe.seed, "epoch", epoch))
+    return order[place * recipe.batch : (place + 1) * recipe.batch]
+
+
+class Run:
+    """The state of a run: network, Adam's moments, the step count.
+
+    data: hash of what it is trained on, kept in its checkpoints
+    """
+
+    def __init__(self, recipe: Recipe, data: str) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            self.net = Student(recipe).to(memory_format=torch.channels_last)
+        self.recipe, self.data, self.step = recipe, data, 0
+        named = dict(self.net.named_parameters())
+        groups = [
+            {"params": [w for w in named.values() if w.ndim > 1], "weight_decay": None},
+            {"params": [w for w in named.values() if w.ndim == 1], "weight_decay": 0.0},
+        ]
+        groups[0]["weight_decay"] = recipe.weight_decay
+        self.adam = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.99), fused=True)
+        for w in named.values():
+            self.adam.state[w] = {
+                "step": torch.zeros((), dtype=torch.float32),
+                "exp_avg": torch.zeros_like(w),
+                "exp_avg_sq": torch.zeros_like(w),
+            }
+
+    def tensors(self) -> dict[str, Tensor]:
+        out = {f"net.{name}": value for name, value in self.net.state_dict().items()}
+        for name, w in self.net.named_parameters():
+            state = self.adam.state[w]
+            out |= {f"{moment}.{name}": state[moment] for moment in ("exp_avg", "exp_avg_sq")}
+        return out
+
+    def save(self, path: Path) -> None:
+        about = {
+            "step": str(self.step),
+            "recipe": json.dumps(asdict(self.recipe)),
+            "data": self.data,
+        }
+        tensors = {name: value.contiguous() for name, value in self.tensors().items()}
+        write_whole(path, sorted_header(safetensors.torch.save(tensors, about)))
+
+    @torch.no_grad()
+    def restore(self, path: Path) -> None:
+        """Take up the state in `path`. Errors: ValueError where it is not one of this very run."""
+        try:
+            with safe_open(path, "pt") as file:
+                about = file.metadata() or {}
+                if json.loads(about.get("recipe", "null")) != asdict(self.recipe):
+                    raise ValueError(
+                        f"{path} was made by another recipe; give its options, or another folder"
+                    )
+                if about.get("data") != self.data:
+                    raise ValueError(
+                        f"{path} was trained on other pictures; give them, or another folder"
+                    )
+                for name, tensor in self.tensors().items():
+                    tensor.copy_(file.get_tensor(name))
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{path} cannot be read ({error}); remove it to start again") from None
+        self.step = int(about["step"])
+        for state in self.adam.state.values():
+            state["step"].fill_(self.step)
+
+    def update(self, images: Tensor, labels: Tensor) -> float:
+        """One optimiser step; returns the loss."""
+        recipe, gen = self.recipe, generator(self.recipe.seed, "batch", self.step)
+        chosen = batch_indices(len(images), recipe, self.step)
+        x = images[chosen].float() / 255
+        if recipe.labels:
+            x = erased(shifted(x, gen), 4, 12, 0.5, gen)
+            loss = F.cross_entropy(self.net(2 * x - 1), labels[chosen], label_smoothing=0.05)
+        else:
+            views = torch.cat((view(x, gen), view(x, gen)))
+            first, second = self.net(2 * views - 1).chunk(2)
+            loss = vicreg(first, second)
+        for group in self.adam.param_groups:
+            group["lr"] = recipe.lr_at(self.step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.net.parameters(), 5.0)
+        self.adam.step()
+        self.adam.zero_grad()
+        self.step += 1
+        return loss.item()
+
+
+def train(
+    images: Tensor, labels: Tensor, out: Path, recipe: Recipe, *, checkpoint_every: int = 100
+) -> Run:
+    """Train to the end of the recipe, resuming from a checkpoint in `out` where there is one.
+
+    images: uint8 [n, 1, 32, 32]
+
+    Errors: ValueError for too few pictures or a checkpoint of another run, OSError where `out`
+    cannot be written, FloatingPointError where the loss is not finite.
+    """
+    if len(images) < recipe.batch:
+        raise ValueError(f"batch must be at most the {len(images)} pictures, got {recipe.batch}")
+    check_writable(out)
+    run = Run(recipe, data_hash(images, labels))
+    path = out / CHECKPOINT
+    if path.exists():
+        run.restore(path)
+    sweep(path)
+    run.net.train()
+    begun, first, total = time.perf_counter(), run.step, 0.0
+    while run.step < recipe.total_steps:
+        loss = run.update(images, labels)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss} at step {run.step}; try a lower lr")
+        total += loss
+        if run.step % checkpoint_every == 0 or run.step == recipe.total_steps:
+            run.save(path)
+            spent = time.perf_counter() - begun
+            speed = (run.step - first) * recipe.batch / spent
+            print(f"{run.step}/{recipe.total_steps} loss {loss:.4f}, {speed:.0f} pictures/s")
+    return run
+
+
+@torch.no_grad()
+def over(net: nn.Module, images: Tensor, part: int = 500) -> Tensor:
+    """net of uint8 pictures, in parts, [n, dim]."""
+    return torch.cat([net(to_unit(some)) for some in images.split(part)])
+
+
+def probe(features: Tensor, labels: Tensor, decay: float = 1e-5) -> nn.Linear:
+    """Logistic regression of labels on features [n, dim], to convergence by L-BFGS."""
+    head = nn.Linear(features.shape[1], CLASSES)
+    for w in head.parameters():
+        nn.init.zeros_(w)
+    solver = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        solver.zero_grad()
+        loss = F.cross_entropy(head(features), labels) + decay * head.weight.square().sum()
+        loss.backward()
+        return loss
+
+    solver.step(closure)  # pyright: ignore[reportArgumentType]  (torch types it as a float)
+    return head
+
+
+@torch.no_grad()
+def trained_head(net: Student, shift: Tensor, scale: Tensor) -> nn.Linear:
+    """The classifier behind `net`'s norm as one on (h - shift) * scale."""
+    top, norm = net.top[0], net.norm
+    assert isinstance(top, nn.Linear)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    spread = (norm.running_var + norm.eps).sqrt()
+    head = nn.Linear(top.in_features, top.out_features)
+    head.weight.copy_(top.weight / (spread * scale))
+    head.bias.copy_(top.bias + top.weight @ ((shift - norm.running_mean) / spread))
+    return head
+
+
+def export(
+    run: Run,
+    training: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    out: Path,
+    *,
+    name: str,
+    command: str,
+) -> dict[str, Any]:
+    """Write weights, reference statistics and card into `out`; returns the card, whose accuracy and
+    statistics are those of the weights file as it is loaded."""
+    recipe, (images, labels) = run.recipe, training
+    trunk = make_trunk(recipe.network).eval()
+    weights = {n: w.half() for n, w in folded(run.net.trunk.state_dict()).items()}
+    trunk.load_state_dict({n: w.float() for n, w in weights.items()})
+    h = over(trunk, images)
+    shift = h.double().mean(0).float()
+    scale = h.double().std(0).clamp(min=1e-6).reciprocal().float()
+    if recipe.labels:
+        head = trained_head(run.net, shift, scale)
+    else:
+        head = probe((h - shift) * scale, labels)
+    tensors = {f"trunk.{n}": w.contiguous() for n, w in weights.items()}
+    tensors |= {f"head.{n}": w.detach().half() for n, w in head.state_dict().items()}
+    write_whole(
+        out / WEIGHTS_FILE, safetensors.torch.save({**tensors, "shift": shift, "scale": scale})
+    )
+    card = {
+        "format": FORMAT,
+        "name": name,
+        "network": recipe.network,
+        "dim": trunk.dim,
+        "summary": "features of 32x32 grey pictures of clothes in [-1, 1]",
+        "weights_sha256": file_hash(out / WEIGHTS_FILE),
+        "objective": "cross-entropy on ten classes, label smoothing 0.05"
+        if recipe.labels
+        else "VICReg, self-supervised: no label is used but by the head",
+        "features": "mean over the picture of the last layer, then mean 0 and standard deviation 1 "
+        "in every dimension over the training pictures; not normalised per picture",
+        "head": "trained with the network"
+        if recipe.labels
+        else "linear probe: logistic regression on the frozen features of the training pictures",
+        "parameters": sum(w.numel() for w in weights.values()),
+        "recipe": asdict(recipe),
+        "command": command,
+        "fewstep": __version__,
+        "torch": torch.__version__,
+        "data": "Fashion-MNIST (Xiao, Rasul and Vollgraf 2017, arXiv:1708.07747), its training "
+        "pictures, 28x28 grey, zero-padded to 32x32 and scaled to [-1, 1]",
+        "licence": "weights Apache-2.0; data MIT, Copyright (c) 2017 Zalando SE",
+    }
+    write_json(out / CARD_FILE, card)
+    net = load_feature_folder(out)
+    features = over(net, images).double().numpy()
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        mu=features.mean(0),
+        sigma=np.cov(features, rowvar=False),
+        count=np.int64(len(features)),
+        extractor=np.str_(name),
+    )
+    write_whole(out / REFERENCE_FILE, buffer.getvalue())
+    guessed = net.head(over(net, test[0])).argmax(1)
+    card["accuracy"] = {
+        "test": round((guessed == test[1]).double().mean().item(), 4),
+        "pictures": len(guessed),
+    }
+    card["reference_sha256"] = file_hash(out / REFERENCE_FILE)
+    write_json(out / CARD_FILE, card)
+    return card
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Train a built-in feature network.")
+    parser.add_argument("--data", required=True, type=Path, help="folder of Fashion-MNIST's files")
+    parser.add_argument("--network", required=True, choices=RECIPES)
+    parser.add_argument("--out", required=True, type=Path, help="folder of the run's checkpoint")
+    parser.add_argument("--export", type=Path, help="folder to write the network to, at the end")
+    parser.add_argument("--pictures", type=int, help="length of the run")
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--checkpoint-every", type=int, default=100, help="in steps")
+    options = parser.parse_args(argv)
+    given = {n: getattr(options, n) for n in ("pictures", "batch", "seed")}
+    try:
+        if options.checkpoint_every < 1:
+            raise ValueError(f"checkpoint-every must be positive, got {options.checkpoint_every}")
+        recipe = replace(
+            RECIPES[options.network], **{n: v for n, v in given.items() if v is not None}
+        )
+        training = load_idx_folder(options.data)
+        test = load_idx_folder(options.data, "test") if options.export else None
+        run = train(*training, options.out, recipe, checkpoint_every=options.checkpoint_every)
+        if test:
+            check_writable(options.export)
+            command = f"python recipes/fashion_features.py --data DATA --network {options.network}"
+            command += "".join(f" --{n} {v}" for n, v in given.items() if v is not None)
+            card = export(
+                run,
+                training,
+                test,
+                options.export,
+                name=f"fashion-{options.network}",
+                command=f"{command} --out RUN --export TO",
+            )
+            print(f"{options.export}: test accuracy {card['accuracy']['test']}")
+    except (ValueError, OSError, ArithmeticError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""fewstep compare."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from fewstep.cli.app import app
+from fewstep.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    parse_seeds,
+    progress_bar,
+)
+
+SOLVERS = "ddim,heun,dpm-solver-2,dpmpp-2m,unipc-2,deis-2,ipndm-2,ipndm-3,auto"
+
+
+def words(text: str, what: str) -> tuple[str, ...]:
+    """Parts between commas, each once. Errors: ValueError where there is none."""
+    found = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not found:
+        raise ValueError(f"{what} must name at least one, got {text!r}")
+    return found
+
+
+@app.command("compare")
+def compare_command(
+    model: ModelArgument = "fashion-mnist",
+    solvers: Annotated[
+        str, typer.Option(help="Names and learned solvers' folders, with commas between.")
+    ] = SOLVERS,
+    nfe: Annotated[str, typer.Option(help="Budgets: 3,5,7 or 3-8.")] = "3,5,7",
+    seeds: Annotated[str, typer.Option(help="Test seeds: 0-4999.")] = "0-499",
+    out: Annotated[Path, typer.Option(help="Folder for the report and what it rests on.")] = Path(
+        "comparison"
+    ),
+    features: Annotated[
+        str | None,
+        typer.Option(
+            help="Feature networks, with commas; none: errors only. The model's own if left out."
+        ),
+    ] = None,
+    choose_by: Annotated[
+        str | None,
+        typer.Option(help="What settings are chosen by: error, or a feature network's name."),
+    ] = None,
+    screen: Annotated[
+        int,
+        typer.Option(
+            help="Validation seeds that choose each setting; 0: the usual settings.", min=0
+        ),
+    ] = 1000,
+    grids: Annotated[str, typer.Option(help="Grids that are tried.")] = (
+        "karras,log-snr,time-uniform"
+    ),
+    firsts: Annotated[str, typer.Option(help="Analytic first steps that are tried.")] = (
+        "none,zero,mean"
+    ),
+    ends: Annotated[str, typer.Option(help="Ends that are tried.")] = "sigma_min,zero",
+    population: Annotated[
+        int, typer.Option(help="Reference solves that make the target distribution.", min=10)
+    ] = 10_000,
+    reference_nfe: Annotated[
+        int, typer.Option(help="Evaluations of a reference solve.", min=8, max=1000)
+    ] = 40,
+    label: Annotated[str | None, typer.Option(help="Class name or index, for all.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; needs --label.")] = None,
+    batch: Annotated[int, typer.Option(help="Pictures at a time.", min=1)] = 50,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the reference solves; $FEWSTEP_CACHE if left out."),
+    ] = None,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
+    compile: Annotated[
+        bool, typer.Option("--compile", help="torch.compile the network: for many pictures.")
+    ] = False,
+    beside: Annotated[
+        Path | None,
+        typer.Option(help="An earlier comparison.json of the same protocol whose rows are kept."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Samplers side by side: errors, distances, time; a table, curves and pictures in one report.
+
+    Reference solves are always float32. An interrupted comparison goes on where it stopped, and
+    new solvers join an old one in the same folder at their own cost alone.
+    """
+    from fewstep.evaluate.compare import Comparison, Design, Workbench, compare, merge
+    from fewstep.evaluate.features import own_features, resolve_features
+    from fewstep.evaluate.references import Fine, References
+    from fewstep.evaluate.report import comparison_table, write_comparison
+    from fewstep.files import check_writable
+    from fewstep.models import load
+
+    check_writable(out)
+    earlier = json.loads(beside.read_text()) if beside else None
+    loaded = load(model, device=device, dtype=dtype, compile=compile)
+    exact = load(model, device=device, compile=compile) if dtype != "float32" else loaded
+    names = own_features(loaded.card.name) if features is None else words(features, "features")
+    judges = [resolve_features(name, device=device) for name in names if name != "none"]
+    by_error = not judges
+    design = Design(
+        solvers=words(solvers, "solvers"),
+        budgets=tuple(parse_seeds(nfe)),
+        seeds=tuple(parse_seeds(seeds)),
+        label=label,
+        guidance=guidance,
+        grids=words(grids, "grids"),
+        firsts=words(firsts, "firsts"),
+        ends=words(ends, "ends"),
+        screen=screen,
+        choose_by=choose_by or ("error" if by_error else judges[0].label),
+        population=population,
+    )
+    references = References(exact, Fine(nfe=reference_nfe), label, guidance, cache, batch)
+    command = "fewstep " + " ".join(sys.argv[1:])
+    with progress_bar(as_json) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def report(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+
+        bench = Workbench(loaded, references, out, batch, report)
+        result = compare(bench, design, judges, command=command)
+        if earlier is not None:
+            result = Comparison(merge(result.record, earlier), result.strips)
+        files = write_comparison(result, out)
+    if as_json:
+        print(json.dumps(result.record))
+        return
+    Console().print(comparison_table(result.record))
+    for path in files:
+        print(path)

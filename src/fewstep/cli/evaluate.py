@@ -1,0 +1,262 @@
+"""fewstep evaluate."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fewstep.cli.app import app
+from fewstep.cli.options import (
+    DeviceOption,
+    JsonOption,
+    progress_bar,
+    refuse_beside,
+    resumable,
+)
+
+CLIP = "openai/clip-vit-large-patch14"  # torchmetrics' default
+
+
+@app.command("evaluate")
+def evaluate_command(
+    images: Annotated[
+        Path | None,
+        typer.Argument(help="Pictures: a folder, a .zip, or an .npz with arr_0 or images."),
+    ] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            help="What to compare with: pictures, an .npz with mu and sigma, or what "
+            "--save-statistics wrote. Left out: the data set that comes with the features."
+        ),
+    ] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(
+            help="fashion-a, fashion-b, inception, inception=FILE, or a TorchScript FILE[:WORDS]; "
+            "the protocol's, else inception, if left out."
+        ),
+    ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(help="fd, kid, pr, clip, with commas; none: features only. Default: fd."),
+    ] = None,
+    protocol: Annotated[
+        str | None, typer.Option(help="A published protocol: its counts and sizes are enforced.")
+    ] = None,
+    explain: Annotated[
+        str | None, typer.Option(help="Print all about a protocol, or list them all: list.")
+    ] = None,
+    captions: Annotated[
+        Path | None, typer.Option(help="Captions, one per picture: csv, tsv, json, jsonl.")
+    ] = None,
+    clip: Annotated[
+        str | None, typer.Option(help="CLIP model: a folder, or its id on the Hugging Face hub.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="File for the result, JSON.")] = None,
+    save_statistics: Annotated[
+        Path | None,
+        typer.Option(help="File for the pictures' statistics, to be a reference: .npz."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first pictures.", min=1)] = None,
+    fit: Annotated[
+        int | None,
+        typer.Option(help="Cut reference photographs to squares of this many pixels.", min=1),
+    ] = None,
+    skip_corrupt: Annotated[
+        bool,
+        typer.Option("--skip-corrupt", help="Leave out, and count, pictures that cannot be read."),
+    ] = False,
+    resamples: Annotated[
+        int | None,
+        typer.Option(
+            help="Of the bootstrap behind the error bar; 0: none. Default: 100, inception: 20.",
+            min=0,
+        ),
+    ] = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(help="File that an interrupted run goes on from; beside --out if left out."),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Pictures at a time.", min=1)] = 64,
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Measure pictures against a reference: Frechet distance (FID), KID, precision and recall,
+    CLIP score.
+
+    Every number comes with its error bar, its protocol, and a record of all that it depends on.
+    """
+    from fewstep.evaluate.protocols import check_protocol, get_protocol
+
+    if explain is not None:
+        _explain(explain, as_json)
+        return
+    if images is None:
+        raise ValueError("name the pictures to measure: a folder, a .zip or an .npz")
+    chosen = get_protocol(protocol) if protocol is not None else None
+    wanted = _metrics(metrics, chosen.metrics if chosen else ("fd",))
+    if chosen is not None:
+        changed = {"--features": not (features or "inception").startswith("inception")}
+        refuse_beside(f"protocol {chosen.name} fixes these", {**changed, "--limit": limit})
+        features = features or chosen.features
+        fit, clip = fit or chosen.reference_fit, clip or chosen.clip
+    if ("clip" in wanted) != (captions is not None):
+        raise ValueError("--metrics clip and --captions FILE go together")
+
+    from fewstep.evaluate.captions import read_captions
+    from fewstep.evaluate.features import load_clip, resolve_features
+    from fewstep.evaluate.images import open_images, picture_shape
+    from fewstep.evaluate.measure import evaluate, open_reference
+    from fewstep.files import check_writable, write_json
+
+    for path in (out, save_statistics, state):
+        if path is not None:
+            check_writable(path.parent)
+    pictures = open_images(images)
+    shape = picture_shape(pictures)
+    if chosen is not None:
+        check_protocol(chosen, len(pictures.names), shape[:2] if shape else None)
+    texts = read_captions(captions) if captions is not None else None
+    scorer = load_clip(clip or CLIP, device) if texts is not None else None
+    against = [name for name in wanted if name != "clip"]
+    seen = bool(against) or save_statistics is not None or not wanted
+    extractor = None
+    if seen:
+        extractor = resolve_features(features or "inception", device, shape or (32, 32, 3))
+    own = state is None and out is not None
+    state = out.with_name(f"{out.name}.state.npz") if own and out is not None else state
+    beside = state.with_name(f"reference.{state.name}") if state is not None else None
+    with progress_bar(as_json) as bar, resumable(state) if state else nullcontext():
+        task = bar.add_task("starting", total=None)
+
+        def report(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+
+        target = None
+        if against and extractor is not None:
+            target = open_reference(
+                reference,
+                extractor,
+                fit=fit,
+                batch=batch,
+                skip_corrupt=skip_corrupt,
+                state=beside,
+                report=report,
+            )
+        result = evaluate(
+            pictures,
+            target,
+            extractor,
+            metrics=wanted,
+            clip=scorer,
+            captions=texts,
+            protocol=chosen,
+            batch=batch,
+            limit=limit,
+            skip_corrupt=skip_corrupt,
+            resamples=resamples,
+            state=state,
+            command=shlex.join(["fewstep", *sys.argv[1:]]),
+            report=report,
+        )
+    if save_statistics is not None:
+        result.save_statistics(save_statistics)
+    if out is not None:
+        write_json(out, result.record)
+    if own:  # a state that the user did not name goes when the result is there
+        for path in (state, beside):
+            if path is not None:
+                path.unlink(missing_ok=True)
+    if as_json:
+        print(json.dumps(result.record))
+        return
+    _show(result.record)
+    for path in (out, save_statistics):
+        if path is not None:
+            print(path)
+
+
+def _metrics(text: str | None, default: tuple[str, ...]) -> tuple[str, ...]:
+    if text is None:
+        return default
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    known = ("fd", "kid", "pr", "clip", "none")
+    if not names or any(name not in known for name in names) or ("none" in names[1:]):
+        raise ValueError(f"metrics are {', '.join(known)}, with commas between, got {text!r}")
+    return () if names[0] == "none" else names
+
+
+def _explain(name: str, as_json: bool) -> None:
+    from fewstep.evaluate.protocols import explain, get_protocol, protocols
+
+    if name == "list":
+        table = Table("protocol", "data", "pictures", "metrics", box=None)
+        for one in map(get_protocol, protocols()):
+            table.add_row(one.name, one.data, f"{one.pictures:,}", ", ".join(one.metrics))
+        Console().print(table)
+        return
+    found = get_protocol(name)
+    if as_json:
+        print(json.dumps(found.to_dict()))
+        return
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for heading, text in explain(found):
+        table.add_row(heading, text)
+    Console().print(table, highlight=False)
+
+
+def _show(record: dict[str, Any]) -> None:
+    """The numbers, each beside what it was taken of; then what to know about them."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("metric", "value", "error"):
+        table.add_column(name, justify="left" if name == "metric" else "right", no_wrap=True)
+    for name in ("pictures", "against", "protocol"):
+        table.add_column(name, overflow="fold")
+    protocol, reference = record["protocol"], record["reference"]
+    for row in record["metrics"]:
+        error = "" if row["error"] is None else f"± {_digits(row['error'], row['error'])}"
+        against = (
+            Path(record["captions"]["name"]).name if "model" in row else _against(row, reference)
+        )
+        table.add_row(
+            row["metric"],
+            _digits(row["value"], row["error"]),
+            error,
+            f"{row['count']:,}",
+            against,
+            protocol["name"] if protocol else "none",
+        )
+    console = Console()
+    console.print(table, highlight=False)
+    if record["extractor"] is not None:
+        console.print(f"features: {record['extractor']['name']}", highlight=False)
+    if record["clip"] is not None:
+        console.print(f"CLIP: {record['clip']}", highlight=False)
+    for text in record["warnings"]:
+        console.print(f"note: {text}", style="yellow", highlight=False, soft_wrap=True)
+
+
+def _against(row: dict[str, Any], reference: dict[str, Any]) -> str:
+    count = row.get("reference_count")
+    return Path(reference["name"]).name + (f" ({count:,})" if count is not None else "")
+
+
+def _digits(value: float, error: float | None) -> str:
+    """With as many decimals as the error has to two figures."""
+    if not error:
+        return f"{value:.4g}"
+    places = 0
+    while error < 10 and places < 8:
+        error, places = error * 10, places + 1
+    return f"{value:.{places}f}"

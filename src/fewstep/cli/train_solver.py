@@ -1,0 +1,224 @@
+"""fewstep train solver."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fewstep.cli.app import train_app
+from fewstep.cli.options import (
+    DeviceOption,
+    FirstOption,
+    GridOption,
+    ModelArgument,
+    NfeOption,
+    parse_grid,
+    resumable,
+)
+
+if TYPE_CHECKING:
+    from fewstep.denoiser import Denoiser
+    from fewstep.learned import Progress as Batch
+    from fewstep.models import Model
+
+
+@train_app.command("solver")
+def train_solver_command(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option(help="Folder for the checkpoint and the solver.")],
+    method: Annotated[str, typer.Option(help="tuned, amed or amed-plugin.")] = "tuned",
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="The solver that is improved on. [default: ipndm-3 for tuned, ipndm-2 up to "
+            "3 evaluations; ipndm-4 for amed-plugin]"
+        ),
+    ] = None,
+    nfe: NfeOption = 5,
+    trajectories: Annotated[int, typer.Option(help="Length of the run in pictures.")] = 10_000,
+    batch: Annotated[int, typer.Option(help="Pictures at a time.")] = 128,
+    grid: GridOption = None,
+    sigma_min: Annotated[float | None, typer.Option(help="Where the grid ends.")] = None,
+    first: FirstOption = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="A deterministic solver's name. [default: deis-3]")
+    ] = None,
+    inner: Annotated[
+        int | None, typer.Option(help="Points that it adds inside each interval. [default: 2]")
+    ] = None,
+    scale_dir: Annotated[
+        float | None, typer.Option(help="How far c may be from 1. [default: 0.01]")
+    ] = None,
+    scale_time: Annotated[
+        float | None, typer.Option(help="How far a may be from 1. [default: 0]")
+    ] = None,
+    features: Annotated[
+        bool | None,
+        typer.Option(
+            "--features/--no-features",
+            help="Read the network's features; without, the solver is a table of numbers.",
+        ),
+    ] = None,
+    label: Annotated[
+        str | None,
+        typer.Option(help="Class name or index; a comma list goes round the seeds; all draws one."),
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text, for models that take one.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Classifier-free guidance scale; needs a condition.")
+    ] = None,
+    loss: Annotated[
+        str, typer.Option(help="Where tuned compares ends: pixels, or a feature network's name.")
+    ] = "pixels",
+    parts: Annotated[
+        str | None, typer.Option(help="What of tuned learns. [default: times,told,weights]")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of Adam.")] = None,
+    seed: Annotated[int, typer.Option(help="Decides first weights and noise.", min=0)] = 0,
+    validation_seeds: Annotated[
+        int, typer.Option(help="Pictures compared with fine solves.", min=1)
+    ] = 64,
+    checkpoint_every: Annotated[int, typer.Option(help="Batches between checkpoints.", min=1)] = 5,
+    validate_every: Annotated[int, typer.Option(help="Batches between validations.", min=1)] = 10,
+    device: DeviceOption = "cpu",
+    dtype: Annotated[
+        str, typer.Option(help="The network's arithmetic: bfloat16, float32, float16.")
+    ] = "bfloat16",
+    compile: Annotated[
+        bool, typer.Option("--compile", help="torch.compile the network: for long runs.")
+    ] = False,
+) -> None:
+    """Train a solver for one model and one budget; no data are needed.
+
+    Resumes, exactly, from the checkpoint in the output folder; ends with a folder that every
+    command takes as --solver.
+    """
+    from fewstep.files import cache_folder
+    from fewstep.learned import train
+    from fewstep.models import load
+
+    loaded = load(model, device=device, dtype=dtype, compile=compile)
+    options = {"scale_dir": scale_dir, "scale_time": scale_time, "features": features}
+    options["parts"] = None if parts is None else tuple(part.strip() for part in parts.split(","))
+    network = None
+    if loss != "pixels":
+        from fewstep.evaluate.fashion import load_feature_network
+
+        network = load_feature_network(loss, device)
+    about = {
+        "name": loaded.card.name,
+        "weights": loaded.card.weights_sha256,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "label": label,
+        "prompt": prompt,
+        "guidance": guidance,
+    }
+    conditions = _conditions(loaded, label, prompt, guidance)
+    if method == "tuned" and first is None:
+        first = "mean" if getattr(conditions([0]), "far_mean", None) is not None else "none"
+    with resumable(out), SolverBar() as bar:
+        solver = train(
+            conditions([0]),
+            loaded.shape,
+            method=method,
+            base=base,
+            nfe=nfe,
+            trajectories=trajectories,
+            batch=batch,
+            grid=parse_grid(grid),
+            sigma_min=sigma_min,
+            first=first,
+            teacher=teacher,
+            inner=inner,
+            lr=lr,
+            seed=seed,
+            conditions=conditions,
+            prior=loaded.prior,
+            device=loaded.prior([0]).device,
+            model=about,
+            loss_features=network,
+            cache=cache_folder() if about["weights"] else None,
+            validation=validation_seeds,
+            checkpoint_every=checkpoint_every,
+            validate_every=validate_every,
+            out=out,
+            report=bar.report,
+            **{name: value for name, value in options.items() if value is not None},
+        )
+    found = solver.validation
+    print(
+        f"{out}: {solver.program().name}, {solver.nfe} evaluations, rmse {found['rmse']:.4f} to "
+        f"fine solves of {validation_seeds} validation seeds (untrained: "
+        f"{found['rmse_untrained']:.4f}); try: fewstep sample {model} --solver {out}"
+    )
+
+
+def _conditions(
+    model: Model, label: str | None, prompt: str | None, guidance: float | None
+) -> Callable[[Sequence[int]], Denoiser]:
+    """From seeds to the denoiser bound to their labels."""
+    from fewstep.noise import key
+
+    if label is None:
+        denoiser = model.denoiser(None, prompt, guidance)
+        return lambda seeds: denoiser
+    names = [one.strip() for one in label.split(",")]
+    if label == "all":
+        count = len(model.card.classes)
+
+        def chosen(seed: int) -> Any:
+            return key(seed, "label") % count
+    else:
+
+        def chosen(seed: int) -> Any:
+            return names[seed % len(names)]
+
+    return lambda seeds: model.denoiser([chosen(seed) for seed in seeds], prompt, guidance)
+
+
+class SolverBar:
+    """A progress bar with the loss and the learned numbers; a line per validation. Lines only
+    without a terminal."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True)
+        self.bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.3g}  {task.fields[learned]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not sys.stderr.isatty(),
+        )
+        self.task = self.bar.add_task("", total=None, loss=float("nan"), learned="")
+
+    def __enter__(self) -> SolverBar:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.bar.stop()
+
+    def report(self, batch: Batch) -> None:
+        """Show one batch."""
+        learned = "  ".join(f"{name} {value:.3f}" for name, value in batch.learned.items())
+        self.bar.update(
+            self.task,
+            total=batch.total_steps,
+            completed=batch.step,
+            loss=batch.loss,
+            learned=learned,
+        )
+        if batch.validation:
+            self.console.print(
+                f"batch {batch.step}/{batch.total_steps}  loss {batch.loss:.3g}  "
+                f"rmse {batch.validation['rmse']:.4f}  {learned}  {batch.seconds_left:.0f} s left",
+                highlight=False,
+            )

@@ -1,0 +1,251 @@
+"""The built-in feature networks, for 32x32 grey pictures of clothes: `fashion-a` and `fashion-b`.
+
+    f(x) = (h(x) - shift) * scale          h: convolutions, then the mean over the picture
+
+Both have 128 features with mean 0 and standard deviation 1 over the 60,000 training pictures of
+Fashion-MNIST; a picture's features are not normalised. They differ in kind:
+
+    fashion-a   3x3 residual convolutions over 16x16, 8x8, 4x4 points, SiLU; trained on labels
+    fashion-b   4x4 patches, 7x7 depthwise convolutions, GELU; trained without labels (VICReg)
+
+so a result that holds in both is not a habit of one network. `fashion-a` may serve as a training
+loss; `fashion-b` is the judge. recipes/fashion_features.py trains them, docs/feature-networks.md
+says what they see.
+
+Sources: He et al. 2016, arXiv:1512.03385 (residual blocks); Liu et al. 2022, arXiv:2201.03545
+(the depthwise block); Bardes et al. 2022, arXiv:2105.04906 (VICReg).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from fewstep.files import file_hash
+from fewstep.models.network import check_device
+
+__all__ = [
+    "FeatureNetwork",
+    "feature_networks",
+    "load_feature_folder",
+    "load_feature_network",
+    "make_trunk",
+    "reference_path",
+]
+
+FORMAT = "fewstep-features/1"
+CARD_FILE, WEIGHTS_FILE, REFERENCE_FILE = "card.json", "model.safetensors", "reference.npz"
+BUILTIN = Path(__file__).parent / "builtin"
+SIZE, CLASSES = 32, 10
+
+Conv = Callable[..., nn.Module]
+
+
+def plain_conv(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Module:
+    """A convolution that keeps the size, or cuts it into patches where stride = kernel."""
+    padding = 0 if stride == kernel else kernel // 2
+    return nn.Conv2d(c_in, c_out, kernel, stride, padding, groups=groups)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(silu(conv(x))), then SiLU."""
+
+    def __init__(self, width: int, conv: Conv) -> None:
+        super().__init__()
+        self.first, self.second = conv(width, width, 3), conv(width, width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(x + self.second(F.silu(self.first(x))))
+
+
+class Residual(nn.Module):
+    """2x2 pixels to channels, then levels of residual blocks, halving the size by averaging."""
+
+    def __init__(self, conv: Conv, widths: Sequence[int], blocks: int) -> None:
+        super().__init__()
+        self.dim = widths[-1]
+        layers: list[nn.Module] = [nn.PixelUnshuffle(2), conv(4, widths[0], 3), nn.SiLU()]
+        for level, width in enumerate(widths):
+            if level:
+                layers += [nn.AvgPool2d(2), conv(widths[level - 1], width, 1), nn.SiLU()]
+            layers += [ResidualBlock(width, conv) for _ in range(blocks)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x).mean(dim=(2, 3))
+
+
+class DepthwiseBlock(nn.Module):
+    """x + narrow(gelu(widen(spatial(x)))): space and channels are mixed one after the other."""
+
+    def __init__(self, width: int, kernel: int, expand: int, conv: Conv) -> None:
+        super().__init__()
+        self.spatial = conv(width, width, kernel, groups=width)
+        self.widen = plain_conv(width, expand * width, 1)
+        self.narrow = plain_conv(expand * width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.narrow(F.gelu(self.widen(self.spatial(x))))
+
+
+class Depthwise(nn.Module):
+    """Patches to channels, depthwise blocks at one resolution, a last layer of `dim` channels."""
+
+    def __init__(
+        self, conv: Conv, patch: int, width: int, blocks: int, kernel: int, expand: int, dim: int
+    ) -> None:
+        super().__init__()
+        self.dim = dim
+        self.layers = nn.Sequential(
+            conv(1, width, patch, stride=patch),
+            nn.GELU(),
+            *(DepthwiseBlock(width, kernel, expand, conv) for _ in range(blocks)),
+            conv(width, dim, 1),
+            nn.GELU(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x).mean(dim=(2, 3))
+
+
+TRUNKS: dict[str, Callable[..., Residual | Depthwise]] = {
+    "residual": Residual,
+    "depthwise": Depthwise,
+}
+
+
+def make_trunk(network: dict[str, Any], conv: Conv = plain_conv) -> Residual | Depthwise:
+    """h(x) of an architecture as a card describes it: `kind`, and that kind's options.
+
+    conv: makes the convolutions that training puts a batch norm behind, which export folds away
+
+    Errors: ValueError for an unknown kind, TypeError for options that do not go with it.
+    """
+    options = dict(network)
+    kind = options.pop("kind", None)
+    if kind not in TRUNKS:
+        raise ValueError(f"network kind must be one of {', '.join(TRUNKS)}, got {kind!r}")
+    return TRUNKS[kind](conv, **options)
+
+
+class FeatureNetwork(nn.Module):
+    """x float [n, 1, 32, 32] in [-1, 1] -> features [n, dim], smooth in x.
+
+    card: what its folder says about it
+    shift, scale: of the features, [dim]
+    head: classes from features; trained with fashion-a, a linear probe on fashion-b
+
+    Differentiable with respect to x; its own parameters take no gradient. It has no norm and no
+    dropout, so it is the same function in training mode, and picture i does not depend on its
+    batch. Pictures outside [-1, 1] are seen as they are: clamp what is not yet decoded.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, card: dict[str, Any]) -> None:
+        super().__init__()
+        self.card = card
+        self.trunk = make_trunk(card["network"])
+        self.head = nn.Linear(self.trunk.dim, CLASSES)
+        self.register_buffer("shift", torch.zeros(self.trunk.dim))
+        self.register_buffer("scale", torch.ones(self.trunk.dim))
+
+    @property
+    def name(self) -> str:
+        return self.card["name"]
+
+    @property
+    def dim(self) -> int:
+        return self.trunk.dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_floating_point() or x.ndim != 4 or tuple(x.shape[1:]) != (1, SIZE, SIZE):
+            raise ValueError(
+                f"{self.name} takes float pictures [n, 1, {SIZE}, {SIZE}] in [-1, 1], "
+                f"got {x.dtype} of shape {tuple(x.shape)}; scale uint8 by x / 127.5 - 1"
+            )
+        return (self.trunk(x) - self.shift) * self.scale
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Class scores [n, 10], in the order of Fashion-MNIST's labels."""
+        return self.head(self(x))
+
+
+def feature_networks() -> list[str]:
+    """Names of the built-in feature networks."""
+    return sorted(path.parent.name for path in BUILTIN.glob(f"*/{CARD_FILE}"))
+
+
+def load_feature_network(name: str, device: str | torch.device = "cpu") -> FeatureNetwork:
+    """A built-in feature network, float32, in evaluation mode, without gradients of its own.
+
+    Errors: ValueError for an unknown name or a file that is not the one its card names.
+    """
+    return load_feature_folder(_folder(name), device)
+
+
+def reference_path(name: str) -> Path:
+    """The .npz with `mu` [dim], `sigma` [dim, dim], `count` and `extractor`: mean and covariance of
+    the network's features over the 60,000 training pictures of Fashion-MNIST."""
+    return _folder(name) / REFERENCE_FILE
+
+
+def _folder(name: str) -> Path:
+    if name not in feature_networks():
+        have = ", ".join(feature_networks())
+        raise ValueError(f"there is no feature network {name!r}; there are: {have}")
+    return BUILTIN / name
+
+
+def load_feature_folder(folder: Path | str, device: str | torch.device = "cpu") -> FeatureNetwork:
+    """`load_feature_network` from a folder, as the training recipe writes it.
+
+    Nothing in it is executed: JSON and safetensors only.
+
+    Errors: ValueError where a file is missing, cut short, or does not go with the card.
+    """
+    path, card = Path(folder) / WEIGHTS_FILE, _read_card(Path(folder) / CARD_FILE)
+    place = check_device(device)
+    if not path.is_file():
+        raise ValueError(f"{folder} has a card but no {WEIGHTS_FILE}; fetch it again")
+    if file_hash(path) != card["weights_sha256"]:
+        raise ValueError(
+            f"{path} is not the file that its card names (SHA-256 differs); fetch it again"
+        )
+    try:
+        with torch.device("meta"):  # takes no memory and draws no random numbers
+            net = FeatureNetwork(card)
+        weights = {name: t.float() for name, t in safetensors.torch.load_file(path).items()}
+        net.load_state_dict(weights, assign=True)
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read ({error}); fetch it again") from None
+    except (RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path} does not go with its card: {reason}") from None
+    return net.to(place).eval().requires_grad_(False)
+
+
+def _read_card(path: Path) -> dict[str, Any]:
+    try:
+        card = json.loads(path.read_text())
+        found, texts = card["format"], (card["name"], card["weights_sha256"])
+        if not all(isinstance(text, str) for text in texts) or not isinstance(
+            card["network"], dict
+        ):
+            raise ValueError("a field is of the wrong kind")
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a card of a feature network: {error!r}") from None
+    if found != FORMAT:
+        raise ValueError(
+            f"{path} has format {found!r}, this version reads {FORMAT!r}; update fewstep"
+        )
+    return card

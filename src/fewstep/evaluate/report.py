@@ -1,0 +1,103 @@
+"""A comparison as a terminal table, CSV and JSON; `comparison_html` draws the page."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from fewstep.evaluate.compare import Comparison
+from fewstep.evaluate.comparison_html import comparison_html
+from fewstep.files import write_json, write_whole
+
+__all__ = ["comparison_csv", "comparison_table", "setting_words", "write_comparison"]
+
+PLAIN = (
+    "sampler",
+    "nfe",
+    "network_calls",
+    "solver",
+    "grid",
+    "first",
+    "end",
+    "error",
+    "error_se",
+    "psnr",
+    "seconds",
+)
+
+
+def setting_words(row: dict[str, Any]) -> str:
+    """A row's setting in short: "karras, mean first, to 0"."""
+    grid = row["grid"] if isinstance(row["grid"], str) else "own grid"
+    first = f", {row['first']} first" if row["first"] != "none" else ""
+    return grid + first + (", to 0" if row["end"] == "zero" else "")
+
+
+def comparison_table(record: dict[str, Any]) -> Table:
+    """For the terminal: by budget, the best first."""
+    judges = list(record["floor"])
+    table = Table(box=None, pad_edge=False, header_style="bold", title=_title(record))
+    for name in ("NFE", "sampler", "setting"):
+        table.add_column(name, no_wrap=name != "setting")
+    for name in ("error", "PSNR, dB", *(f"excess FD-{judge}" for judge in judges), "ms/picture"):
+        table.add_column(name, justify="right")
+    for row in ordered(record):
+        cells = [str(row["nfe"]), row["sampler"], setting_words(row)]
+        spread = "" if row["error_se"] is None else f" ± {row['error_se']:.4f}"
+        cells += [f"{row['error']:.4f}{spread}", f"{row['psnr']:.1f}"]
+        for judge in judges:
+            fd = row["fd"][judge]
+            cells.append(f"{fd['excess']:.3f} ± {fd['excess_se']:.3f}")
+        table.add_row(*cells, f"{1000 * row['seconds']:.1f}")
+    return table
+
+
+def ordered(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows by budget, the best first: by the last feature network's excess, else by error."""
+    judges = list(record["floor"])
+
+    def key(row: dict[str, Any]) -> tuple[int, float]:
+        return row["nfe"], row["fd"][judges[-1]]["excess"] if judges else row["error"]
+
+    return sorted(record["rows"], key=key)
+
+
+def comparison_csv(record: dict[str, Any]) -> str:
+    """One line for each row, plain numbers."""
+    judges = list(record["floor"])
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    distances = ("value", "se", "excess", "excess_se")
+    writer.writerow(
+        [*PLAIN, *(f"fd-{judge} {what}" for judge in judges for what in distances)]
+        + [f"fd-{judge} to data" for judge in judges]
+    )
+    for row in ordered(record):
+        plain = [row[name] if row[name] is not None else "" for name in PLAIN]
+        plain[PLAIN.index("grid")] = (
+            row["grid"] if isinstance(row["grid"], str) else " ".join(map(str, row["grid"] or ()))
+        )
+        numbers = [row["fd"][judge][what] for judge in judges for what in distances]
+        writer.writerow([*plain, *numbers, *(row["fd_data"].get(judge, "") for judge in judges)])
+    return out.getvalue()
+
+
+def write_comparison(result: Comparison, out: Path) -> tuple[Path, ...]:
+    """comparison.json, .csv and report.html in a folder; returns their paths."""
+    paths = out / "comparison.json", out / "comparison.csv", out / "report.html"
+    write_json(paths[0], result.record)
+    write_whole(paths[1], comparison_csv(result.record).encode())
+    write_whole(paths[2], comparison_html(result.record, result.strips).encode())
+    return paths
+
+
+def _title(record: dict[str, Any]) -> str:
+    return (
+        f"{record['model']['name']} {record['model']['weights'][:8]}, seeds {record['seeds']}, "
+        f"error to {record['references']['solver']} at "
+        f"{record['references']['nfe']} NFE (own error {record['references']['own_error']:.1e})"
+    )

@@ -1,0 +1,543 @@
+"""fewstep's solvers as one scheduler of diffusers.
+
+    pipe.scheduler = FewstepScheduler.from_config(pipe.scheduler.config, solver="dpmpp-2m")
+    pipe.scheduler = FewstepScheduler.from_plan(pipe.scheduler.config, plan)
+
+A plan evaluates the network at states x in EDM units; a pipeline holds x_t and calls the network
+itself. So each evaluation of the plan is one of the scheduler's timesteps, the stages inside an
+interval included, and between two of them the pipeline holds
+
+    x_t = alpha(s) x        s: the level that the network is told at the coming evaluation
+
+which is what its network expects. After the last one it is alpha(end) x.
+
+What needs the network's features has no plan and cannot be a scheduler; `fewstep.load` and
+`fewstep.sample` run it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.denoiser import PREDICTIONS
+from fewstep.grid import check_grid, make_grid
+from fewstep.loop import Ledger, _combine, _to_eps
+from fewstep.models.pipelines.process import FLOWS, Process, Shifted, read_process
+from fewstep.plan import Combine, Eval, Op, Plan
+from fewstep.solver import end_at, get
+
+try:
+    from diffusers.configuration_utils import ConfigMixin, register_to_config
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+    from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
+    from diffusers.utils.outputs import BaseOutput
+    from diffusers.utils.torch_utils import randn_tensor
+except ImportError as error:
+    raise ImportError(
+        f"this module needs diffusers ({error}): pip install 'fewstep[diffusers]'"
+    ) from None
+
+__all__ = ["FewstepScheduler", "FewstepSchedulerOutput"]
+
+TABLE = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+)
+
+
+@dataclass
+class FewstepSchedulerOutput(BaseOutput):
+    """prev_sample: what the network is to be given next; pred_original_sample: D."""
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One evaluation of a plan, and what is done before the next.
+
+    sigma: the level of the state
+    told: the level that the network is told
+    rested: whether the state is an accepted one, and no trial
+    ops: combinations, and evaluations that cost nothing
+    """
+
+    sigma: float
+    told: float
+    rested: bool
+    ops: tuple[Op, ...]
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A plan cut at its evaluations.
+
+    start: the level at which it begins
+    before: what comes before the first evaluation, where an analytic first step does
+    end: the level at which it ends
+    """
+
+    plan: Plan
+    start: float
+    before: tuple[Op, ...]
+    stages: tuple[Stage, ...]
+    end: float
+
+    @classmethod
+    def cut(cls, plan: Plan) -> Staged:
+        """Errors: ValueError for a plan without evaluations, or that needs the network's mean."""
+        before: list[Op] = []
+        evals: list[Eval] = []
+        rested: list[bool] = []
+        parts: list[list[Op]] = []
+        accepted, end = True, plan.sigmas[0]
+        for op in plan.ops:
+            if isinstance(op, Eval) and op.source == "net":
+                evals.append(op)
+                rested.append(accepted)
+                parts.append([])
+                continue
+            if isinstance(op, Eval) and op.source == "mean":
+                raise ValueError(
+                    "first='mean' needs the mean of the network's D, which a scheduler does not "
+                    "know; take first='zero' or 'none'"
+                )
+            (parts[-1] if parts else before).append(op)
+            if isinstance(op, Combine):
+                accepted, end = op.accept, float(op.sigma)
+        if not evals:
+            raise ValueError("the plan evaluates no network")
+        start = plan.sigmas[0]
+        if all(isinstance(op, Combine) for op in before):
+            # noise on top of noise: the pipeline's start is as good at the higher level
+            start, before, rested[0] = float(evals[0].sigma), [], True
+        stages = tuple(
+            Stage(
+                float(op.sigma), float(op.sigma if op.cond is None else op.cond), rest, tuple(part)
+            )
+            for op, rest, part in zip(evals, rested, parts, strict=True)
+        )
+        return cls(plan, start, tuple(before), stages, end)
+
+    @property
+    def moves(self) -> bool:
+        """Whether the sample at the start is not yet what the network is given first."""
+        return bool(self.before) or self.stages[0].told != self.start
+
+    def check_start(self, index: int) -> None:
+        """Errors: ValueError where stage `index` needs the outputs of those before it."""
+        held = 0
+        for stage in self.stages[index:]:
+            held = min(held + 1, self.plan.depth)
+            needs = [len(op.b) for op in stage.ops if isinstance(op, Combine)]
+            if not self.stages[index].rested or max(needs, default=0) > held:
+                raise ValueError(
+                    f"the plan of {self.plan.solver} cannot start at its evaluation {index}: it "
+                    "uses what came before. Take strength=1, or a solver by name, which starts anew"
+                )
+
+
+class Walk:
+    """Where a plan stands: anchor, history, and the ledger of the loop.
+
+    The arithmetic is the loop's own, so that a pipeline and `fewstep.solve` give the same.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.as_eps = plan.prediction == "eps"
+        self.history: deque[Tensor] = deque(maxlen=plan.depth)
+        self.ledger = Ledger(plan.depth)
+        self.anchor: Tensor | None = None
+
+    def evaluated(self, x: Tensor, denoised: Tensor, sigma: float) -> None:
+        """D at x has come in."""
+        if self.as_eps:
+            self.history.appendleft(_to_eps(x, denoised, sigma, None))
+            self.ledger.evaluated(denoised, sigma)
+        else:
+            self.history.appendleft(denoised)
+
+    def follow(self, ops: Sequence[Op], x: Tensor, generator: Any = None) -> Tensor:
+        """The state after `ops`, from x."""
+        for op in ops:
+            if isinstance(op, Eval):  # the analytic first step, eps = x / sqrt(1 + sigma^2)
+                sigma = float(op.sigma)
+                root = math.sqrt(1 + sigma**2)
+                self.evaluated(x, x / (root * (root + sigma)), sigma)
+                continue
+            assert self.anchor is not None
+            row = self.ledger.combined(op) if self.as_eps else None
+            if row is None:
+                x = _combine(self.anchor, self.history, op.a, op.b, None)
+            else:
+                x = _combine(self.anchor, self.ledger.denoised, row[0], row[1:], None)
+            if op.noise:
+                self.ledger.state = None
+                drawn = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+                x = x + float(op.noise) * drawn
+            if op.accept:
+                self.rest(x)
+        return x
+
+    def rest(self, x: Tensor) -> None:
+        """x is the anchor from here on."""
+        self.anchor = x
+        self.ledger.restart()
+
+
+class FewstepScheduler(SchedulerMixin, ConfigMixin):
+    """Any static solver of fewstep as a scheduler, for pipelines of VP and flow models.
+
+    solver: a name of `fewstep.solvers()`, with options if need be ("ddim-eta:eta=0.5")
+    grid: a name; uniform in the network's own time as "trailing" is, unless given
+    first: "none", or "zero" for the analytic first step, which saves the first evaluation
+    final, end: as in `fewstep.solve`; a named grid ends at 0 unless end="sigma_min"
+    plan: a plan as a JSON object, in place of the five; see `from_plan`
+
+    The others are the process, named as in diffusers: prediction_type is "epsilon",
+    "v_prediction", "sample" or "flow_prediction", of which the last has no betas but a shift.
+
+    `set_timesteps(n)` makes n *intervals*, as diffusers does; solvers with stages inside an
+    interval have `order` timesteps for each, and so many network calls. Stochastic solvers draw
+    from the pipeline's generator; per-seed generators keep each picture to its own.
+    """
+
+    # whose configurations may come here, with fields that are of no use here
+    _compatibles = [*(kind.name for kind in KarrasDiffusionSchedulers), *FLOWS]  # noqa: RUF012
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        prediction_type: str = "epsilon",
+        rescale_betas_zero_snr: bool = False,
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
+        thresholding: bool = False,
+        sample_max_value: float = 1.0,
+        shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        time_shift_type: str = "exponential",
+        base_shift: float | None = 0.5,
+        max_shift: float | None = 1.15,
+        base_image_seq_len: int = 256,
+        max_image_seq_len: int = 4096,
+        solver: str = "dpmpp-2m",
+        grid: str = "trailing",
+        first: str = "none",
+        final: bool = False,
+        end: str | None = None,
+        plan: Mapping[str, Any] | None = None,
+    ) -> None:
+        flow = prediction_type == "flow_prediction"
+        self.betas: Tensor | None = None
+        if not flow:
+            table = DDPMScheduler(**{name: self.config[name] for name in TABLE})
+            self.betas = table.betas
+            self.alphas_cumprod = torch.cumprod(1 - table.betas.double(), 0).float()
+        # a dynamic shift comes with set_timesteps(mu=...)
+        config = {**self.config, "use_dynamic_shifting": False}
+        self.process: Process = read_process(type(self).__name__, config, self.betas)
+        self._fixed = None if plan is None else Staged.cut(Plan.from_json(json.dumps(dict(plan))))
+        if self._fixed is None and get(solver).adapts:
+            raise ValueError(
+                f"{solver} adapts to the network's features, so it cannot be a scheduler; use "
+                "fewstep.load and fewstep.sample"
+            )
+        self.init_noise_sigma = 1.0
+        self.num_inference_steps: int | None = None
+        probe = self._fixed or self._staged(self._grid(8, self.process.grid_schedule))
+        self.order = _order(probe)
+        self._arm(probe, None)
+        self.num_inference_steps = None
+
+    @classmethod
+    def from_config(
+        cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """From the configuration of another scheduler, its process kept: betas, prediction, clip,
+        shift; `kwargs` are this class's own arguments."""
+        fields = dict(config or {})
+        bare = "shift" in fields and "beta_start" not in fields  # flows have no table
+        if bare or fields.get("_class_name") in FLOWS or fields.get("use_flow_sigmas"):
+            fields["prediction_type"] = "flow_prediction"
+            fields.setdefault("shift", fields.get("flow_shift") or 1.0)
+        return super().from_config(fields, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def from_plan(cls, config: Any, plan: Plan) -> FewstepScheduler:
+        """A scheduler that runs one plan, of a learned solver say: `learned.plan()`.
+
+        Its budget is fixed: num_inference_steps has to be the plan's number of intervals.
+        """
+        return cls.from_config(config, plan=json.loads(plan.to_json()))
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[float] | Tensor | None = None,
+        sigmas: Sequence[float] | Tensor | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """Make the grid, and forget any run so far.
+
+        num_inference_steps: intervals of the grid
+        timesteps: the network's own times at the grid's points, in place of a named grid
+        sigmas: the same as noise levels, those of k-diffusion for VP; for flows the times in (0,
+            1] before the shift, as diffusers has them. The end is added where it is missing.
+        mu: the dynamic shift of a flow, from the pipeline
+
+        Errors: ValueError for both of them, for neither, and where a plan has fixed its own.
+        """
+        if timesteps is not None and sigmas is not None:
+            raise ValueError("give timesteps or sigmas, not both")
+        if self._fixed is not None:
+            own = len(self._fixed.plan.sigmas) - 1
+            if (
+                timesteps is not None
+                or sigmas is not None
+                or num_inference_steps not in (None, own)
+            ):
+                raise ValueError(
+                    f"the scheduler runs a plan of {own} intervals with its own levels; pass "
+                    f"num_inference_steps={own} and no timesteps or sigmas"
+                )
+            self._arm(self._fixed, device)
+            return
+        schedule = self._grid_schedule(mu)
+        given = timesteps if sigmas is None else sigmas
+        if given is None:
+            if num_inference_steps is None or num_inference_steps < 1:
+                raise ValueError(
+                    f"num_inference_steps must be at least 1, got {num_inference_steps}"
+                )
+            levels = self._grid(num_inference_steps, schedule)
+        else:
+            numbers = [float(value) for value in given]
+            if num_inference_steps is not None and num_inference_steps != len(numbers):
+                raise ValueError(
+                    f"num_inference_steps is {num_inference_steps}, but {len(numbers)} were given"
+                )
+            levels = self._custom(numbers, schedule, sigmas is not None)
+        self._arm(self._staged(levels), device)
+
+    def _grid_schedule(self, mu: float | None) -> Any:
+        if not self.config["use_dynamic_shifting"]:
+            return self.process.grid_schedule
+        if mu is None:
+            raise ValueError("use_dynamic_shifting needs mu; pipelines pass it to set_timesteps")
+        exponential = self.config["time_shift_type"] == "exponential"
+        flow: Any = self.process.schedule
+        return Shifted(flow, math.exp(mu) if exponential else mu)
+
+    def _grid(self, intervals: int, schedule: Any) -> tuple[float, ...]:
+        ends = schedule.sigma_max, schedule.sigma_min
+        return end_at(make_grid(self.config["grid"], intervals + 1, *ends, schedule), self._end)
+
+    @property
+    def _end(self) -> str:
+        if self.config["end"] is not None:
+            return self.config["end"]
+        return "sigma_min" if self.config["final"] else "zero"
+
+    def _custom(self, numbers: list[float], schedule: Any, are_sigmas: bool) -> tuple[float, ...]:
+        """The levels of a list of the caller's, the end added."""
+        network, flow = self.process.schedule, self.process.prediction == "flow"
+        if are_sigmas and flow:
+            levels = [schedule.sigma(u) if u > 0 else 0.0 for u in numbers]
+        elif are_sigmas:
+            levels = numbers
+        else:
+            levels = [network.sigma(t / self.process.time_scale) for t in numbers]
+        low = 0.0 if self._end == "zero" else schedule.sigma_min
+        return check_grid([*levels, low] if levels[-1] > low else levels)
+
+    def _staged(self, levels: Sequence[float]) -> Staged:
+        first, final = self.config["first"], self.config["final"]
+        return Staged.cut(get(self.config["solver"]).plan(tuple(levels), first, final))
+
+    def _arm(self, staged: Staged, device: str | torch.device | None) -> None:
+        """Be ready to run it from the start."""
+        if staged.moves and self.process.prediction == "flow":
+            raise ValueError(
+                "pipelines of flow models give the network their noise as it is, with no room for "
+                "an analytic first step or another level; take first='none'"
+            )
+        schedule, scale = self.process.schedule, self.process.time_scale
+        times = [schedule.t(stage.told) * scale for stage in staged.stages]
+        self.timesteps = torch.tensor(times, dtype=torch.float32, device=device)
+        levels = [*(stage.sigma for stage in staged.stages), staged.end]
+        if self.process.prediction == "flow":
+            levels = [sigma / (1 + sigma) for sigma in levels]
+        self.sigmas = torch.tensor(levels, dtype=torch.float32)
+        self.num_inference_steps = len(staged.plan.sigmas) - 1
+        self.order = _order(staged)
+        self._times = self.timesteps.tolist()  # on the host: no step has to wait for the device
+        self._full, self._running, self._offset = staged, staged, 0
+        self._walk: Walk | None = None
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
+
+    @property
+    def step_index(self) -> int | None:
+        """The timestep that comes next; None before the first."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """Where the run begins, as the pipeline has set it."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Begin at that timestep; image-to-image pipelines do."""
+        self._begin_index = begin_index
+
+    def index_for_timestep(self, timestep: float | Tensor) -> int:
+        """The place of a timestep; one where an interval begins, where it comes twice."""
+        places = [i for i, t in enumerate(self._times) if t == float(timestep)]
+        if not places:
+            raise ValueError(f"{float(timestep)} is none of the timesteps {self._times}")
+        stages = self._full.stages
+        return next((i for i in places if i == 0 or stages[i].rested), places[0])
+
+    def _begin(self, timestep: float | Tensor) -> None:
+        """Start the run where the pipeline wants it."""
+        if self.num_inference_steps is None:
+            raise ValueError("run set_timesteps before the first step")
+        begin = self._begin_index
+        index = self.index_for_timestep(timestep) if begin is None else begin
+        if index > 0 and self._fixed is not None:
+            self._full.check_start(index)
+        elif index > 0:
+            self._running, self._offset = self._anew(index), index
+        self._step_index = index
+        self._walk = Walk(self._full.plan)
+
+    def _anew(self, index: int) -> Staged:
+        """The solver on the rest of the grid, with a history of its own."""
+        levels, stage = self._full.plan.sigmas, self._full.stages[index]
+        rest = levels[levels.index(stage.sigma) :] if stage.sigma in levels else ()
+        if len(rest) > 1:
+            plan = get(self.config["solver"]).plan(rest, "none", self.config["final"])
+            staged = Staged.cut(plan)
+            if [s.told for s in staged.stages] == [s.told for s in self._full.stages[index:]]:
+                return staged
+        raise ValueError(
+            f"{self.config['solver']} cannot start at timestep {index} of {len(self._times)}, "
+            f"inside an interval; take a multiple of {self.order}"
+        )
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """The network's input: the sample as it is, but after an analytic first step."""
+        if not self._full.moves or (self._step_index or self._begin_index or 0) > 0:
+            return sample
+        x = self._to_x(sample, self._full.start)
+        walk = Walk(self._full.plan)
+        walk.rest(x)
+        return self._from_x(walk.follow(self._full.before, x), self._full.stages[0].told, sample)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: Any = None,
+        return_dict: bool = True,
+    ) -> FewstepSchedulerOutput | tuple[Tensor, Tensor]:
+        """Take in one output of the network; returns what the network is to be given next.
+
+        model_output: what it returned, guidance included
+        sample: what the pipeline holds; changes made to it since the last step count, unless it is
+            a trial stage, whose anchor stays
+        generator: one for all pictures or one per picture, for stochastic solvers
+        """
+        if self._step_index is None:
+            self._begin(timestep)
+        index, walk = self._step_index, self._walk
+        assert index is not None
+        assert walk is not None
+        if index >= len(self._times):
+            raise ValueError("the run is over; call set_timesteps for another")
+        stages = self._running.stages
+        stage = stages[index - self._offset]
+        x = self._to_x(sample, self._held(index))
+        if stage.rested or index == 0:
+            walk.rest(x)
+        if index == 0:
+            x = walk.follow(self._full.before, x)
+        denoised = self._denoised(model_output.to(x), x, stage.told)
+        walk.evaluated(x, denoised, stage.sigma)
+        x = walk.follow(stage.ops, x, generator)
+        self._step_index = index + 1
+        left = stages[index + 1 - self._offset :]
+        out = self._from_x(x, left[0].told if left else self._running.end, sample)
+        denoised = denoised.to(sample.dtype)
+        return FewstepSchedulerOutput(out, denoised) if return_dict else (out, denoised)
+
+    def _denoised(self, output: Tensor, x: Tensor, told: float) -> Tensor:
+        level = torch.full([len(x)] + [1] * (x.ndim - 1), told, dtype=x.dtype, device=x.device)
+        denoised = PREDICTIONS[self.process.prediction](output[:, : x.shape[1]], x, level)
+        limit = self.config["clip_sample_range"] if self.config["clip_sample"] else None
+        if self.config["thresholding"]:
+            limit = 1.0  # as read_process has it
+        return denoised if limit is None else denoised.clamp(-limit, limit)
+
+    def _to_x(self, sample: Tensor, level: float) -> Tensor:
+        dtype = torch.promote_types(sample.dtype, torch.float32)
+        return sample.to(dtype) / self.process.schedule.alpha(level)
+
+    def _from_x(self, x: Tensor, level: float, like: Tensor) -> Tensor:
+        return (x * self.process.schedule.alpha(level)).to(like.dtype)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t at the network's own times, [b] or [1]: alpha (x_0 + sigma noise)."""
+        x = original_samples.to(torch.promote_types(original_samples.dtype, torch.float32))
+        times = torch.as_tensor(timesteps).reshape(-1).tolist()
+        levels = torch.tensor([self._levels_at(t) for t in times], dtype=torch.float64)
+        sigma, held = levels.unbind(1)
+        alpha = self.process.schedule.alpha(held)
+        shape = (-1, *[1] * (x.ndim - 1))
+        noisy = alpha.to(x).reshape(shape) * x + (alpha * sigma).to(x).reshape(shape) * noise.to(x)
+        return noisy.to(original_samples.dtype)
+
+    def _levels_at(self, time: float) -> tuple[float, float]:
+        """The level of the state at a timestep, and the one whose alpha the sample has."""
+        if self.num_inference_steps is None or time not in self._times:
+            level = self.process.schedule.sigma(time / self.process.time_scale)
+            return level, level
+        index = self.index_for_timestep(time)
+        return self._full.stages[index].sigma if index else self._full.start, self._held(index)
+
+    def _held(self, index: int) -> float:
+        """The level whose alpha the sample has before evaluation `index`."""
+        return self._full.stages[index].told if index else self._full.start
+
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        """`add_noise` as pipelines of flow models call it."""
+        return self.add_noise(sample, noise, timestep)
+
+    def __len__(self) -> int:
+        return self.config["num_train_timesteps"]
+
+
+def _order(staged: Staged) -> int:
+    """Evaluations for each interval, the last one aside."""
+    return math.ceil(len(staged.stages) / (len(staged.plan.sigmas) - 1))

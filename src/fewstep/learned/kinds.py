@@ -1,0 +1,21 @@
+"""The methods by name."""
+
+from __future__ import annotations
+
+import difflib
+
+from fewstep.learned.amed import AMED, PLUGIN
+from fewstep.learned.method import Kind
+from fewstep.learned.tuned import TUNED
+
+__all__ = ["KINDS", "kind_of"]
+
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (AMED, PLUGIN, TUNED)}
+
+
+def kind_of(name: str) -> Kind:
+    """The method of a name. Errors: ValueError with the nearest names."""
+    if name not in KINDS:
+        near = difflib.get_close_matches(str(name), KINDS, n=2) or list(KINDS)
+        raise ValueError(f"no method is called {name!r}; did you mean {' or '.join(near)}?")
+    return KINDS[name]

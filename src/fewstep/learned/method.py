@@ -1,0 +1,148 @@
+"""What the trainer and the files know of a method: its role, as three protocols and their data.
+
+A `Kind` is a method by name: it knows its defaults and makes a `Method`, fresh or from a file. A
+`Method` holds what is learned on one grid: its parameters, the operations that they make, and its
+loss. The trainer moves parameters down losses and knows no more; files keep settings and tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fewstep.denoiser import Denoiser
+from fewstep.learned.teacher import Path
+from fewstep.plan import Plan, Program
+
+__all__ = ["Kind", "Lesson", "Loss", "Method", "Recipe", "Setup"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A method's choices where the caller made none.
+
+    base: the solver that is improved on, or None
+    intervals: how many of them spend the budget
+    first: the analytic first step
+    grid: by name
+    teacher, inner: its solver, and how many points it adds inside each interval
+    whole: the teacher has a Karras grid of its own, with `inner` points between the two ends, and
+        only its end is looked at
+    decay: the learning rate falls to 0 along half a cosine, after WARM_UP updates
+    """
+
+    base: str | None
+    intervals: int
+    first: str
+    grid: str
+    teacher: str
+    inner: int
+    lr: float
+    whole: bool = False
+    decay: bool = False
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a fresh method starts from.
+
+    features: how many numbers a feature map of the denoiser has; 0: the denoiser offers none
+    """
+
+    base: str | None
+    sigmas: tuple[float, ...]
+    first: str
+    features: int
+    seed: int
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One batch.
+
+    denoiser: with the batch's conditions bound, and its parameters out of reach of gradients
+    x_T: the start, [b, ...]
+    path: the teacher's states from there, at the student's levels or at the end alone
+    loss_features: a network for a loss at the end of the path, or None for pixels
+    """
+
+    denoiser: Denoiser
+    x_T: Tensor
+    path: Path
+    loss_features: Callable[[Tensor], Tensor] | None
+
+
+class Loss(NamedTuple):
+    """A loss to step down, a scalar with a graph, and the learned numbers behind it, to show."""
+
+    value: Tensor
+    learned: dict[str, float]
+
+
+class Method(Protocol):
+    """What is learned on one grid."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def base(self) -> str | None: ...
+    @property
+    def sigmas(self) -> tuple[float, ...]: ...
+    @property
+    def first(self) -> str: ...
+
+    def program(self) -> Program:
+        """For the loop; differentiable in the parameters."""
+        ...
+
+    def plan(self) -> Plan:
+        """The same as plain numbers. Errors: ValueError where they differ between samples."""
+        ...
+
+    def parameters(self) -> dict[str, Tensor]:
+        """What training moves, by name: the very tensors, so that they can be moved in place."""
+        ...
+
+    def settings(self) -> dict[str, Any]:
+        """All but the tensors, JSON-ready; `Kind.read` takes it back."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is kept beside the JSON file; empty where the settings say everything."""
+        ...
+
+    def losses(self, lesson: Lesson) -> Iterator[Loss]:
+        """The losses of one batch. The parameters move before the next one is asked for."""
+        ...
+
+
+class Kind(Protocol):
+    """A method by name."""
+
+    @property
+    def name(self) -> str: ...
+
+    def recipe(self, base: str | None, nfe: int, first: str | None) -> Recipe:
+        """Defaults for a budget. Errors: ValueError for one that cannot be spent exactly."""
+        ...
+
+    @property
+    def fresh(self) -> Callable[..., Method]:
+        """fresh(setup, *, option=...): before training. Its keywords are the method's options."""
+        ...
+
+    def read(
+        self,
+        base: str | None,
+        sigmas: tuple[float, ...],
+        first: str,
+        settings: dict[str, Any],
+        tensors: dict[str, Tensor],
+    ) -> Method:
+        """From a file. Errors: ValueError, TypeError or KeyError where the parts do not fit."""
+        ...

@@ -1,0 +1,135 @@
+"""The operations of AMED-Solver and AMED-Plugin, over any source of the learned values.
+
+With s = nxt^r cur^(1-r) and the network at s told a s,
+
+    amed                  x_s = x + (s - cur) eps(x; cur)      x_nxt = x + c (nxt - cur) eps(x_s; s)
+    on dpm-solver-2       x_nxt = x + c (nxt - cur) [eps_s / (2 r) + (1 - 1 / (2 r)) eps_cur]
+    on a multistep rule   two of its own steps, to s and from there to nxt, the second with c b
+
+Source: Zhou et al. 2023, arXiv:2312.00094. Dividing eps by s while the network is told a s is as
+published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+
+from torch import Tensor
+
+from fewstep.learned.predictor import Values
+from fewstep.plan import Combine, Eval, Level, Ops, Prediction, Seen
+from fewstep.solver import get, names
+from fewstep.solver.multistep import linear_multistep
+from fewstep.solver.rules import Weights
+
+__all__ = ["Base", "base_of", "bases"]
+
+Source = Callable[[int, Seen | None], Values]  # (number of the interval, what is seen at its start)
+
+
+@dataclass(frozen=True)
+class Base:
+    """What the learned values are inserted into.
+
+    ops: ops(sigmas, values, first, features, detach=False); detach: gradients do not reach from one
+        interval into the next by way of the levels of past outputs
+    restarts: a step needs nothing of the steps before it, so it may be trained from any state
+    states: how many states it accepts in an interval
+    """
+
+    ops: Callable[..., Ops]
+    prediction: Prediction
+    depth: int
+    restarts: bool
+    states: int
+
+
+def amed(
+    sigmas: Sequence[float], values: Source, first: str, features: bool, detach: bool = False
+) -> Ops:
+    """AMED-Solver: two evaluations an interval."""
+    for i, (start, cur, nxt) in enumerate(_intervals(sigmas, first, features)):
+        r, c, a = values(i, (yield start))
+        mid = nxt**r * cur ** (1 - r)
+        yield Combine((mid - cur,), mid, accept=False)
+        yield Eval(mid, cond=a * mid)
+        yield Combine((c * (nxt - cur),), nxt)
+
+
+def on_dpm_solver_2(
+    sigmas: Sequence[float], values: Source, first: str, features: bool, detach: bool = False
+) -> Ops:
+    """AMED-Plugin on DPM-Solver-2, whose fixed midpoint it replaces."""
+    for i, (start, cur, nxt) in enumerate(_intervals(sigmas, first, features)):
+        r, c, a = values(i, (yield start))
+        mid = nxt**r * cur ** (1 - r)
+        yield Combine((mid - cur,), mid, accept=False)
+        yield Eval(mid, cond=a * mid)
+        whole = c * (nxt - cur)
+        new = whole / (2 * r)
+        yield Combine((new, whole - new), nxt)
+
+
+def on_multistep(
+    sigmas: Sequence[float],
+    values: Source,
+    first: str,
+    features: bool,
+    detach: bool = False,
+    *,
+    rule: Callable[..., Weights],
+    order: int,
+) -> Ops:
+    """AMED-Plugin on a linear multistep rule, which takes a step to s and one on to nxt."""
+    past: list[Level] = []
+    for i, (start, cur, nxt) in enumerate(_intervals(sigmas, first, features)):
+        r, c, a = values(i, (yield start))
+        mid = nxt**r * cur ** (1 - r)
+        past = [cur, *past[: order - 1]]
+        keep, b = rule(past, mid, order)
+        yield Combine(b, mid, keep)
+        yield Eval(mid, cond=a * mid)
+        past = [mid, *past[: order - 1]]
+        keep, b = rule(past, nxt, order)
+        yield Combine(tuple(c * weight for weight in b), nxt, keep)
+        past = [_detached(level) for level in past] if detach else past
+
+
+def base_of(name: str | None) -> Base:
+    """The base of a name; None is AMED-Solver itself.
+
+    Errors: ValueError where AMED-Plugin does not go with that solver.
+    """
+    if name is None:
+        return Base(amed, "eps", 1, restarts=True, states=1)
+    solver = get(name)
+    if solver.name == "dpm-solver-2":
+        return Base(on_dpm_solver_2, "eps", 2, restarts=True, states=1)
+    ops = solver.ops
+    if not isinstance(ops, partial) or ops.func is not linear_multistep:
+        raise ValueError(f"amed-plugin has no way into {name!r}; it goes with {', '.join(bases())}")
+    inserted = partial(on_multistep, **ops.keywords)
+    return Base(inserted, solver.prediction, solver.depth, restarts=False, states=2)
+
+
+def bases() -> list[str]:
+    """The solvers that AMED-Plugin goes with."""
+    multistep = (getattr(get(name).ops, "func", None) is linear_multistep for name in names())
+    return ["dpm-solver-2", *(name for name, fits in zip(names(), multistep, strict=True) if fits)]
+
+
+def _intervals(
+    sigmas: Sequence[float], first: str, features: bool
+) -> Iterator[tuple[Eval, float, float]]:
+    """Each interval's opening evaluation and its ends; the very first may be analytic."""
+    for i, (cur, nxt) in enumerate(pairwise(sigmas)):
+        analytic = i == 0 and first != "none"
+        start = Eval(cur, source=first) if analytic else Eval(cur, features=features)  # type: ignore[arg-type]
+        yield start, cur, nxt
+
+
+def _detached(level: Level) -> Level:
+    return level.detach() if isinstance(level, Tensor) else level

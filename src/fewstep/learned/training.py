@@ -1,0 +1,528 @@
+"""Training a solver: noise in, a teacher's path, and Adam on a method's losses.
+
+No data are needed. Trajectory i of a run starts from the noise of a seed of its own, 2,000,000 and
+up; every few batches the solver is measured on seeds from 1,000,000 on, against fine solves, and
+the best so far is what comes out. All draws are functions of a seed, so a run that was killed and
+resumes from its checkpoint takes the path of one that was not, to the bit.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fewstep import __version__
+from fewstep.denoiser import Denoiser
+from fewstep.files import check_writable, sweep, write_whole
+from fewstep.grid import check_grid, make_grid
+from fewstep.interrupts import between_steps
+from fewstep.learned.kinds import kind_of
+from fewstep.learned.method import Kind, Lesson, Method, Setup
+from fewstep.learned.predictor import feature_count
+from fewstep.learned.solver import PREDICTOR_FILE, SOLVER_FILE, LearnedSolver
+from fewstep.learned.teacher import Frozen, Kept, Teacher, fine_grid
+from fewstep.loop import DEFAULT_RANGE, solve
+from fewstep.noise import normal
+
+__all__ = ["Progress", "train"]
+
+TRAINING, VALIDATION = 2_000_000, 1_000_000  # first seeds; those below are for final tests
+REFERENCE = ("deis-4", 40)  # within 4e-4 of the exact solution on the built-in network
+WARM_UP = 20  # updates of a rate that decays
+CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
+
+Conditions = Callable[[Sequence[int]], Denoiser]
+Prior = Callable[[Sequence[int]], Tensor]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One batch, as `train` reports it.
+
+    loss: mean over the batch's losses, per number of a sample
+    learned: what the method has to show of its numbers
+    seconds_left: an estimate
+    validation: after a batch that was followed by one, "rmse" and what else was measured
+    """
+
+    step: int
+    total_steps: int
+    trajectories: int
+    loss: float
+    learned: dict[str, float]
+    seconds_left: float
+    validation: dict[str, float] | None = None
+
+
+def train(
+    denoiser: Denoiser,
+    shape: Sequence[int],
+    *,
+    method: str = "amed",
+    base: str | None = None,
+    nfe: int = 5,
+    trajectories: int = 10_000,
+    batch: int = 128,
+    grid: str | Sequence[float] | None = None,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    seed: int = 0,
+    loss_features: Callable[[Tensor], Tensor] | None = None,
+    conditions: Conditions | None = None,
+    out: Path | str | None = None,
+    first: str | None = None,
+    teacher: str | None = None,
+    inner: int | None = None,
+    lr: float | None = None,
+    prior: Prior | None = None,
+    device: str | torch.device = "cpu",
+    model: dict[str, Any] | None = None,
+    cache: Path | str | None = None,
+    validation: int = 64,
+    validate_every: int = 10,
+    checkpoint_every: int = 5,
+    report: Callable[[Progress], None] = lambda progress: None,
+    **options: Any,
+) -> LearnedSolver:
+    """Train a solver for one denoiser and one budget.
+
+    denoiser: any callable D(x [b, ...], sigma [b]) -> [b, ...]; its parameters do not change
+    shape: of one sample
+    method: "amed" or "amed-plugin"
+    base: the solver that amed-plugin improves on; ipndm-4 unless given
+    nfe: the budget
+    trajectories, batch: how many starts the run sees, and how many at a time
+    grid: a name, or sigmas; the method's own unless given
+    sigma_min, sigma_max: the denoiser's own where left out, else 0.002 and 80
+    seed: decides the first weights and the noise
+    loss_features: a network for methods with a loss at the end of the path; None is pixels
+    conditions: conditions(seeds) draws one condition per seed and returns the denoiser bound to
+        them; it must be a function of the seeds alone
+    out: a folder for checkpoint, log and the result; a run that finds its checkpoint there resumes
+    first: the analytic first step: "none", "zero" as published, or "mean"
+    teacher, inner: the teacher, a deterministic solver's name, and how many points it adds inside
+        each interval ("heun" with 1 is AMED's), or on its whole way where the method looks at its
+        end alone
+    lr: of Adam
+    prior: prior(seeds) -> x_T; sigma_max times normal noise unless given
+    model: facts about the network for the record, above all "name" and "weights", their hash
+    cache: a folder where the ends of a teacher that is looked at only there are kept for other
+        runs; needs a `model` with the hash of its weights
+    validation: how many validation seeds
+    validate_every, checkpoint_every: in batches
+    report: called after each batch
+    options: of the method: scale_dir (0.01), scale_time (0), features (True where there are any)
+
+    Returns the solver that did best on the validation seeds, in float32 on the CPU.
+    Errors: ValueError for what cannot be trained, all before the first batch; FloatingPointError
+    where the denoiser or a loss is not finite (the last checkpoint stays).
+    """
+    for name, value, least in (
+        ("trajectories", trajectories, 1),
+        ("batch", batch, 1),
+        ("seed", seed, 0),
+        ("validation", validation, 1),
+        ("validate_every", validate_every, 1),
+        ("checkpoint_every", checkpoint_every, 1),
+        ("nfe", nfe, 1),
+    ):
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be an integer, at least {least}, got {value!r}")
+    shape = tuple(int(size) for size in shape)
+    if not shape or min(shape) < 1:
+        raise ValueError(f"shape must be that of one sample, like (1, 32, 32), got {shape}")
+    kind = kind_of(method)
+    recipe = kind.recipe(base, nfe, first)
+    lr = recipe.lr if lr is None else lr
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr must be positive, got {lr}")
+    named = recipe.grid if grid is None else grid if isinstance(grid, str) else None
+    sigmas = _student_grid(denoiser, grid, named, recipe.intervals, nfe, sigma_min, sigma_max)
+    inner = recipe.inner if inner is None else inner
+
+    place = torch.device(device)
+    bound = conditions if conditions is not None else lambda seeds: denoiser
+    noise = Noise(shape, sigmas[0], place, prior)
+    held_out = range(VALIDATION, VALIDATION + validation)
+    size = _look(bound(held_out[:1]), noise(held_out[:1]), sigmas[0])
+    _check_options(kind, options)
+    student = kind.fresh(Setup(recipe.base, sigmas, recipe.first, size, seed, place), **options)
+    guide = _teacher(denoiser, teacher or recipe.teacher, sigmas, named, inner, recipe.whole, size)
+    facts = {
+        "method": method,
+        "base": recipe.base,
+        "nfe": nfe,
+        "first": recipe.first,
+        "grid": named or "sigmas",
+        "sigmas": list(sigmas),
+        "settings": _fixed(student),
+        "shape": list(shape),
+        "trajectories": trajectories,
+        "batch": batch,
+        "seed": seed,
+        "lr": lr,
+        "teacher": guide.solver,
+        "inner": inner,
+        "teacher_nfe": guide.evaluations,
+        "validation": validation,
+        "validate_every": validate_every,
+        "loss": _name_of(loss_features),
+        "model": model or {},
+    }
+    run = Run(student, lr, facts, recipe.decay)
+    kept = None
+    if cache is not None and recipe.whole:
+        if not (model or {}).get("weights"):
+            raise ValueError("cache needs model['weights'], the hash of the network's weights")
+        known = {"model": model, "shape": list(shape)}
+        kept = Kept(guide, Path(cache) / "teachers", known)
+    folder = None if out is None else _open(Path(out), run)
+    if run.step < len(run.batches):
+        ruler = Ruler(bound, noise, held_out, sigmas, batch, loss_features)
+
+        def lesson(seeds: range) -> Lesson:
+            frozen, x_T = Frozen(bound(seeds)), noise(seeds)
+            path = kept.path(frozen, x_T, seeds) if kept else guide.path(frozen, x_T)
+            return Lesson(frozen, x_T, path, loss_features)
+
+        _train(run, lesson, ruler, folder, checkpoint_every, report)
+    solver = run.solver(kind)
+    if folder is not None:
+        solver.save(folder)
+    return solver
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Starts by seed, in float32 on the device."""
+
+    shape: tuple[int, ...]
+    sigma: float
+    device: torch.device
+    prior: Prior | None
+
+    def __call__(self, seeds: Sequence[int]) -> Tensor:
+        if self.prior is None:
+            return (self.sigma * normal(seeds, self.shape, "prior")).to(self.device)
+        x = self.prior(seeds).to(self.device)
+        if x.shape != (len(seeds), *self.shape):
+            raise ValueError(f"prior must return {[len(seeds), *self.shape]}, got {list(x.shape)}")
+        return x
+
+
+class Ruler:
+    """Validation: the distance of a solver's ends to fine solves of the same seeds."""
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        bound: Conditions,
+        noise: Noise,
+        seeds: range,
+        sigmas: tuple[float, ...],
+        batch: int,
+        features: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.features = features
+        low, high = sigmas[-1], sigmas[0]
+        self.parts: list[tuple[Denoiser, Tensor, Tensor]] = []
+        for start in range(0, len(seeds), batch):
+            part = seeds[start : start + batch]
+            denoiser, x_T = bound(part), noise(part)
+            exact = solve(denoiser, x_T, *REFERENCE, sigma_min=low, sigma_max=high)
+            if not torch.isfinite(exact).all():
+                raise FloatingPointError(
+                    f"the denoiser returned NaN or infinity between sigma {high:g} and "
+                    f"{low:g}; try dtype float32, or another guidance"
+                )
+            self.parts.append((denoiser, x_T, exact))
+
+    @torch.no_grad()
+    def measure(self, method: Method) -> dict[str, float]:
+        """Root mean square over all seeds and numbers, "rmse", and, where the loss is taken in
+        features, "features", the same there; infinite where it is not a number."""
+        spaces = {"rmse": lambda x: x, **({"features": self.features} if self.features else {})}
+        square, count = dict.fromkeys(spaces, 0.0), dict.fromkeys(spaces, 0)
+        for denoiser, x_T, exact in self.parts:
+            x = solve(denoiser, x_T, method)
+            for name, space in spaces.items():
+                error = (space(x) - space(exact)).double()
+                square[name] += error.square().sum().item()
+                count[name] += error.numel()
+        return {
+            name: math.sqrt(total / count[name]) if math.isfinite(total) else math.inf
+            for name, total in square.items()
+        }
+
+
+class Run:
+    """The state of a run: the method's parameters, Adam's moments, the best so far, the step."""
+
+    def __init__(
+        self, method: Method, lr: float, facts: dict[str, Any], decay: bool = False
+    ) -> None:
+        self.method, self.facts, self.step = method, facts, 0
+        self.lr, self.decay = lr, decay
+        self.weights = {n: w.requires_grad_() for n, w in method.parameters().items()}
+        self.adam = torch.optim.Adam(self.weights.values(), lr=lr)
+        self.updates = 0
+        for w in self.weights.values():
+            self.adam.state[w] = {
+                "step": torch.zeros((), dtype=torch.float32),
+                "exp_avg": torch.zeros_like(w),
+                "exp_avg_sq": torch.zeros_like(w),
+            }
+        self.best = {name: w.detach().clone() for name, w in self.weights.items()}
+        self.measured: dict[str, float] = {}
+
+    @property
+    def batches(self) -> list[int]:
+        """Where each batch ends, in trajectories."""
+        total, size = self.facts["trajectories"], self.facts["batch"]
+        return [min(total, start + size) for start in range(0, total, size)]
+
+    def seeds(self) -> range:
+        """Of the batch after `step` earlier ones; runs of different `seed` share none."""
+        total, size = self.facts["trajectories"], self.facts["batch"]
+        start = TRAINING + self.facts["seed"] * total + self.step * size
+        return range(start, start + self.batches[self.step] - self.step * size)
+
+    def update(self, lesson: Lesson) -> tuple[float, dict[str, float]]:
+        """All losses of a batch, a step of Adam for each; the mean loss and what is to be shown."""
+        total, count, learned, numbers = 0.0, 0, {}, lesson.x_T[0].numel()
+        for loss in self.method.losses(lesson):
+            value = loss.value.item()
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"a loss is {value} in batch {self.step + 1}; "
+                    "the last checkpoint stays, try a lower lr or dtype float32"
+                )
+            self.adam.zero_grad()
+            loss.value.backward(inputs=list(self.weights.values()))
+            if self.decay:
+                done = self.step / len(self.batches)
+                slow = min(1.0, (self.updates + 1) / WARM_UP) * (1 + math.cos(math.pi * done)) / 2
+                self.adam.param_groups[0]["lr"] = self.lr * slow
+            self.adam.step()
+            self.updates += 1
+            total, count, learned = total + value / numbers, count + 1, loss.learned
+        self.step += 1
+        return total / count, learned
+
+    def measure(self, found: dict[str, float]) -> None:
+        """Take note of a validation, and of the parameters where they are the best so far: in the
+        features of the loss, if it has any."""
+        rmse, by = found["rmse"], list(found)[-1]
+        if found[by] < self.measured.get(by, math.inf):
+            self.measured = {**self.measured, **found, "step": self.step}
+            self.best = {name: w.detach().clone() for name, w in self.weights.items()}
+        if self.step == 0:
+            self.measured["rmse_untrained"] = rmse
+
+    def tensors(self) -> dict[str, Tensor]:
+        out = {}
+        for name, w in self.weights.items():
+            state = self.adam.state[w]
+            out |= {f"weights.{name}": w.detach(), f"best.{name}": self.best[name]}
+            out |= {f"{moment}.{name}": state[moment] for moment in ("exp_avg", "exp_avg_sq")}
+        return out
+
+    def save(self, path: Path) -> None:
+        state = {"step": self.step, "updates": self.updates, "measured": self.measured}
+        metadata = {"run": json.dumps(self.facts), "state": json.dumps(state)}
+        write_whole(path, safetensors.torch.save(self.tensors(), metadata))
+
+    @torch.no_grad()
+    def restore(self, path: Path) -> None:
+        """Take up the state in `path`. Errors: ValueError where it is cut short or of another
+        run."""
+        if not path.is_file():
+            raise ValueError(f"{path} is not a file; remove it, or give another folder")
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                if "run" not in metadata or "state" not in metadata:
+                    raise ValueError(f"{path} is not a checkpoint of a solver's training")
+                theirs, ours = json.loads(metadata["run"]), json.loads(json.dumps(self.facts))
+                if other := [key for key in ours if theirs.get(key) != ours[key]]:
+                    how = ", ".join(f"{k}={theirs.get(k)} (now {ours[k]})" for k in other[:3])
+                    raise ValueError(f"{path} is of a run with {how}; give another folder")
+                for name, tensor in self.tensors().items():
+                    tensor.copy_(file.get_tensor(name))
+                state = json.loads(metadata["state"])
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{path} cannot be read ({error}); remove it to start again") from None
+        self.step, self.updates, self.measured = (state[k] for k in ("step", "updates", "measured"))
+        for adam in self.adam.state.values():
+            adam["step"].fill_(self.updates)
+
+    def solver(self, kind: Kind) -> LearnedSolver:
+        """What came out: the best parameters, on the CPU."""
+        with torch.no_grad():
+            for name, w in self.weights.items():
+                w.copy_(self.best[name])
+        method, facts = self.method, dict(self.facts)
+        tensors = {name: w.detach().cpu().clone() for name, w in method.tensors().items()}
+        best = kind.read(method.base, method.sigmas, method.first, method.settings(), tensors)
+        validation = {"seeds": [VALIDATION, VALIDATION + facts.pop("validation")], **self.measured}
+        model = facts.pop("model")
+        known = ("method", "base", "nfe", "first", "sigmas", "settings")
+        training = {k: v for k, v in facts.items() if k not in known}
+        return LearnedSolver(best, model, {**training, "fewstep": __version__}, validation)
+
+
+@torch.enable_grad()
+def _train(
+    run: Run,
+    lesson: Callable[[range], Lesson],
+    ruler: Ruler,
+    folder: Path | None,
+    checkpoint_every: int,
+    report: Callable[[Progress], None],
+) -> None:
+    """From the run's step to its end."""
+    ends = run.batches
+    lines = _lines(folder, run.step) if run.measured else []
+    if not run.measured:
+        run.measure(ruler.measure(run.method))
+        _log(folder, lines, {"step": 0, "rmse": run.measured["rmse_untrained"]})
+    begun, since = time.perf_counter(), run.step
+    with between_steps() as stopping:
+        while run.step < len(ends):
+            loss, learned = run.update(lesson(run.seeds()))
+            last, validation = run.step == len(ends), None
+            if last or run.step % run.facts["validate_every"] == 0:
+                validation = ruler.measure(run.method)
+                run.measure(validation)
+                _log(folder, lines, {"step": run.step, "loss": loss, **validation, **learned})
+            stop = stopping()
+            if folder is not None and (last or stop or run.step % checkpoint_every == 0):
+                run.save(folder / CHECKPOINT)
+            each = (time.perf_counter() - begun) / (run.step - since)
+            left, done = each * (len(ends) - run.step), ends[run.step - 1]
+            report(Progress(run.step, len(ends), done, loss, learned, left, validation))
+            if stop:
+                raise KeyboardInterrupt
+
+
+def _student_grid(
+    denoiser: Denoiser,
+    grid: str | Sequence[float] | None,
+    named: str | None,
+    intervals: int,
+    nfe: int,
+    sigma_min: float | None,
+    sigma_max: float | None,
+) -> tuple[float, ...]:
+    if named is None:
+        assert grid is not None  # a name or sigmas
+        if sigma_min is not None or sigma_max is not None:
+            raise ValueError("sigmas have their own ends: leave out sigma_min and sigma_max")
+        sigmas = check_grid(grid)  # type: ignore[arg-type]
+        if len(sigmas) != intervals + 1:
+            raise ValueError(
+                f"nfe={nfe} is spent on {intervals + 1} sigmas here, got {len(sigmas)}; "
+                "give as many, or another nfe or first"
+            )
+        return sigmas
+    low, high = sigma_min, sigma_max
+    low = getattr(denoiser, "sigma_min", DEFAULT_RANGE[0]) if low is None else low
+    high = getattr(denoiser, "sigma_max", DEFAULT_RANGE[1]) if high is None else high
+    return make_grid(named, intervals + 1, high, low, getattr(denoiser, "schedule", None))
+
+
+def _teacher(
+    denoiser: Denoiser,
+    name: str,
+    sigmas: tuple[float, ...],
+    grid: str | None,
+    inner: int,
+    whole: bool,
+    features: int,
+) -> Teacher:
+    """On a grid through the student's levels, or, `whole`, from end to end on one of its own."""
+    if whole:
+        ends = (sigmas[0], sigmas[-1])
+        return Teacher(name, ends, fine_grid("karras", ends, inner))
+    fine = fine_grid(grid, sigmas, inner, getattr(denoiser, "schedule", None))
+    return Teacher(name, sigmas, fine, features > 0)
+
+
+def _check_options(kind: Kind, options: dict[str, Any]) -> None:
+    parameters = inspect.signature(kind.fresh).parameters.values()
+    known = [one.name for one in parameters if one.kind is one.KEYWORD_ONLY]
+    for name in options:
+        if name not in known:
+            raise ValueError(f"{kind.name} has no option {name!r}; it has: {', '.join(known)}")
+
+
+@torch.no_grad()
+def _look(denoiser: Denoiser, x: Tensor, sigma: float) -> int:
+    """Evaluate once; how many features there are. Errors: ValueError for what is no denoiser."""
+    level, look, count = x.new_full((len(x),), sigma), getattr(denoiser, "with_features", None), 0
+    if look is not None:
+        denoised, features = look(x, level)
+        count = feature_count(features)
+    else:
+        denoised = denoiser(x, level)
+    if not isinstance(denoised, Tensor) or denoised.shape != x.shape:
+        got = list(denoised.shape) if isinstance(denoised, Tensor) else type(denoised).__name__
+        raise ValueError(
+            f"the denoiser must return D of the shape of x, {list(x.shape)}, got {got}"
+        )
+    if not torch.isfinite(denoised).all():
+        raise ValueError(f"the denoiser returns NaN or infinity at sigma {sigma:g}")
+    return count
+
+
+def _name_of(loss_features: Callable[[Tensor], Tensor] | None) -> str:
+    return "pixels" if loss_features is None else str(getattr(loss_features, "name", "features"))
+
+
+def _fixed(method: Method) -> dict[str, Any]:
+    """Settings that tell one run from another: what is not in the parameters."""
+    return json.loads(json.dumps(method.settings()))
+
+
+def _open(folder: Path, run: Run) -> Path:
+    """The folder, with the run at its checkpoint's state. Errors: ValueError where it holds another
+    solver."""
+    check_writable(folder)
+    if (folder / CHECKPOINT).exists():
+        run.restore(folder / CHECKPOINT)
+    elif (folder / SOLVER_FILE).exists():
+        raise ValueError(
+            f"{folder} has a {SOLVER_FILE} but no {CHECKPOINT}, so it is another solver; "
+            "give another folder"
+        )
+    for name in (CHECKPOINT, LOG, SOLVER_FILE, PREDICTOR_FILE):
+        sweep(folder / name)
+    return folder
+
+
+def _lines(folder: Path | None, step: int) -> list[dict[str, Any]]:
+    """The log so far, up to `step`; a log that cannot be read starts anew."""
+    if folder is None or not (folder / LOG).exists():
+        return []
+    try:
+        lines = [json.loads(text) for text in (folder / LOG).read_text().splitlines()]
+        return [line for line in lines if line["step"] <= step]
+    except (KeyError, TypeError, ValueError):
+        return []
+
+
+def _log(folder: Path | None, lines: list[dict[str, Any]], line: dict[str, Any]) -> None:
+    lines.append(line)
+    if folder is not None:
+        write_whole(folder / LOG, "".join(json.dumps(one) + "\n" for one in lines).encode())

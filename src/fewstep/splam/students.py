@@ -1,0 +1,136 @@
+"""A trained student as a model: the levels on which it is sampled, its card, its examination."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fewstep import __version__
+from fewstep.models import Model
+from fewstep.models.card import Card
+from fewstep.models.data import to_unit
+from fewstep.pictures import contact_sheet, write_png
+from fewstep.sampling import sample
+
+__all__ = ["Examination", "student_card", "student_levels"]
+
+BUDGETS = range(1, 9)  # evaluations for which a student's card has levels
+EXAMINED = (1, 2, 4)
+FIRST_SEED = 1_000_000  # of those for validation
+FINE = {"solver": "heun", "nfe": 60}  # the reference solve
+FEATURES, LEAST = "fashion-a", 256  # a training metric, never the judge; pictures for a covariance
+SHOWN = 12  # pictures of each kind on a sheet
+
+
+def student_levels(levels: Sequence[float], nfe: int) -> tuple[float, ...]:
+    """The grid on which a student spends `nfe` evaluations: levels that it was trained on, spread
+    evenly from the first, then 0.
+
+    Level i of the evaluations is number floor(i (N - 1) / nfe) of the N of its training grid; the
+    last of these was never the start of a sub-path. Errors: ValueError where there are too few.
+    """
+    starts = len(levels) - 1
+    if not 1 <= nfe <= starts:
+        raise ValueError(f"a student on {starts} sub-paths takes 1 to {starts} nfe, got {nfe}")
+    return (*(levels[i * starts // nfe] for i in range(nfe)), 0.0)
+
+
+def student_card(
+    card: Card, levels: Sequence[float], facts: dict[str, Any], recipe: dict[str, Any], name: str
+) -> Card:
+    """The card of a student: `auto` names its sampler with the levels for each budget.
+
+    facts: how it was distilled; recipe: all settings of the run
+    """
+    auto = {
+        str(nfe): {"solver": "consistency", "grid": list(student_levels(levels, nfe))}
+        for nfe in BUDGETS
+        if nfe < len(levels)
+    }
+    return replace(
+        card,
+        name=name,
+        summary=f"{facts['teacher']} distilled by {facts['method']}, {len(levels)} levels",
+        auto=auto,
+        distilled={**facts, "levels": list(levels)},
+        about={"fewstep": __version__, "recipe": recipe, "teacher": card.about},
+    )
+
+
+class Examination:
+    """Pictures of a student beside the teacher's fine solution, from the same noise.
+
+    teacher: the model that is imitated
+    label, guidance: conditions of the pictures, one label per seed or None; guidance is that of the
+        teacher, and of a student that is told it
+    """
+
+    def __init__(
+        self,
+        teacher: Model,
+        count: int,
+        *,
+        label: Sequence[int] | None = None,
+        guidance: float | None = None,
+    ) -> None:
+        self.teacher, self.label, self.guidance = teacher, label, guidance
+        self.seeds = range(FIRST_SEED, FIRST_SEED + count)
+
+    @cached_property
+    def reference(self) -> np.ndarray:
+        """The teacher's fine solutions, uint8 [n, h, w, c]."""
+        wanted = {"seeds": self.seeds, "label": self.label, "guidance": self.guidance}
+        return sample(self.teacher, **FINE, **wanted).images
+
+    def __call__(self, student: Model, guided: bool, sheet: Path | None) -> dict[str, float]:
+        """Distances of the student's pictures, in its own sampler, at each of `EXAMINED` nfe.
+
+        guided: whether the student is told the guidance scale
+        sheet: where to write the teacher's pictures and the student's, row by row
+
+        Returns for each nfe rmse_*, root mean square of the difference in pixels of [-1, 1], and,
+        where a feature network for such pictures is at hand, fd_*, the Frechet distance to the same
+        reference. Beyond one evaluation the fresh noise of the sampler is in the rmse.
+        """
+        figures: dict[str, float] = {}
+        rows = [self.reference[:SHOWN]]
+        scale = self.guidance if guided else None
+        for nfe in EXAMINED:
+            if str(nfe) not in student.card.auto:
+                continue
+            images = sample(
+                student, nfe=nfe, seeds=self.seeds, label=self.label, guidance=scale
+            ).images
+            difference = (images.astype(np.float64) - self.reference) / 127.5
+            figures[f"rmse_{nfe}"] = float(np.sqrt(np.mean(difference**2)))
+            if (distance := _frechet(images, self.reference)) is not None:
+                figures[f"fd_{nfe}"] = distance
+            rows.append(images[:SHOWN])
+        if sheet is not None:
+            pictures = np.concatenate(rows)
+            write_png(sheet, contact_sheet(list(pictures), columns=len(rows[0])), figures)
+        return figures
+
+
+def _frechet(images: np.ndarray, reference: np.ndarray) -> float | None:
+    """In the features of fashion-a; None for other pictures, for too few, or without it."""
+    if images.shape[1:] != (32, 32, 1) or len(images) < LEAST:
+        return None
+    try:
+        from fewstep.evaluate import frechet_distance
+        from fewstep.evaluate.fashion import load_feature_network
+
+        network = load_feature_network(FEATURES)
+    except (ImportError, ValueError, OSError):
+        return None
+    a, b = (
+        network(to_unit(torch.from_numpy(p)).permute(0, 3, 1, 2)).numpy()
+        for p in (images, reference)
+    )
+    return float(frechet_distance(a, b))

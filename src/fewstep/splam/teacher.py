@@ -1,0 +1,196 @@
+"""The teacher's step down a sub-path, for a batch of which every sample has its own sub-path.
+
+A solver's plan is drained on each interval of the training grid. All of these have the same
+operations and differ in their numbers, so they are one plan whose numbers are tables over the
+intervals; a batch takes its rows. The loop then runs it as any other program, with [b] tensors for
+coefficients.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.grid import make_grid
+from fewstep.plan import Eval, Op, Ops, Plan, Prediction, Program, freeze
+from fewstep.schedule import Schedule
+from fewstep.solver import get
+
+__all__ = ["Stepper", "stepper"]
+
+DEFAULT_POINTS, DEFAULT_GRID = 18, "time-uniform"
+Column = Any  # a number that all intervals share, a tuple of columns, or a tensor [intervals]
+
+
+@dataclass(frozen=True, eq=False)
+class Stepper:
+    """One step of a solver down any interval of a grid.
+
+    levels: the grid, from sigma_max on
+    prediction, depth: as in a plan
+    ops: the operations, each an Eval or a Combine whose numbers may be float64 tables [intervals]
+    evaluations: of the network, per step
+    """
+
+    levels: tuple[float, ...]
+    prediction: Prediction
+    depth: int
+    ops: tuple[Op, ...]
+    evaluations: int
+    name: str
+
+    @classmethod
+    def of(cls, levels: Sequence[float], plans: Sequence[Plan], name: str) -> Stepper:
+        """One of the plans of the intervals.
+
+        Errors: ValueError where their operations differ in more than numbers.
+        """
+        for plan in plans[1:]:
+            if [_shape(op) for op in plan.ops] != [_shape(op) for op in plans[0].ops]:
+                raise ValueError(
+                    f"teacher {name} takes other operations on some intervals than on others; "
+                    "take one whose steps are alike, such as ddim or heun"
+                )
+        ops = tuple(
+            type(column[0])._make(map(_column, zip(*column, strict=True)))
+            for column in zip(*(plan.ops for plan in plans), strict=True)
+        )
+        head = plans[0].program()
+        return cls(tuple(levels), head.prediction, head.depth, ops, head.evaluations, name)
+
+    @property
+    def digest(self) -> str:
+        """A hash of all its numbers, in hexadecimal."""
+        text = repr((self.levels, self.prediction, self.depth))
+        text += "".join(repr(_listed(value)) for op in self.ops for value in op)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def program(self, chosen: Tensor) -> Program:
+        """For the loop: sample i goes down interval chosen[i], from levels[chosen[i]]; [b]."""
+        start = functools.partial(self._start, chosen)
+        return Program(
+            start, self.prediction, self.depth, self.levels, self.evaluations, name=self.name
+        )
+
+    def _start(self, chosen: Tensor) -> Ops:
+        for op in self.ops:
+            yield type(op)._make(_rows(value, chosen) for value in op)
+
+
+def stepper(
+    teacher: str,
+    sigma_max: float,
+    sigma_min: float,
+    schedule: Schedule | None = None,
+    *,
+    points: int | None = None,
+    grid: str | None = None,
+    substeps: int = 1,
+) -> Stepper:
+    """The teacher's step on a named grid, or that of a plan on its own grid.
+
+    teacher: a solver's name; or a plan in JSON or a learned solver's folder, whose steps must not
+        look back beyond their own interval, and which bring their own grid
+    points, grid: DEFAULT_POINTS and DEFAULT_GRID where left out
+    substeps: how many steps of the solver one interval takes, on the same kind of grid refined
+
+    Errors: ValueError for a solver that is stochastic, adapts, or whose steps differ in kind.
+    """
+    if "/" in teacher or teacher.endswith(".json") or Path(teacher, "solver.json").is_file():
+        if points is not None or grid is not None or substeps != 1:
+            raise ValueError(
+                f"teacher {teacher} has its own grid: leave out points, grid and substeps"
+            )
+        return _on_own_grid(_read(Path(teacher)), teacher)
+    solver = get(teacher)
+    if solver.stochastic or solver.adapts:
+        raise ValueError(
+            f"teacher must be a solver of the ODE that has a plan, {solver.name} has none; "
+            "take ddim, heun or dpm-solver-2"
+        )
+    if substeps < 1:
+        raise ValueError(f"substeps must be at least 1, got {substeps}")
+    points = DEFAULT_POINTS if points is None else points
+    many = substeps * (points - 1) + 1
+    fine = make_grid(grid or DEFAULT_GRID, many, sigma_max, sigma_min, schedule)
+    starts = range(0, len(fine) - 1, substeps)
+    plans = [solver.plan(fine[i : i + substeps + 1]) for i in starts]
+    return Stepper.of(fine[::substeps], plans, solver.name)
+
+
+def _read(path: Path) -> Plan:
+    """A plan's file, or a learned solver's folder. Errors: ValueError where it has no plan."""
+    if path.is_dir():
+        from fewstep.learned import LearnedSolver
+
+        return LearnedSolver.load(path).plan()
+    return Plan.from_json(path.read_text())
+
+
+def _on_own_grid(plan: Plan, name: str) -> Stepper:
+    """The steps of a plan, one per interval of its grid.
+
+    Errors: ValueError where a step uses outputs of the interval before.
+    """
+    header = {"prediction": plan.prediction, "depth": plan.depth}
+    parts: list[list[Op]] = [[]]
+    outputs = 0
+    for op in plan.ops:
+        parts[-1].append(op)
+        if isinstance(op, Eval):
+            outputs += 1
+        elif len(op.b) > outputs or op.noise:
+            raise ValueError(
+                f"teacher {name} looks back beyond its own interval, or draws noise, so its steps "
+                "cannot be taken at random; take a singlestep solver"
+            )
+        elif op.accept:
+            parts.append([])
+            outputs = 0
+    steps = [part for part in parts if part]
+    if len(steps) != len(plan.sigmas) - 1:
+        raise ValueError(
+            f"teacher {name} takes {len(steps)} steps on a grid of {len(plan.sigmas) - 1} "
+            "intervals; it must take one on each"
+        )
+    plans = [
+        freeze(ops, **header, solver=name, sigmas=ends)
+        for ops, ends in zip(steps, pairwise(plan.sigmas), strict=True)
+    ]
+    return Stepper.of(plan.sigmas, plans, name)
+
+
+def _shape(op: Op) -> tuple[Any, ...]:
+    """What must agree between the steps of two intervals."""
+    if isinstance(op, Eval):
+        return "eval", op.source, op.cond is None, op.features
+    return "combine", len(op.b), op.interval, op.accept, bool(op.noise)
+
+
+def _column(values: tuple[Any, ...]) -> Column:
+    """One field over the intervals: itself where all agree, else a table."""
+    if isinstance(values[0], tuple):
+        return tuple(map(_column, zip(*values, strict=True)))
+    if all(value == values[0] for value in values):
+        return values[0]
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _rows(value: Column, chosen: Tensor) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_rows(part, chosen) for part in value)
+    return value[chosen] if isinstance(value, Tensor) else value
+
+
+def _listed(value: Column) -> Any:
+    if isinstance(value, tuple):
+        return [_listed(part) for part in value]
+    return value.tolist() if isinstance(value, Tensor) else value
