@@ -12,7 +12,7 @@ DEV := $(VENV)/.dev-installed
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format bench setup clean distclean
+.PHONY: help demo test test-all lint format bench results setup clean distclean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ format: $(DEV) ## Rewrite the files in the project's format
 
 bench: $(DEV) ## Time what a solver adds to the network's own work
 	$(VENV)/bin/python benchmarks/step_overhead.py
+
+results: $(DEV) ## Write docs/results.md and the README's table from results/
+	$(VENV)/bin/python benchmarks/make_results.py
 
 setup: $(DEV) ## Only set up .venv, for work on fewstep itself
 

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fewstep.evaluate.report import ordered, setting_words
+from fewstep.evaluate.report import ordered, setting_words, short_names
 
 ROOT = Path(__file__).parents[1]
 STORED = ROOT / "results"
@@ -24,7 +24,9 @@ Record = dict[str, Any]
 
 
 def judge(record: Record) -> str:
-    """The feature network that no choice was made by: the last."""
+    """The feature network that no choice was made by: the last. Errors: ValueError without one."""
+    if not record["floor"]:
+        raise ValueError("a stored comparison needs a feature network; see fewstep compare -h")
     return list(record["floor"])[-1]
 
 
@@ -36,6 +38,7 @@ def readme_table(record: Record) -> str:
     """Samplers down, budgets across: excess distance and error, the best of each budget bold."""
     name = judge(record)
     budgets = [nfe for nfe in SHOWN if any(row["nfe"] == nfe for row in record["rows"])]
+    middle = budgets[len(budgets) // 2]
     cells: dict[str, dict[int, str]] = {}
     scores: dict[str, float] = {}
     for nfe in budgets:
@@ -47,18 +50,30 @@ def readme_table(record: Record) -> str:
             fd = f"**{fd}**" if row["fd"][name]["excess"] == best_fd else fd
             error = f"**{error}**" if row["error"] == best_error else error
             cells.setdefault(row["sampler"], {})[nfe] = f"{fd} / {error}"
-            if nfe == SHOWN[1]:
+            if nfe == middle:
                 scores[row["sampler"]] = row["fd"][name]["excess"]
     names = sorted(cells, key=lambda sampler: scores.get(sampler, float("inf")))
+    called = short_names(record)
     lines = [
         f"| excess FD-{name} / error | {' | '.join(f'{nfe} NFE' for nfe in budgets)} |",
         "|---" * (len(budgets) + 1) + "|",
         *(
-            f"| {sampler} | {' | '.join(cells[sampler].get(nfe, '-') for nfe in budgets)} |"
+            f"| {called[sampler]} | {' | '.join(cells[sampler].get(nfe, '-') for nfe in budgets)} |"
             for sampler in names
         ),
     ]
     return "\n".join(lines)
+
+
+def chosen(screen: dict[str, Any]) -> str:
+    """How the settings were chosen, as a sentence."""
+    if not screen["seeds"]:
+        return "Nothing was chosen: every solver has its usual setting."
+    return (
+        f"Settings were chosen on the validation seeds {screen['seeds']} by {screen['by']}, out of "
+        f"{', '.join(screen['grids'])}; first step {', '.join(screen['firsts'])}; end "
+        f"{', '.join(screen['ends'])}."
+    )
 
 
 def results_page(records: dict[str, Record]) -> str:
@@ -66,20 +81,20 @@ def results_page(records: dict[str, Record]) -> str:
     parts = [
         "# Results",
         "Written by `make results` from the files in `results/`; never edited by hand. What the "
-        "columns mean, and how quality is measured: [evaluate.md](evaluate.md).",
+        "columns mean stands in [compare.md](compare.md), how quality is measured in "
+        "[evaluate.md](evaluate.md).",
     ]
     for stem, record in records.items():
         names, references = list(record["floor"]), record["references"]
-        screen = record["screen"]
+        data = [name for name in names if "fd_data" in record["floor"][name]]
+        called = short_names(record)
         parts += [
             f"## {record['model']['name']}",
             f"Weights `{record['model']['weights'][:16]}`; {record['pictures']:,} pictures, seeds "
             f"{record['seeds']}. Reference solves: {references['solver']} at {references['nfe']} "
             f"evaluations on the {references['grid']} grid, float32, within "
             f"{references['own_error']:.1e} of a finer solve by another method. Population: seeds "
-            f"{references['population']}. Settings were chosen on the validation seeds "
-            f"{screen['seeds']} by {screen['by']}, out of {', '.join(screen['grids'])}; first step "
-            f"{', '.join(screen['firsts'])}; end {', '.join(screen['ends'])}.",
+            f"{references['population']}. {chosen(record['screen'])}",
             "The floor, which excess subtracts: "
             + "; ".join(f"FD-{name} {record['floor'][name]['fd']:.3f}" for name in names)
             + ".",
@@ -87,19 +102,19 @@ def results_page(records: dict[str, Record]) -> str:
         ]
         for nfe in sorted({row["nfe"] for row in record["rows"]}):
             head = ["sampler", "setting", "error", "PSNR, dB"]
-            head += [f"excess FD-{name}" for name in names] + [
-                f"FD-{name} to data" for name in names
-            ]
+            head += [f"excess FD-{name}" for name in names]
+            head += [f"FD-{name} to data" for name in data]
             lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
             for row in ordered(record):
                 if row["nfe"] != nfe:
                     continue
                 spread = f" ± {row['error_se']:.4f}" if row["error_se"] is not None else ""
-                cells = [row["sampler"], setting_words(row), f"{row['error']:.4f}{spread}"]
+                cells = [called[row["sampler"]], setting_words(row), f"{row['error']:.4f}{spread}"]
                 cells += [f"{row['psnr']:.1f}", *(excess(row, name) for name in names)]
-                cells += [f"{row['fd_data'].get(name, float('nan')):.2f}" for name in names]
+                cells += [f"{row['fd_data'][name]:.2f}" for name in data]
                 lines.append(f"| {' | '.join(cells)} |")
             parts += [f"### {nfe} evaluations", "\n".join(lines)]
+        parts += [f"Left out: {why}" for why in record.get("left_out", {}).values()]
         parts.append("### How these were made")
         for source in record["sources"]:
             machine = source["machine"]

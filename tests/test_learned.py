@@ -303,7 +303,7 @@ TOY = GaussianMixture(
     sigma_min=0.01,
     sigma_max=20.0,
 )
-SHORT = {"trajectories": 96, "batch": 16, "validation": 16, "validate_every": 2}
+SHORT = {"method": "amed", "trajectories": 96, "batch": 16, "validation": 16, "validate_every": 2}
 
 
 def short(out: Path | None = None, denoiser: Any = TOY, **more: Any) -> LearnedSolver:
@@ -323,6 +323,7 @@ def test_r_is_the_root_of_a_gaussians_step():
     found = train(
         Gaussian(torch.zeros(3), rest=variance),
         (3,),
+        method="amed",
         nfe=2,
         grid=(cur, nxt),
         scale_dir=0.0,

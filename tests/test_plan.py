@@ -217,9 +217,7 @@ def test_unknown_names_and_options_are_refused_with_the_nearest():
         registry.get("ddim-eta:eto=1")
     with pytest.raises(ValueError, match=r"NAME:key=number"):
         registry.get("ddim-eta:eta")
-    with pytest.raises(
-        ValueError, match="eta of ddim-eta must be at least 0 and at most 1, got 2.0"
-    ):
+    with pytest.raises(ValueError, match=r"eta of ddim-eta must be .* at most 1, got 2\.0"):
         registry.get("ddim-eta:eta=2")
     with pytest.raises(ValueError, match="first must be one of none, zero, mean, got 'one'"):
         registry.get("ddim").plan(IRREGULAR, first="one")

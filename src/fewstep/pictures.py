@@ -51,8 +51,8 @@ def read_metadata(path: Path | str) -> dict[str, Any] | None:
 
 
 def _of_the_system(error: Exception) -> bool:
-    """Whether the file could not be read at all; Pillow's own OSErrors, about what is in it, have no
-    number."""
+    """Whether the file could not be read at all: Pillow's own OSErrors, about what is in it, have
+    no number."""
     return isinstance(error, OSError) and error.errno is not None
 
 

@@ -11,14 +11,16 @@ from typing import NoReturn
 
 import typer
 
-from fewstep.cli import demo, distill, evaluate, geometry, sample, train, train_solver  # noqa: F401  (each registers its commands)
+from fewstep.cli import compare, demo, distill, evaluate, geometry, sample, train, train_solver  # noqa: F401  (each registers its commands)
 from fewstep.cli.app import app
 
 __all__ = ["app", "main"]
 
 
 # typer may bring its own copy of click, or use the installed one: its errors are found by descent
-UsageError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+UsageError: type[Exception] = next(
+    c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException"
+)
 MAY_BE_EMPTY = ("--prompt", "--negative")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +19,7 @@ from fewstep.cli.options import (
     ModelArgument,
     parse_seeds,
     progress_bar,
+    resumable,
 )
 
 SOLVERS = "ddim,heun,dpm-solver-2,dpmpp-2m,unipc-2,deis-2,ipndm-2,ipndm-3,auto"
@@ -29,6 +31,14 @@ def words(text: str, what: str) -> tuple[str, ...]:
     if not found:
         raise ValueError(f"{what} must name at least one, got {text!r}")
     return found
+
+
+def parse_budgets(text: str) -> tuple[int, ...]:
+    """Budgets from "3,5,7" or "3-8". Errors: ValueError that shows the form."""
+    try:
+        return tuple(parse_seeds(text))
+    except ValueError:
+        raise ValueError(f"--nfe is written like 3,5,7 or 3-8, got {text!r}") from None
 
 
 @app.command("compare")
@@ -87,6 +97,9 @@ def compare_command(
         Path | None,
         typer.Option(help="An earlier comparison.json of the same protocol whose rows are kept."),
     ] = None,
+    plots: Annotated[
+        bool, typer.Option("--plots/--no-plots", help="Curves in the report; needs matplotlib.")
+    ] = True,
     as_json: JsonOption = False,
 ) -> None:
     """Samplers side by side: errors, distances, time; a table, curves and pictures in one report.
@@ -94,46 +107,60 @@ def compare_command(
     Reference solves are always float32. An interrupted comparison goes on where it stopped, and
     new solvers join an old one in the same folder at their own cost alone.
     """
-    from fewstep.evaluate.compare import Comparison, Design, Workbench, compare, merge
+    from fewstep.evaluate.compare import (
+        Comparison,
+        Design,
+        Workbench,
+        check_protocol,
+        compare,
+        merge,
+        protocol,
+        read_comparison,
+    )
     from fewstep.evaluate.features import own_features, resolve_features
+    from fewstep.evaluate.geometry_report import check_matplotlib
     from fewstep.evaluate.references import Fine, References
     from fewstep.evaluate.report import comparison_table, write_comparison
     from fewstep.files import check_writable
     from fewstep.models import load
 
-    check_writable(out)
-    earlier = json.loads(beside.read_text()) if beside else None
+    if plots:
+        check_matplotlib()
+    budgets, test_seeds = parse_budgets(nfe), tuple(parse_seeds(seeds))
+    earlier = read_comparison(beside) if beside else None
     loaded = load(model, device=device, dtype=dtype, compile=compile)
     exact = load(model, device=device, compile=compile) if dtype != "float32" else loaded
     names = own_features(loaded.card.name) if features is None else words(features, "features")
     judges = [resolve_features(name, device=device) for name in names if name != "none"]
-    by_error = not judges
     design = Design(
         solvers=words(solvers, "solvers"),
-        budgets=tuple(parse_seeds(nfe)),
-        seeds=tuple(parse_seeds(seeds)),
+        budgets=budgets,
+        seeds=test_seeds,
         label=label,
         guidance=guidance,
         grids=words(grids, "grids"),
         firsts=words(firsts, "firsts"),
         ends=words(ends, "ends"),
         screen=screen,
-        choose_by=choose_by or ("error" if by_error else judges[0].label),
+        choose_by=choose_by or (judges[0].label if judges else "error"),
         population=population,
     )
+    check_writable(out)
     references = References(exact, Fine(nfe=reference_nfe), label, guidance, cache, batch)
-    command = "fewstep " + " ".join(sys.argv[1:])
-    with progress_bar(as_json) as bar:
+    command = shlex.join(["fewstep", *sys.argv[1:]])
+    with resumable(out), progress_bar(as_json) as bar:
         task = bar.add_task("starting", total=None)
 
         def report(what: str, done: int, total: int) -> None:
             bar.update(task, description=what, completed=done, total=total)
 
         bench = Workbench(loaded, references, out, batch, report)
+        if earlier is not None:  # now, and not after hours of work
+            check_protocol(protocol(bench, design, judges), earlier)
         result = compare(bench, design, judges, command=command)
         if earlier is not None:
             result = Comparison(merge(result.record, earlier), result.strips)
-        files = write_comparison(result, out)
+        files = write_comparison(result, out, plots)
     if as_json:
         print(json.dumps(result.record))
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -68,6 +69,9 @@ def distill_splam_command(
     clip: Annotated[float, typer.Option(help="Largest norm of a gradient.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Decides data order and noise.")] = 0,
     name: Annotated[str | None, typer.Option(help="The student's name in its card.")] = None,
+    sampler: Annotated[
+        str, typer.Option(help="For its card: consistency (fresh noise) or consistency-ode.")
+    ] = "consistency",
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.", min=1)] = 100,
     validate_every: Annotated[int, typer.Option(help="Steps between validations.", min=1)] = 500,
     validation_seeds: Annotated[
@@ -108,6 +112,8 @@ def distill_splam_command(
         dtype=dtype,
         seed=seed,
     )
+    if device == "cuda":  # under torchrun each process has a device of its own
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     loaded = load(model, device=device)
     with resumable(out), show.TrainingBar(recipe.total_steps) as bar:
         student = distill(
@@ -115,6 +121,7 @@ def distill_splam_command(
             data,
             out=out,
             name=name,
+            sampler=sampler,
             checkpoint_every=checkpoint_every,
             validate_every=validate_every,
             validation_seeds=validation_seeds,

@@ -26,7 +26,8 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+import zipfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,14 +39,30 @@ from fewstep.denoiser import calls_per_eval
 from fewstep.evaluate.references import CHUNK, References
 from fewstep.evaluate.statistics import Statistics, paired_frechet
 from fewstep.files import write_whole
-from fewstep.loop import resolve, solve
+from fewstep.grid import GRIDS
+from fewstep.loop import find, resolve, solve
 from fewstep.models import Model
 from fewstep.sampling import Settings, describe
+from fewstep.solver import ENDS, FIRST_STEPS, Solver, get
+from fewstep.solver.registry import MOST_EVALUATIONS
 
-__all__ = ["Comparison", "Design", "Judge", "Run", "Workbench", "compare", "machine", "merge"]
+__all__ = [
+    "Comparison",
+    "Design",
+    "Judge",
+    "Run",
+    "Workbench",
+    "check_protocol",
+    "compare",
+    "machine",
+    "merge",
+    "protocol",
+    "read_comparison",
+]
 
 FORMAT = "fewstep-comparison/1"
 CHECKED = 32  # seeds whose error stands in the row by itself, for a quick recomputation
+SHOWN = 16  # pictures of each sampler that are kept for the report
 FINALISTS = 3  # settings that the first round of screening leaves
 VALIDATION, POPULATION = 1_000_000, 100_000  # where their seeds start
 
@@ -107,6 +124,25 @@ class Design:
             raise ValueError(
                 f"screen must be at least 0 and screen_first at least 1, got {self.screen} and "
                 f"{self.screen_first}"
+            )
+        for nfe in self.budgets:
+            if not 1 <= nfe <= MOST_EVALUATIONS:
+                raise ValueError(f"budgets must be from 1 to {MOST_EVALUATIONS}, got {nfe}")
+        for name, have in (("grids", GRIDS), ("firsts", FIRST_STEPS), ("ends", ENDS)):
+            unknown = [one for one in getattr(self, name) if one not in have]
+            if unknown or not getattr(self, name):
+                got = unknown[0] if unknown else "none"
+                raise ValueError(f"{name} must be among {', '.join(have)}, got {got}")
+        for name, kept in (("validation", self.validation), ("population", self.others)):
+            shared = set(self.seeds) & set(kept)
+            if shared:
+                raise ValueError(
+                    f"seeds {kept[0]} to {kept[-1]} are kept for {name}, got {min(shared)} as a "
+                    "test seed; take others"
+                )
+        if len(self.others) > VALIDATION - POPULATION and self.screen:
+            raise ValueError(
+                f"population must be at most {VALIDATION - POPULATION}, got {self.population}"
             )
 
     @property
@@ -179,28 +215,29 @@ class Workbench:
     @torch.inference_mode()
     def _sample(self, settings: Settings, seeds: tuple[int, ...]) -> dict[str, np.ndarray]:
         denoiser = self.model.denoiser(self.references.label, None, self.references.guidance)
+        program = resolve(**settings.arguments(), denoiser=denoiser)
+        to_zero = settings.final or program.sigmas[-1] == 0
         exact = self.references.endpoints(seeds)
         images, mse, seconds = [], [], 0.0
         for start in range(0, len(seeds), self.batch):
             part = seeds[start : start + self.batch]
             begun = time.perf_counter()
             x = solve(denoiser, self.model.prior(part), **settings.arguments(), seeds=part)
+            finite = torch.isfinite(x).flatten(1).all(1)
+            if not finite.all():
+                raise FloatingPointError(
+                    f"{settings.record()['solver']} at {settings.nfe} evaluations gave NaN or "
+                    f"infinity for seed {part[int(finite.int().argmin())]}; leave it out, or take "
+                    "another dtype"
+                )
             images.append(self.model.decode(x))
             seconds += time.perf_counter() - begun
-            to_zero = settings.final or settings.end == "zero"
             gap = x.double().cpu().numpy() - exact[start : start + self.batch, int(to_zero)]
             mse.append(np.square(gap).reshape(len(part), -1).mean(1))
-        each = np.concatenate(mse)
-        if not np.isfinite(each).all():
-            bad = [seed for seed, value in zip(seeds, each, strict=True) if not np.isfinite(value)]
-            raise FloatingPointError(
-                f"{settings.record()['solver']} at {settings.nfe} evaluations gave NaN or infinity "
-                f"for seed {bad[0]}; leave it out, or take another dtype"
-            )
         return {
             "images": np.concatenate(images),
-            "mse": each,
-            "seconds": np.float64(seconds / len(seeds)),
+            "mse": np.concatenate(mse),
+            "seconds": np.array(seconds / len(seeds)),
         }
 
     def features(self, judge: Judge, images: np.ndarray, digest: str) -> np.ndarray:
@@ -251,27 +288,28 @@ def compare(
 ) -> Comparison:
     """Screen, run and measure.
 
-    Errors: ValueError where no solver can spend a budget, or choose_by names no judge.
+    A budget that a solver cannot spend is left out, and the record says why.
+    Errors: ValueError, before any work, where no solver can spend any budget, choose_by names no
+    judge, a solver is not known, or there are too few seeds for a distance.
     """
-    model = workbench.model
     by_label = {judge.label: judge for judge in judges}
     if design.choose_by != "error" and design.choose_by not in by_label:
         raise ValueError(
             f"choose_by must be error or one of {', '.join(by_label) or 'no feature networks'}, "
             f"got {design.choose_by!r}"
         )
+    if judges and min(len(design.seeds), design.population) < 2:
+        raise ValueError("a distance needs at least 2 seeds and a population of 2, got 1")
+    candidates, left_out = _all_candidates(workbench.model, design)
     populations = {judge.label: workbench.population(judge, design) for judge in judges}
     seconds = {
         judge.label: workbench.features(judge, *workbench.exact(design.seeds)) for judge in judges
     }
-    rows, strips = [], {"": workbench.exact(design.seeds[:CHUNK])[0][:16]}
-    for nfe, solver in itertools.product(design.budgets, design.solvers):
-        chosen = _choose(workbench, design, by_label, populations, solver, nfe)
-        if chosen is None:
-            continue  # a budget that this solver cannot spend
-        settings, screened = chosen
-        run = workbench.run(settings, design.seeds)
-        row = _row(model, solver, settings, run, design)
+    rows, strips = [], {"": workbench.exact(design.seeds[:CHUNK])[0][:SHOWN]}
+    for (nfe, solver), settings in candidates.items():
+        chosen, screened = _choose(workbench, design, by_label, populations, settings)
+        run = workbench.run(chosen, design.seeds)
+        row = _row(workbench.model, solver, chosen, run, design)
         row["screened"] = screened
         for judge in judges:
             features = workbench.features(judge, run.images, run.digest)
@@ -282,34 +320,36 @@ def compare(
                 ours = Statistics.of(features, extractor=judge.name)
                 row["fd_data"][judge.label] = ours.frechet(judge.data)
         rows.append(row)
-        strips[f"{solver}@{nfe}"] = run.images[:16]
-    if not rows:
-        raise ValueError("none of the solvers can spend any of the budgets")
+        strips[f"{solver}@{nfe}"] = run.images[:SHOWN]
     floor = {}
     for judge in judges:
         ours = Statistics.of(seconds[judge.label], extractor=judge.name)
         floor[judge.label] = {"fd": ours.frechet(populations[judge.label])}
         if judge.data is not None:
             floor[judge.label]["fd_data"] = ours.frechet(judge.data)
+    source = {
+        "command": command,
+        "made": time.strftime("%Y-%m-%d"),
+        "dtype": str(workbench.model.dtype).removeprefix("torch."),
+        "machine": machine(),
+    }
+    record = {**protocol(workbench, design, judges), "sources": [source], "floor": floor}
+    own_error = workbench.references.error(design.seeds[:CHECKED])
+    record["references"]["own_error"] = own_error
+    record |= {"left_out": left_out, "rows": rows}
+    return Comparison(json.loads(json.dumps(record)), strips)
+
+
+def protocol(workbench: Workbench, design: Design, judges: Sequence[Judge]) -> dict[str, Any]:
+    """What every number of a comparison depends on, known before any work, JSON-ready."""
+    card = workbench.model.card
     record = {
         "format": FORMAT,
-        "sources": [
-            {
-                "command": command,
-                "made": time.strftime("%Y-%m-%d"),
-                "dtype": str(model.dtype).removeprefix("torch."),
-                "machine": machine(),
-            }
-        ],
-        "model": {"name": model.card.name, "weights": model.card.weights_sha256},
+        "model": {"name": card.name, "weights": card.weights_sha256},
         "condition": {"label": design.label, "guidance": design.guidance},
         "seeds": _span(design.seeds),
         "pictures": len(design.seeds),
-        "references": {
-            **workbench.references.facts(),
-            "population": _span(design.others),
-            "own_error": workbench.references.error(design.seeds[:CHECKED]),
-        },
+        "references": {**workbench.references.facts(), "population": _span(design.others)},
         "screen": {
             "seeds": _span(design.validation) if design.screen else None,
             "first_round": design.screen_first,
@@ -319,41 +359,61 @@ def compare(
             "ends": design.ends,
         },
         "features": {judge.label: judge.name for judge in judges},
-        "floor": floor,
-        "rows": rows,
     }
-    return Comparison(json.loads(json.dumps(record)), strips)
+    return json.loads(json.dumps(record))
+
+
+def check_protocol(record: dict[str, Any], other: dict[str, Any]) -> None:
+    """Numbers of different protocols do not stand in one table.
+
+    Errors: ValueError, with what differs, unless model, condition, seeds, references, feature
+    networks and, where both chose settings, the choice are the same.
+    """
+    for name in ("format", "model", "condition", "seeds", "references", "features", "screen"):
+        ours, theirs = record.get(name), other.get(name)
+        if name == "screen" and not (ours and theirs and ours["seeds"] and theirs["seeds"]):
+            continue
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            keys = (ours.keys() | theirs.keys()) - {"own_error"}
+            apart = sorted(key for key in keys if ours.get(key) != theirs.get(key))
+            ours, theirs = ({key: one.get(key) for key in apart} for one in (ours, theirs))
+        if ours != theirs:
+            raise ValueError(
+                f"the comparisons differ in {name}: {ours} and {theirs}; run both alike"
+            )
+
+
+def read_comparison(path: Path) -> dict[str, Any]:
+    """The record of a comparison.json. Errors: ValueError where it is something else."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["format"] == FORMAT and record["rows"]:
+            return record
+        found = repr(record["format"])
+    except (KeyError, TypeError, ValueError, RecursionError):
+        found = "something else"
+    raise ValueError(f"{path} is not a comparison: need format {FORMAT!r} with rows, got {found}")
 
 
 def merge(record: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """The rows of both; where both have a sampler at a budget, the first one's.
 
-    Errors: ValueError, with what differs, unless model, seeds, references, condition and feature
-    networks are the same: numbers of different protocols do not stand in one table.
+    Errors: as `check_protocol`.
     """
-    for name in ("format", "model", "condition", "seeds", "references", "floor"):
-        ours, theirs = record[name], other.get(name)
-        if name == "floor" and isinstance(theirs, dict):
-            ours, theirs = sorted(ours), sorted(theirs)
-        if name == "references" and isinstance(theirs, dict):
-            ours, theirs = ({**one, "own_error": 0} for one in (ours, theirs))
-        if ours != theirs:
-            raise ValueError(f"the comparisons differ in {name}: {ours} and {theirs}")
+    check_protocol(record, other)
     have = {(row["sampler"], row["nfe"]) for row in record["rows"]}
-    shift = len(record["sources"])
-    more = [
-        {**row, "source": row["source"] + shift}
-        for row in other["rows"]
-        if (row["sampler"], row["nfe"]) not in have
-    ]
-    used = {row["source"] for row in more}
-    sources = [s for i, s in enumerate(other["sources"]) if i + shift in used]
-    place = {old: shift + new for new, old in enumerate(sorted(used))}
-    more = [{**row, "source": place[row["source"]]} for row in more]
+    more = [row for row in other["rows"] if (row["sampler"], row["nfe"]) not in have]
+    used = sorted({row["source"] for row in more})
+    place = {source: len(record["sources"]) + i for i, source in enumerate(used)}
+    rows = record["rows"] + [{**row, "source": place[row["source"]]} for row in more]
+    done = {f"{row['sampler']}@{row['nfe']}" for row in rows}
+    left_out = {**other.get("left_out", {}), **record.get("left_out", {})}
     return {
         **record,
-        "sources": record["sources"] + sources,
-        "rows": record["rows"] + more,
+        "screen": record["screen"] if record["screen"]["seeds"] else other["screen"],
+        "sources": record["sources"] + [other["sources"][source] for source in used],
+        "left_out": {name: why for name, why in left_out.items() if name not in done},
+        "rows": rows,
     }
 
 
@@ -363,6 +423,7 @@ def _row(model: Model, solver: str, settings: Settings, run: Run, design: Design
     return {
         "sampler": solver,
         **settings.record(),
+        "stochastic": isinstance(settings.solver, str) and get(settings.solver).stochastic,
         "network_calls": settings.nfe * calls_per_eval(denoiser),
         "error": float(error.mean()),
         "error_se": float(error.std(ddof=1) / len(error) ** 0.5) if len(error) > 1 else None,
@@ -380,14 +441,10 @@ def _choose(
     design: Design,
     judges: dict[str, Judge],
     populations: dict[str, Statistics],
-    solver: str,
-    nfe: int,
-) -> tuple[Settings, dict[str, Any] | None] | None:
-    """The setting of a solver at a budget, and how it was chosen; None where it cannot spend it."""
-    candidates = list(_candidates(workbench.model, design, solver, nfe))
-    if not candidates:
-        return None
-    if design.screen == 0 or len(candidates) == 1:
+    candidates: Sequence[Settings],
+) -> tuple[Settings, dict[str, Any] | None]:
+    """The best of the settings on the validation seeds, and how it was chosen."""
+    if len(candidates) == 1:
         return candidates[0], None
 
     def score(settings: Settings, seeds: Sequence[int]) -> float:
@@ -407,18 +464,44 @@ def _choose(
     return candidates[i], {"score": best, "of": len(candidates)}
 
 
-def _candidates(model: Model, design: Design, solver: str, nfe: int) -> Iterator[Settings]:
-    """The settings that fit; one where nothing is left to choose."""
-    if solver == "auto" or design.screen == 0 or os.path.isdir(solver):
-        yield Settings.choose(model, solver, nfe)
-        return
-    for grid, first, end in itertools.product(design.grids, design.firsts, design.ends):
-        settings = Settings.choose(model, solver, nfe, grid, first, False, end=end)
+def _all_candidates(
+    model: Model, design: Design
+) -> tuple[dict[tuple[int, str], list[Settings]], dict[str, str]]:
+    """The settings to choose from for each budget and solver, and the reasons of those that have
+    none."""
+    candidates, left_out = {}, {}
+    for nfe, solver in itertools.product(design.budgets, design.solvers):
+        fit, why = _candidates(model, design, solver, nfe)
+        if fit:
+            candidates[nfe, solver] = fit
+        else:
+            left_out[f"{solver}@{nfe}"] = why
+    if not candidates:
+        reason = next(iter(left_out.values()))
+        raise ValueError(f"none of the solvers can spend any of the budgets: {reason}")
+    return candidates, left_out
+
+
+def _candidates(model: Model, design: Design, solver: str, nfe: int) -> tuple[list[Settings], str]:
+    """The settings that fit, and why the first of the others does not. "auto" and learned solvers
+    leave nothing to choose."""
+    chosen = solver != "auto" and isinstance(find(solver), Solver)  # speaks up about unknown names
+    free = chosen and design.screen > 0
+    choices = itertools.product(design.grids, design.firsts, design.ends)
+    denoiser = model.denoiser(design.label, None, design.guidance)
+    fit, why = [], ""
+    for grid, first, end in choices if free else [(None, None, None)]:
         try:
-            resolve(settings.solver, nfe, grid, first, False, end=end)
-        except ValueError:  # a budget that it cannot spend so, or an SDE with an analytic start
+            settings = Settings.choose(model, solver, nfe, grid, first, end=end)
+            resolve(**settings.arguments(), denoiser=denoiser)
+        except ValueError as error:
+            why = why or str(error)
             continue
-        yield settings
+        if settings.first == "mean" and getattr(denoiser, "far_mean", None) is None:
+            why = why or "the model has no mean for the analytic first step"
+            continue
+        fit.append(settings)
+    return fit, why
 
 
 def machine() -> dict[str, Any]:
@@ -457,9 +540,9 @@ def _slug(name: str) -> str:
 def _read(path: Path, names: Sequence[str]) -> dict[str, np.ndarray] | None:
     """Arrays of a file, or None where it is not there or not whole."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in names}
-    except (OSError, ValueError, KeyError, EOFError):
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in names}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
 
 

@@ -103,7 +103,8 @@ class References:
         path = folder / f"{seeds[0]}-{seeds[-1]}-{digest}.npy"
         shape = (len(seeds), 2, *self.model.shape)
         try:
-            values = np.load(path, allow_pickle=False)
+            with open(path, "rb") as file:
+                values = np.lib.format.read_array(file, allow_pickle=False)
             if values.shape == shape and values.dtype == np.float32:
                 return values
         except (OSError, ValueError, EOFError):

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import csv
 import io
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from rich.table import Table
 
 from fewstep.evaluate.compare import Comparison
-from fewstep.evaluate.comparison_html import comparison_html
 from fewstep.files import write_json, write_whole
 
-__all__ = ["comparison_csv", "comparison_table", "setting_words", "write_comparison"]
+__all__ = [
+    "comparison_csv",
+    "comparison_table",
+    "ordered",
+    "setting_words",
+    "short_names",
+    "write_comparison",
+]
 
 PLAIN = (
     "sampler",
@@ -37,16 +43,32 @@ def setting_words(row: dict[str, Any]) -> str:
     return grid + first + (", to 0" if row["end"] == "zero" else "")
 
 
+def short_names(record: dict[str, Any]) -> dict[str, str]:
+    """What each sampler is called: a folder by its last part, unless two end so."""
+    names = list(dict.fromkeys(row["sampler"] for row in record["rows"]))
+    last = {name: PurePath(name).name if "/" in name else name for name in names}
+    short = list(last.values())
+    return {name: last[name] if short.count(last[name]) == 1 else name for name in names}
+
+
 def comparison_table(record: dict[str, Any]) -> Table:
     """For the terminal: by budget, the best first."""
-    judges = list(record["floor"])
-    table = Table(box=None, pad_edge=False, header_style="bold", title=_title(record))
+    judges, called = list(record["floor"]), short_names(record)
+    table = Table(
+        box=None,
+        pad_edge=False,
+        header_style="bold",
+        title=_title(record),
+        title_justify="left",
+        caption="\n".join(f"left out: {why}" for why in record.get("left_out", {}).values()),
+        caption_justify="left",
+    )
     for name in ("NFE", "sampler", "setting"):
         table.add_column(name, no_wrap=name != "setting")
     for name in ("error", "PSNR, dB", *(f"excess FD-{judge}" for judge in judges), "ms/picture"):
         table.add_column(name, justify="right")
     for row in ordered(record):
-        cells = [str(row["nfe"]), row["sampler"], setting_words(row)]
+        cells = [str(row["nfe"]), called[row["sampler"]], setting_words(row)]
         spread = "" if row["error_se"] is None else f" ± {row['error_se']:.4f}"
         cells += [f"{row['error']:.4f}{spread}", f"{row['psnr']:.1f}"]
         for judge in judges:
@@ -57,11 +79,14 @@ def comparison_table(record: dict[str, Any]) -> Table:
 
 
 def ordered(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows by budget, the best first: by the last feature network's excess, else by error."""
+    """Rows by budget, the best first: by the last feature network's excess, else by error, where
+    stochastic solvers, to which an error says little, come last."""
     judges = list(record["floor"])
 
-    def key(row: dict[str, Any]) -> tuple[int, float]:
-        return row["nfe"], row["fd"][judges[-1]]["excess"] if judges else row["error"]
+    def key(row: dict[str, Any]) -> tuple[int, bool, float]:
+        if judges:
+            return row["nfe"], False, row["fd"][judges[-1]]["excess"]
+        return row["nfe"], bool(row.get("stochastic")), row["error"]
 
     return sorted(record["rows"], key=key)
 
@@ -86,12 +111,14 @@ def comparison_csv(record: dict[str, Any]) -> str:
     return out.getvalue()
 
 
-def write_comparison(result: Comparison, out: Path) -> tuple[Path, ...]:
+def write_comparison(result: Comparison, out: Path, plots: bool = True) -> tuple[Path, ...]:
     """comparison.json, .csv and report.html in a folder; returns their paths."""
+    from fewstep.evaluate.comparison_html import comparison_html  # it imports this module
+
     paths = out / "comparison.json", out / "comparison.csv", out / "report.html"
     write_json(paths[0], result.record)
     write_whole(paths[1], comparison_csv(result.record).encode())
-    write_whole(paths[2], comparison_html(result.record, result.strips).encode())
+    write_whole(paths[2], comparison_html(result.record, result.strips, plots).encode())
     return paths
 
 

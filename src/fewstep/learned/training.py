@@ -69,7 +69,7 @@ def train(
     denoiser: Denoiser,
     shape: Sequence[int],
     *,
-    method: str = "amed",
+    method: str = "tuned",
     base: str | None = None,
     nfe: int = 5,
     trajectories: int = 10_000,
@@ -99,7 +99,7 @@ def train(
 
     denoiser: any callable D(x [b, ...], sigma [b]) -> [b, ...]; its parameters do not change
     shape: of one sample
-    method: "amed" or "amed-plugin"
+    method: "tuned", "amed" or "amed-plugin"
     base: the solver that amed-plugin improves on; ipndm-4 unless given
     nfe: the budget
     trajectories, batch: how many starts the run sees, and how many at a time

@@ -22,6 +22,7 @@ __all__ = ["Examination", "student_card", "student_levels"]
 
 BUDGETS = range(1, 9)  # evaluations for which a student's card has levels
 EXAMINED = (1, 2, 4)
+SAMPLERS = {"consistency": "", "consistency-ode": "_ode"}  # and what marks their figures
 FIRST_SEED = 1_000_000  # of those for validation
 FINE = {"solver": "heun", "nfe": 60}  # the reference solve
 FEATURES, LEAST = "fashion-a", 256  # a training metric, never the judge; pictures for a covariance
@@ -42,14 +43,24 @@ def student_levels(levels: Sequence[float], nfe: int) -> tuple[float, ...]:
 
 
 def student_card(
-    card: Card, levels: Sequence[float], facts: dict[str, Any], recipe: dict[str, Any], name: str
+    card: Card,
+    levels: Sequence[float],
+    facts: dict[str, Any],
+    recipe: dict[str, Any],
+    name: str,
+    sampler: str = "consistency",
 ) -> Card:
     """The card of a student: `auto` names its sampler with the levels for each budget.
 
     facts: how it was distilled; recipe: all settings of the run
+    sampler: "consistency", with fresh noise at every level, or "consistency-ode", without
+
+    Errors: ValueError for another sampler.
     """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
     auto = {
-        str(nfe): {"solver": "consistency", "grid": list(student_levels(levels, nfe))}
+        str(nfe): {"solver": sampler, "grid": list(student_levels(levels, nfe))}
         for nfe in BUDGETS
         if nfe < len(levels)
     }
@@ -89,14 +100,16 @@ class Examination:
         return sample(self.teacher, **FINE, **wanted).images
 
     def __call__(self, student: Model, guided: bool, sheet: Path | None) -> dict[str, float]:
-        """Distances of the student's pictures, in its own sampler, at each of `EXAMINED` nfe.
+        """Distances of the student's pictures at each of `EXAMINED` nfe.
 
         guided: whether the student is told the guidance scale
-        sheet: where to write the teacher's pictures and the student's, row by row
+        sheet: where to write the teacher's pictures and the student's, row by row, those of its own
+            sampler
 
         Returns for each nfe rmse_*, root mean square of the difference in pixels of [-1, 1], and,
         where a feature network for such pictures is at hand, fd_*, the Frechet distance to the same
-        reference. Beyond one evaluation the fresh noise of the sampler is in the rmse.
+        reference; rmse_ode_* and fd_ode_* are those of consistency-ode. Beyond one evaluation the
+        fresh noise of the other sampler is in its rmse.
         """
         figures: dict[str, float] = {}
         rows = [self.reference[:SHOWN]]
@@ -104,14 +117,23 @@ class Examination:
         for nfe in EXAMINED:
             if str(nfe) not in student.card.auto:
                 continue
-            images = sample(
-                student, nfe=nfe, seeds=self.seeds, label=self.label, guidance=scale
-            ).images
-            difference = (images.astype(np.float64) - self.reference) / 127.5
-            figures[f"rmse_{nfe}"] = float(np.sqrt(np.mean(difference**2)))
-            if (distance := _frechet(images, self.reference)) is not None:
-                figures[f"fd_{nfe}"] = distance
-            rows.append(images[:SHOWN])
+            for sampler, mark in SAMPLERS.items():
+                if nfe == 1 and mark:
+                    continue  # one evaluation is the same with both
+                images = sample(
+                    student,
+                    solver=sampler,
+                    nfe=nfe,
+                    seeds=self.seeds,
+                    label=self.label,
+                    guidance=scale,
+                ).images
+                difference = (images.astype(np.float64) - self.reference) / 127.5
+                figures[f"rmse{mark}_{nfe}"] = float(np.sqrt(np.mean(difference**2)))
+                if (distance := _frechet(images, self.reference)) is not None:
+                    figures[f"fd{mark}_{nfe}"] = distance
+                if nfe == 1 or sampler == student.card.auto[str(nfe)]["solver"]:
+                    rows.append(images[:SHOWN])
         if sheet is not None:
             pictures = np.concatenate(rows)
             write_png(sheet, contact_sheet(list(pictures), columns=len(rows[0])), figures)

@@ -97,7 +97,7 @@ class Run:
         """
         if self.team.leads and path.exists():
             self._read(path)
-        count = torch.tensor(self.step)
+        count = torch.tensor(self.step, device=self.weights[0].device)
         self.team.share([*self.tensors().values(), count])
         self.step = int(count)
         for state in self.adam.state.values():
@@ -187,6 +187,7 @@ def distill(
     *,
     out: Path | str | None = None,
     name: str | None = None,
+    sampler: str = "consistency",
     checkpoint_every: int = 100,
     validate_every: int = 500,
     validation_seeds: int = 64,
@@ -201,6 +202,7 @@ def distill(
     out: folder for checkpoint, log, validation sheets and the student; a run that is there already
         is resumed. None keeps everything in memory.
     name: of the student in its card
+    sampler: what its card names, "consistency" or, without fresh noise, "consistency-ode"
     checkpoint_every, validate_every: in steps
     validation_seeds: pictures that are compared with the teacher's fine solutions; 0 for none
     report: called after every step
@@ -225,7 +227,8 @@ def distill(
             raise ValueError(f"{what} must be at least {least}, got {value}")
     known, pictures = subject(model, recipe.told, recipe.seed), read_data(data, model)
     step = _checked(recipe, known, model)
-    card = _card(recipe, known, step, model.card, name or f"{model.card.name}-{recipe.method}")
+    name = name or f"{model.card.name}-{recipe.method}"
+    card = _card(recipe, known, step, model.card, name, sampler)
     folder = None if out is None else Path(out)
     key = f"{pictures.digest}:{model.card.weights_sha256}:{step.digest}"
     device = next(known.student.parameters()).device
@@ -307,7 +310,9 @@ def _checked(recipe: Recipe, known: Subject, model: Model) -> Stepper:
     return step
 
 
-def _card(recipe: Recipe, known: Subject, step: Stepper, teacher: Card, name: str) -> Card:
+def _card(
+    recipe: Recipe, known: Subject, step: Stepper, teacher: Card, name: str, sampler: str
+) -> Card:
     facts = {
         "method": recipe.method,
         "gamma_input": "embedding" if "gamma" in recipe.told else "none",
@@ -316,7 +321,7 @@ def _card(recipe: Recipe, known: Subject, step: Stepper, teacher: Card, name: st
         "teacher_weights": teacher.weights_sha256,
         "teacher_step": f"{step.name} x {recipe.substeps}",
     }
-    return student_card(known.card, step.levels, facts, asdict(recipe), name)
+    return student_card(known.card, step.levels, facts, asdict(recipe), name, sampler)
 
 
 def _examination(model: Model, recipe: Recipe, count: int) -> Examination | None:
