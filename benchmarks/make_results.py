@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def results_page(records: dict[str, Record]) -> str:
             f"Weights `{record['model']['weights'][:16]}`; {record['pictures']:,} pictures, seeds "
             f"{record['seeds']}. Reference solves: {references['solver']} at {references['nfe']} "
             f"evaluations on the {references['grid']} grid, float32, within "
-            f"{references['own_error']:.1e} of a finer solve by another method. Population: seeds "
+            f"{references['own_error']:.2g} of a finer solve by another method. Population: seeds "
             f"{references['population']}. {chosen(record['screen'])}",
             "The floor, which excess subtracts: "
             + "; ".join(f"FD-{name} {record['floor'][name]['fd']:.3f}" for name in names)
@@ -101,9 +102,9 @@ def results_page(records: dict[str, Record]) -> str:
             f"Numbers: `results/{stem}.json`.",
         ]
         for nfe in sorted({row["nfe"] for row in record["rows"]}):
-            head = ["sampler", "setting", "error", "PSNR, dB"]
+            head = ["sampler", "setting", "error", "PSNR"]
             head += [f"excess FD-{name}" for name in names]
-            head += [f"FD-{name} to data" for name in data]
+            head += [f"{name}, data" for name in data]
             lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
             for row in ordered(record):
                 if row["nfe"] != nfe:
@@ -118,11 +119,20 @@ def results_page(records: dict[str, Record]) -> str:
         parts.append("### How these were made")
         for source in record["sources"]:
             machine = source["machine"]
+            command = f"`{source['command']}` on " if source["command"] else ""
             parts.append(
-                f"`{source['command']}` on {source['made']}, network in {source['dtype']}, "
-                f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}."
+                f"{command}{source['made']}, network in {source['dtype']}, "
+                f"{machine['gpu'] or machine['processor']}, {machine['cores']} cores, torch "
+                f"{machine['torch']}."
             )
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(wrapped(part) for part in parts) + "\n"
+
+
+def wrapped(part: str) -> str:
+    """A paragraph in lines of 100; headings and tables as they are."""
+    if part.startswith(("#", "|")):
+        return part
+    return textwrap.fill(part, 100, break_long_words=False, break_on_hyphens=False)
 
 
 def with_table(readme: str, table: str) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+import signal
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,6 +41,10 @@ settings.load_profile("fewstep")
 ALL_SOLVERS = registry.names()
 ODE_SOLVERS = registry.names(stochastic=False)
 SDE_SOLVERS = registry.names(stochastic=True)
+
+# A run that a shell put into the background ignores Ctrl-C, and so would all that it starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Mixture:

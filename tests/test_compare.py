@@ -160,7 +160,7 @@ class Patches:
 def frechet(x: np.ndarray, y: np.ndarray) -> float:
     """As in the textbooks, with scipy's matrix root."""
     (a, s), (b, t) = ((v.mean(0), np.cov(v.T)) for v in (x.astype(float), y.astype(float)))
-    root = scipy.linalg.sqrtm(s @ t).real
+    root = np.real(np.asarray(scipy.linalg.sqrtm(s @ t)))
     return float(((a - b) ** 2).sum() + np.trace(s + t - 2 * root))
 
 
@@ -204,7 +204,7 @@ def test_errors_are_those_of_plain_numpy(result):
     each = np.sqrt(np.square(gap).reshape(20, -1).mean(1))
     # the reference solve of 60 evaluations is within 2e-5 of the one here
     assert row["error"] == pytest.approx(each.mean(), abs=5e-5)
-    assert row["error_se"] == pytest.approx(each.std(ddof=1) / 20**0.5, abs=5e-5)
+    assert row["error_se"] == pytest.approx(each.std(ddof=1) / 20**0.5, rel=5e-3)
     assert row["psnr"] == pytest.approx(10 * np.log10(4 / np.square(gap).mean()), abs=0.01)
     assert row["check"] == {"seeds": "0-19", "error": row["error"]}
     assert result.record["references"]["own_error"] < 5e-5
@@ -638,7 +638,9 @@ def test_the_headline_says_who_leads_where(excess, headline):
 def test_auto_does_not_share_the_lead_with_itself():
     record = synthetic({5: {"auto": (1, 0.1), "b": (1, 0.1), "c": (3, 0.1)}})
     record["rows"][0] |= {"solver": "b", "grid": "g-b"}
-    assert "b</span> leads at 5" in comparison_html(record, {}, plots=False)
+    page = comparison_html(record, {}, plots=False)
+    assert "b</span> leads at 5" in page
+    assert page.count("<b>1.00\u00a0±\u00a00.10</b>") == 2  # but its number is as good
 
 
 @pytest.mark.parametrize("least", [-0.05, 0.5])

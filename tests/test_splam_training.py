@@ -306,7 +306,7 @@ def test_on_a_gaussian_the_student_becomes_the_product_of_the_teachers_steps(met
         method=method,
         rule=rule,
         loss="l2",
-        pictures=32 * 1800,
+        pictures=32 * 1200,
         batch=32,
         lr=1e-2,
         warmup=0,

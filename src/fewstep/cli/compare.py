@@ -104,8 +104,9 @@ def compare_command(
 ) -> None:
     """Samplers side by side: errors, distances, time; a table, curves and pictures in one report.
 
-    Reference solves are always float32. An interrupted comparison goes on where it stopped, and
-    new solvers join an old one in the same folder at their own cost alone.
+    An interrupted comparison goes on where it stopped.
+
+    New solvers join an old one in the same folder at their own cost alone.
     """
     from fewstep.evaluate.compare import (
         Comparison,

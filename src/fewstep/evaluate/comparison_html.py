@@ -142,14 +142,15 @@ def _of(scale: Scale, row: Row) -> tuple[float, float]:
 
 
 def _leaders(record: Record, nfe: int, scale: Scale) -> list[Row]:
-    """The best row, and those within two standard errors of it."""
-    rows = _ranked(record, nfe, scale)
-    least, spread = _of(scale, rows[0]) if rows else (0.0, 0.0)
-    return [
-        row
-        for row in rows
-        if _of(scale, row)[0] - least <= 2 * math.hypot(_of(scale, row)[1], spread)
-    ]
+    """The best row, and those that cannot be told from it."""
+    return _level(_ranked(record, nfe, scale), scale)
+
+
+def _level(rows: Sequence[Row], scale: Scale) -> list[Row]:
+    """Those within two standard errors of the best."""
+    known = [(row, *found) for row in rows if (found := scale.of(row)) is not None]
+    least, own = min(((value, spread) for _, value, spread in known), default=(0.0, 0.0))
+    return [row for row, value, spread in known if value - least <= 2 * math.hypot(spread, own)]
 
 
 def _chosen(record: Record) -> list[str]:
@@ -626,8 +627,7 @@ def _numbers(record: Record) -> Iterator[str]:
     for nfe in _budgets(record):
         rows = [row for row in ordered(record) if row["nfe"] == nfe]
         leading = [
-            {id(row) for row in _leaders(record, nfe, scale)} if len(rows) > 1 else set()
-            for scale in scales
+            {id(row) for row in _level(rows, scale)} if len(rows) > 1 else set() for scale in scales
         ]
         yield (
             f'<tbody><tr><th class="budget" colspan="{len(heads) + 2}" scope="rowgroup">'
@@ -684,7 +684,7 @@ def _notes(record: Record) -> Iterator[str]:
         "Error is the root of the mean squared distance to the exact solution of the same noise, "
         f"pixels in [-1, 1]; the mean over {seeds}, ± its standard error. One grey level of 256 is "
         f"0.008. The exact solution is a solve of {references['nfe']} evaluations, itself within "
-        f"{references['own_error']:.1e} of a finer one by another method. PSNR is "
+        f"{references['own_error']:.2g} of a finer one by another method. PSNR is "
         "10 log10(4 / mean squared error)."
     )
     for judge, floor in record["floor"].items():
@@ -738,7 +738,7 @@ def _protocol_items(record: Record) -> Iterator[str]:
         (
             "references",
             f"{references['solver']} at {references['nfe']} evaluations, {references['grid']} "
-            f"grid, {references['dtype']}; own error {references['own_error']:.1e}; population: "
+            f"grid, {references['dtype']}; own error {references['own_error']:.2g}; population: "
             f"seeds {references['population']}",
         )
     )
