@@ -104,7 +104,7 @@ def test_reference_statistics_are_of_standardised_features(name):
 
 def frechet(f: np.ndarray, mu: np.ndarray, sigma: np.ndarray) -> float:
     ours = np.cov(f, rowvar=False)
-    cross = np.asarray(sqrtm(sigma @ ours)).real
+    cross = np.real(np.asarray(sqrtm(sigma @ ours)))
     return float(((f.mean(0) - mu) ** 2).sum() + np.trace(sigma + ours - 2 * cross))
 
 
