@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fewstep.evaluate import features as features_module
-from fewstep.evaluate.fashion import feature_networks
+from fewstep.evaluate.fashion import feature_networks, reference_path
 from fewstep.evaluate.features import (
     Preprocessing,
     load_clip,
@@ -262,7 +262,10 @@ def test_built_in_networks_are_extractors_with_their_data():
     images = random_images(3, 32, 32, 1)
     for name in names:
         extractor = resolve_features(name)
-        assert (extractor.name, extractor.distance) == (f"{name} native", f"FD-{name}")
+        folder = reference_path(name).parent
+        digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        assert extractor.name == f"{name}-{digest[:8]} native"
+        assert extractor.distance == f"FD-{name}"
         assert extractor.data is not None
         assert extractor.data.extractor == extractor.name
         assert extractor.data.dim == extractor.dim

@@ -1,19 +1,21 @@
 """The built-in feature networks, for 32x32 grey pictures of clothes: `fashion-a` and `fashion-b`.
 
-    f(x) = (h(x) - shift) * scale          h: convolutions, then the mean over the picture
+    f(x) = (h(x) - shift) * scale
 
 Both have 128 features with mean 0 and standard deviation 1 over the 60,000 training pictures of
 Fashion-MNIST; a picture's features are not normalised. They differ in kind:
 
-    fashion-a   3x3 residual convolutions over 16x16, 8x8, 4x4 points, SiLU; trained on labels
-    fashion-b   4x4 patches, 7x7 depthwise convolutions, GELU; trained without labels (VICReg)
+    fashion-a   residual convolutions on 16x16, 8x8, 4x4 points, SiLU, then the mean over all
+                places; trained on labels
+    fashion-b   4x4 patches, residual convolutions on 8x8 of them, GELU, then a linear layer that
+                tells every place apart; trained without labels (VICReg)
 
 so a result that holds in both is not a habit of one network. `fashion-a` may serve as a training
 loss; `fashion-b` is the judge. recipes/fashion_features.py trains them, docs/feature-networks.md
 says what they see.
 
-Sources: He et al. 2016, arXiv:1512.03385 (residual blocks); Liu et al. 2022, arXiv:2201.03545
-(the depthwise block); Bardes et al. 2022, arXiv:2105.04906 (VICReg).
+Sources: He et al. 2016, arXiv:1512.03385 (residual blocks); Bardes et al. 2022, arXiv:2105.04906
+(VICReg).
 """
 
 from __future__ import annotations
@@ -49,10 +51,10 @@ SIZE, CLASSES = 32, 10
 Conv = Callable[..., nn.Module]
 
 
-def plain_conv(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Module:
+def plain_conv(c_in: int, c_out: int, kernel: int, stride: int = 1) -> nn.Module:
     """A convolution that keeps the size, or cuts it into patches where stride = kernel."""
     padding = 0 if stride == kernel else kernel // 2
-    return nn.Conv2d(c_in, c_out, kernel, stride, padding, groups=groups)
+    return nn.Conv2d(c_in, c_out, kernel, stride, padding)
 
 
 class ResidualBlock(nn.Module):
@@ -83,46 +85,44 @@ class Residual(nn.Module):
         return self.layers(x).mean(dim=(2, 3))
 
 
-class DepthwiseBlock(nn.Module):
-    """x + narrow(gelu(widen(spatial(x)))): space and channels are mixed one after the other."""
+class PatchBlock(nn.Module):
+    """x + conv(gelu(conv(x)))."""
 
-    def __init__(self, width: int, kernel: int, expand: int, conv: Conv) -> None:
+    def __init__(self, width: int, conv: Conv) -> None:
         super().__init__()
-        self.spatial = conv(width, width, kernel, groups=width)
-        self.widen = plain_conv(width, expand * width, 1)
-        self.narrow = plain_conv(expand * width, width, 1)
+        self.first, self.second = conv(width, width, 3), conv(width, width, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.narrow(F.gelu(self.widen(self.spatial(x))))
+        return x + self.second(F.gelu(self.first(x)))
 
 
-class Depthwise(nn.Module):
-    """Patches to channels, depthwise blocks at one resolution, a last layer of `dim` channels."""
+class Patches(nn.Module):
+    """Patches to channels, residual blocks at that one resolution, and a linear layer that sees
+    every place apart: nothing is averaged."""
 
     def __init__(
-        self, conv: Conv, patch: int, width: int, blocks: int, kernel: int, expand: int, dim: int
+        self, conv: Conv, patch: int, width: int, blocks: int, channels: int, dim: int
     ) -> None:
         super().__init__()
         self.dim = dim
         self.layers = nn.Sequential(
             conv(1, width, patch, stride=patch),
             nn.GELU(),
-            *(DepthwiseBlock(width, kernel, expand, conv) for _ in range(blocks)),
-            conv(width, dim, 1),
+            *(PatchBlock(width, conv) for _ in range(blocks)),
+            conv(width, channels, 1),
             nn.GELU(),
+            nn.Flatten(),
+            nn.Linear(channels * (SIZE // patch) ** 2, dim),
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x).mean(dim=(2, 3))
+        return self.layers(x)
 
 
-TRUNKS: dict[str, Callable[..., Residual | Depthwise]] = {
-    "residual": Residual,
-    "depthwise": Depthwise,
-}
+TRUNKS: dict[str, Callable[..., Residual | Patches]] = {"residual": Residual, "patches": Patches}
 
 
-def make_trunk(network: dict[str, Any], conv: Conv = plain_conv) -> Residual | Depthwise:
+def make_trunk(network: dict[str, Any], conv: Conv = plain_conv) -> Residual | Patches:
     """h(x) of an architecture as a card describes it: `kind`, and that kind's options.
 
     conv: makes the convolutions that training puts a batch norm behind, which export folds away
@@ -162,6 +162,12 @@ class FeatureNetwork(nn.Module):
     @property
     def name(self) -> str:
         return self.card["name"]
+
+    @property
+    def full_name(self) -> str:
+        """What statistics in its space are known by: a network of other weights is another one,
+        whatever it is called."""
+        return f"{self.name}-{self.card['weights_sha256'][:8]} native"
 
     @property
     def dim(self) -> int:

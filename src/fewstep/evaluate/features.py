@@ -301,9 +301,10 @@ def _fashion(name: str, device: str | torch.device) -> Extractor:
     out = module_features(
         network, name, preprocessing, dim=network.dim, device=device, weights=weights
     )
+    out = replace(out, name=network.full_name)
     if not reference_path(name).is_file():
         return out
-    return replace(out, data=replace(Statistics.load(reference_path(name)), extractor=out.name))
+    return replace(out, data=Statistics.load(reference_path(name)))
 
 
 def load_torchscript(

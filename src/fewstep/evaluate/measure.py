@@ -399,8 +399,6 @@ def _reference_file(path: Path, extractor: Extractor) -> Reference:
                 f"{extractor.name!r}: take --features inception, or make the reference again"
             )
         statistics = replace(statistics, extractor=extractor.name)
-    if extractor.data is not None and statistics.extractor == extractor.label:
-        statistics = replace(statistics, extractor=extractor.name)  # the built-in file's short name
     if statistics.extractor != extractor.name:
         raise ValueError(
             f"{path} was made by {statistics.extractor!r}, but the pictures are seen by "
