@@ -395,9 +395,12 @@ def _limits(axes: Axes, values: Sequence[tuple[float, float]]) -> None:
     _tick_marks(axes.yaxis, axes.get_ylim())
 
 
-def _tick_marks(axis: Any, limits: tuple[float, float], least: int = 4) -> None:
+def _tick_marks(axis: Any, limits: tuple[float, float], least: int = 4, apart: float = 0.0) -> None:
     """At least so many ticks: at 1, 3, or 2 and 5 times powers of ten where a log axis spans few of
-    them; matplotlib's own leave such axes nearly bare."""
+    them; matplotlib's own leave such axes nearly bare.
+
+    apart: least distance of two, as a share of the axis, where their numbers stand side by side
+    """
     low, high = limits
     if axis.get_scale() != "log":
         return
@@ -408,7 +411,11 @@ def _tick_marks(axis: Any, limits: tuple[float, float], least: int = 4) -> None:
         ticks = [s * 10.0**p for p in powers for s in steps if low <= s * 10.0**p <= high]
         if len(ticks) >= least:
             break
-    axis.set_major_locator(FixedLocator(ticks))
+    spaced: list[float] = []
+    for tick in ticks:
+        if not spaced or math.log(tick / spaced[-1]) >= apart * math.log(high / low):
+            spaced.append(tick)
+    axis.set_major_locator(FixedLocator(spaced))
     axis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_minor_locator(FixedLocator([]))
 
@@ -533,7 +540,7 @@ def _across(axes: Axes, values: np.ndarray) -> None:
     if low > 0 and high > 3 * low:
         axes.set_xscale("log")
         axes.set_xlim(low / 1.2, high * 1.2)
-        _tick_marks(axes.xaxis, axes.get_xlim(), 3)
+        _tick_marks(axes.xaxis, axes.get_xlim(), 3, apart=0.2)
     else:
         room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
         axes.set_xlim(min(low, 0.0) - room * (low < 0), high + room)

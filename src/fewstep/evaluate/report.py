@@ -65,15 +65,17 @@ def comparison_table(record: dict[str, Any]) -> Table:
     )
     for name in ("NFE", "sampler", "setting"):
         table.add_column(name, no_wrap=name != "setting")
-    for name in ("error", "PSNR, dB", *(f"excess FD-{judge}" for judge in judges), "ms/picture"):
-        table.add_column(name, justify="right")
+    # numbers whole on a terminal of 80 columns: the settings and the heads give way, and the PSNR,
+    # which only says the error again, is left to the files
+    for name in ("error", *(f"excess FD-{judge}" for judge in judges), "ms"):
+        table.add_column(name, justify="right", min_width=0 if name == "ms" else 12)
     for row in ordered(record):
         cells = [str(row["nfe"]), called[row["sampler"]], setting_words(row)]
-        spread = "" if row["error_se"] is None else f" ± {row['error_se']:.4f}"
-        cells += [f"{row['error']:.4f}{spread}", f"{row['psnr']:.1f}"]
+        spread = "" if row["error_se"] is None else f" ± {row['error_se']:.3f}"
+        cells.append(f"{row['error']:.3f}{spread}")
         for judge in judges:
             fd = row["fd"][judge]
-            cells.append(f"{fd['excess']:.3f} ± {fd['excess_se']:.3f}")
+            cells.append(f"{fd['excess']:.2f} ± {fd['excess_se']:.2f}")
         table.add_row(*cells, f"{1000 * row['seconds']:.1f}")
     return table
 
