@@ -1,7 +1,7 @@
 """Which solver, grid and first step are best at each budget, by error to the exact solution.
 
-Every solver's setting (grid, analytic first step) is chosen on validation seeds (1,000,000 and up);
-then each runs at its chosen setting on test seeds, and those errors are the ones reported. The
+Every solver's setting (grid, analytic first step, end) is chosen on validation seeds (1,000,000 and
+up); then each runs at its chosen setting on test seeds, and those errors are the ones reported. The
 error of a picture is the root mean square distance between its endpoint and the same seed's fine
 reference solve, in pixel units of [-1, 1].
 
@@ -28,6 +28,7 @@ REPORT_ON = range(128)
 SOLVERS = ("ddim", "heun", "dpmpp-2m", "exp-adams-3", "unipc-2", "deis-2", "ipndm-2", "ipndm-3")
 GRIDS = ("karras", "log-snr", "time-uniform")
 FIRSTS = ("none", "mean")
+ENDS = ("sigma_min", "zero")
 REFERENCE = ("exp-adams-4", 80)  # within 1e-4 of a finer solve by another method
 SHOWN = ("3", "5", "7")  # budgets of the table
 Rows = dict[str, list[dict[str, Any]]]
@@ -48,13 +49,13 @@ def screen(model: Model, budgets: list[int]) -> Rows:
         rows = []
         for solver in SOLVERS:
             tries = []
-            for grid, first in itertools.product(GRIDS, FIRSTS):
+            for grid, first, end in itertools.product(GRIDS, FIRSTS, ENDS):
+                run = {"solver": solver, "grid": grid, "first": first, "end": end}
                 try:
-                    x = fewstep.solve(denoiser, x_T, solver, nfe, grid=grid, first=first)
+                    x = fewstep.solve(denoiser, x_T, nfe=nfe, **run)
                 except ValueError:  # a budget that this solver cannot spend
                     continue
-                error = errors(x, reference).mean().item()
-                tries.append({"solver": solver, "grid": grid, "first": first, "screened": error})
+                tries.append({**run, "screened": errors(x, reference).mean().item()})
             if tries:
                 rows.append(min(tries, key=lambda row: row["screened"]))
         table[str(nfe)] = sorted(rows, key=lambda row: row["screened"])
@@ -71,7 +72,7 @@ def measure(model: Model, table: Rows) -> None:
     reference = fewstep.solve(denoiser, x_T, *REFERENCE)
     for nfe in set(SHOWN) & set(table):
         for row in table[nfe]:
-            run = {key: row[key] for key in ("solver", "grid", "first")}
+            run = {key: row[key] for key in ("solver", "grid", "first", "end")}
             each = errors(fewstep.solve(denoiser, x_T, nfe=int(nfe), **run), reference)
             row |= {"rmse": each.mean().item(), "se": (each.std() / len(each) ** 0.5).item()}
 
@@ -93,6 +94,7 @@ def markdown(table: Rows) -> str:
                 continue
             text = f"{row['rmse']:.3f} ± {row['se']:.3f}"
             first = ", mean first" if row["first"] == "mean" else ""
+            first += ", to 0" if row["end"] == "zero" else ""
             bold = "**" if row["rmse"] == best else ""
             cells.append(f"{bold}{text}{bold} ({row['grid']}{first})")
         lines.append(f"| {solver} | {' | '.join(cells)} |")
@@ -109,8 +111,13 @@ def main(name: str = "fashion-mnist", budgets: str = "1-8", write: bool = False)
     if write:
         folder = BUILTIN / name if (BUILTIN / name).is_dir() else Path(name)
         card = json.loads((folder / "card.json").read_text())
-        keys = ("solver", "grid", "first")
-        card["auto"] = {nfe: {key: rows[0][key] for key in keys} for nfe, rows in table.items()}
+        keys = ("solver", "grid", "first", "end")
+        best = {nfe: {key: rows[0][key] for key in keys} for nfe, rows in table.items()}
+        usual = {"end": "sigma_min"}
+        card["auto"] = {
+            nfe: {key: value for key, value in row.items() if usual.get(key) != value}
+            for nfe, row in best.items()
+        }
         write_json(folder / "card.json", card)
 
 
