@@ -11,7 +11,16 @@ from typing import NoReturn
 
 import typer
 
-from fewstep.cli import compare, demo, distill, evaluate, geometry, sample, train, train_solver  # noqa: F401  (each registers its commands)
+from fewstep.cli import (  # noqa: F401  (each registers its commands)
+    compare,
+    demo,
+    distill,
+    evaluate,
+    geometry,
+    sample,
+    train,
+    train_solver,
+)
 from fewstep.cli.app import app
 
 __all__ = ["app", "main"]

@@ -146,8 +146,8 @@ class Curves:
 
     @property
     def relative(self) -> np.ndarray:
-        """The same distances over |x_i|, [n, 4, p]: the relative projection error of AMED's authors
-        where the span is of two components."""
+        """The same distances over |x_i|, [n, 4, p]: a relative projection error, after that of
+        AMED's authors, who look at the span of two components."""
         return self.distances * math.sqrt(self.size) / _positive(self.norms)[:, None]
 
 

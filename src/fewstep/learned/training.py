@@ -118,7 +118,8 @@ def train(
     prior: prior(seeds) -> x_T; sigma_max times normal noise unless given
     model: facts about the network for the record, above all "name" and "weights", their hash
     cache: a folder where the ends of a teacher that is looked at only there are kept for other
-        runs; needs a `model` with the hash of its weights
+        runs; needs a `model` with the hash of its weights and all that its conditions and its prior
+        depend on, for that and the seeds are what an end is known by
     validation: how many validation seeds
     validate_every, checkpoint_every: in batches
     report: called after each batch

@@ -6,8 +6,7 @@ Every static solver is a table: the state of its k-th evaluation, and its end, a
 
 with alpha_k = sigma_k / sigma_T (but after the analytic first step "zero", whose D is a multiple of
 x_T), and the network at x_k is told the level tau_k, which is sigma_k.
-Here the table starts as that of the best training-free solver, and three kinds of number in it
-learn:
+Here the table starts as that of a training-free solver, and three kinds of number in it learn:
 
     times      alpha_k = alpha0_k exp(p_k),  sigma_k = sigma0_k exp(p_k)
     told       tau_k = sigma_k exp(r_k)
@@ -21,8 +20,9 @@ whole history loses nothing against any rule with learned steps, weights or scal
 The loss is the squared distance at the end of the chain to a fine solve, in pixels or in a feature
 network's space. What is learned is the same for every sample, so the result is a plan.
 
-Source: ours, after Zhou et al. 2023 (AMED), arXiv:2312.00094; S4S (Frankel et al. 2025),
-arXiv:2502.17423; DyWeight. docs/learned.md says what each part is worth.
+Sources: learning a solver's coefficients and levels from a teacher's end is S4S-Alt's (Frankel et
+al. 2025, arXiv:2502.17423), learning what the network is told AMED's (Zhou et al. 2023,
+arXiv:2312.00094); the table over the whole history and its differences are ours.
 """
 
 from __future__ import annotations
@@ -96,10 +96,9 @@ class Tuned:
         alphas, levels, weights = self.alphas, self.levels, self.weights
         told = torch.zeros(k, dtype=torch.float64)
         if "times" in self.learned:
-            # the start is given, and so is the end
-            inner = torch.ones(k + 1, dtype=torch.float64)
-            inner[[0, -1]] = 0
-            inner[torch.tensor([s != "net" for s in self.sources] + [True])] = 0
+            # the start is given, and so is the end; an analytic evaluation has no time of its own
+            moves = [k > 0 and source == "net" for k, source in enumerate(self.sources)]
+            inner = torch.tensor([*moves, False], dtype=torch.float64)
             moved = torch.exp(inner * self.learned["times"])
             alphas, levels = alphas * moved, levels * moved
         if "told" in self.learned:
@@ -201,8 +200,8 @@ class TunedKind:
             for name, value in settings["learned"].items()
         }
         k = len(settings["sources"])
-        shapes = {"alphas": (k + 1,), "times": (k + 1,), "told": (k,), "weights": (k + 1, k)}
-        shapes["levels"] = (k + 1,)
+        shapes = {"alphas": (k + 1,), "levels": (k + 1,), "weights": (k + 1, k)}
+        shapes |= {"times": (k + 1,), "told": (k,)}
         for name, value in (*values.items(), *learned.items()):
             wanted = shapes.get(name)
             if tuple(value.shape) != wanted or not torch.isfinite(value).all():
