@@ -21,7 +21,7 @@ demo: $(CORE) ## Compare every solver on the built-in network, into demo/
 	$(VENV)/bin/fewstep demo --out demo
 
 test: $(DEV) ## The everyday tests (minutes)
-	$(VENV)/bin/python -m pytest -m "not slow"
+	$(VENV)/bin/python -m pytest -n auto --dist worksteal -m "not slow"
 
 test-all: $(DEV) ## All tests, the slow ones too (longer)
 	$(VENV)/bin/python -m pytest

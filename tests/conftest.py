@@ -12,9 +12,13 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import signal
 from collections.abc import Callable, Sequence
 from typing import Any
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core, so a thread for each process
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest

@@ -285,7 +285,8 @@ def test_features_come_at_no_other_denoised_picture_and_leave_no_hook(name, mode
     assert not model.net.get_submodule(model.card.feature_module)._forward_hooks
     # the first picture's features do not depend on the second
     alone = model.denoiser(**text).with_features(x[:1], sigma[:1])[1]
-    torch.testing.assert_close(features[:1], alone, rtol=0, atol=1e-4)
+    # x of the largest sigma makes features of thousands, and float32 sums in another order in a batch
+    torch.testing.assert_close(features[:1], alone, rtol=1e-5, atol=1e-4)
 
 
 def test_a_network_that_is_told_its_guidance_costs_one_call(tmp_path):
