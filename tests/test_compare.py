@@ -301,7 +301,7 @@ def test_screening_takes_the_best_on_the_validation_seeds_and_touches_no_other(
     row = compare(bench(tmp_path), plan, []).record["rows"][0]
     validation = tuple(range(1_000_000, 1_000_030))
     few, all_of_them = by_hand(validation[:10], 3), by_hand(validation, 3)
-    finalists = sorted(few, key=few.__getitem__)[:3]
+    finalists = sorted(few, key=few.__getitem__)[:2]
     best = min(finalists, key=all_of_them.__getitem__)
     assert (row["grid"], row["first"], row["end"]) == best
     assert row["screened"] == {"score": pytest.approx(all_of_them[best], abs=5e-5), "of": 8}
@@ -317,11 +317,11 @@ def test_screening_by_a_distance_takes_the_nearest(tmp_path):
     )  # fmt: skip
     row = compare(bench(tmp_path), plan, [Patches()]).record["rows"][0]
     seeds = range(1_000_000, 1_000_040)
-    population = Patches()(pixels(exact(range(100_000, 100_060))))
+    target = Patches()(pixels(exact(seeds)))  # of the same seeds
     score = {}
     for name, first, end in CHOICES:
         x = ddim(seeds, 4, name, first == "mean", end == "zero")
-        score[name, first, end] = frechet(Patches()(pixels(x)), population)
+        score[name, first, end] = frechet(Patches()(pixels(x)), target)
     assert (row["grid"], row["first"], row["end"]) == min(score, key=score.__getitem__)
     assert row["screened"]["score"] == pytest.approx(min(score.values()), rel=1e-3)
 
