@@ -26,7 +26,15 @@ from typing import IO, Any, Protocol
 import numpy as np
 from PIL import Image
 
-__all__ = ["MOST_BYTES", "Entry", "Images", "array_images", "middle_square", "open_images", "picture_shape"]
+__all__ = [
+    "MOST_BYTES",
+    "Entry",
+    "Images",
+    "array_images",
+    "middle_square",
+    "open_images",
+    "picture_shape",
+]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 ARRAYS = ("arr_0", "images")  # names that guided-diffusion and others give to pictures in an .npz

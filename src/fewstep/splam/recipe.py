@@ -27,8 +27,8 @@ class Recipe:
     rule: how x0_hat follows from D, "variance", "linear" or "direct"; left out, what suits the
         network. For splam only.
     tell: what tells the student where on a line it stands, "gamma", beside the level of the line's
-        noisy end; or the "level" of the place itself, for which x0_hat is D whatever the rule, which
-        must then be "variance" or "linear". "gamma" where left out. For splam only.
+        noisy end; or the "level" of the place itself, where x0_hat is D, by the variance or linear
+        rule. "gamma" where left out. For splam only.
     loss: "huber" or "l2"
     pictures: length of the run, rounded up to whole batches
     batch: pictures per step, over all processes
