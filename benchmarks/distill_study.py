@@ -34,6 +34,7 @@ from safetensors import safe_open
 
 import fewstep
 from fewstep import show
+from fewstep.cli.options import resumable
 from fewstep.evaluate.compare import Design, Workbench, compare, load_students
 from fewstep.evaluate.features import own_features, resolve_features
 from fewstep.evaluate.references import Fine, References
@@ -52,8 +53,8 @@ RATES = (1e-4, 3e-4, 1e-3)
 # by name: the method whose learning rate it takes, and what is changed
 ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"quarter-{method}": (method, {}) for method in METHODS},
-    "gamma-one-0": ("splam-direct", {"gamma_one": 0.0}),
-    "gamma-one-50": ("splam-direct", {"gamma_one": 0.5}),
+    "gamma-one-never": ("splam-direct", {"gamma_one": 0.0}),
+    "gamma-one-half": ("splam-direct", {"gamma_one": 0.5}),
     "teacher-ddim-3": ("splam-direct", {"substeps": 3}),
     "teacher-heun-1": ("splam-direct", {"teacher": "heun"}),
     "teacher-heun-3": ("splam-direct", {"teacher": "heun", "substeps": 3}),
@@ -269,14 +270,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = parse(arguments)
-    names = ("batch", "warmup", "points", "dtype")
-    common = {name: getattr(options, name) for name in names}
-    study = Study(options.out, options.pictures, options.training_seeds, common)
-    print_status(study, options.only)
-    if options.status:
-        return
+def carry_out(study: Study, options: argparse.Namespace, common: dict[str, Any]) -> None:
+    """What is chosen and not done yet."""
     places = [(job.stage, job.name) for job in study.jobs()]
     wanted = [place for place in places if chosen(*place, options.only)]
     model = fewstep.load(options.model, device=options.device)
@@ -297,6 +292,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{name} are not measured yet: {', '.join(waiting)} are to be trained first")
             continue
         measure(options, name, [j.folder for j in jobs if j.score < math.inf], solvers)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    names = ("batch", "warmup", "points", "dtype")
+    common = {name: getattr(options, name) for name in names}
+    study = Study(options.out, options.pictures, options.training_seeds, common)
+    print_status(study, options.only)
+    if not options.status:
+        with resumable(options.out):
+            carry_out(study, options, common)
 
 
 if __name__ == "__main__":

@@ -89,6 +89,9 @@ def distill_splam_command(
     ] = 64,
     device: DeviceOption = "cpu",
     dtype: Annotated[str, typer.Option(help="Arithmetic: bfloat16 or float32.")] = "bfloat16",
+    compile: Annotated[
+        bool, typer.Option("--compile", help="torch.compile the passes: for long runs.")
+    ] = False,
 ) -> None:
     """Distil by sub-path linear approximation (SPLAM), on pictures.
 
@@ -121,6 +124,7 @@ def distill_splam_command(
         target_decay=target_decay,
         clip=clip,
         dtype=dtype,
+        compile=compile,
         seed=seed,
     )
     if device == "cuda":  # under torchrun each process has a device of its own

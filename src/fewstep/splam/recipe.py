@@ -40,6 +40,7 @@ class Recipe:
     target_decay: of the average of the student that gives the target
     clip: largest norm of a gradient
     dtype: arithmetic of the networks; their weights stay float32
+    compile: torch.compile the passes, at the price of minutes at the start; changes rounding
 
     Errors: ValueError for a number outside its range, or a setting that its method does not have.
     """
@@ -64,6 +65,7 @@ class Recipe:
     target_decay: float = 0.95
     clip: float = 1.0
     dtype: str = "bfloat16"
+    compile: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -54,7 +54,8 @@ class Run:
     def __init__(
         self, recipe: Recipe, subject: Subject, step: Stepper, data: Data, key: str, team: Team
     ) -> None:
-        self.recipe, self.subject, self.stepper, self.data = recipe, subject, step, data
+        self.recipe, self.stepper, self.data = recipe, step, data
+        self.subject = _compiled(subject) if recipe.compile else subject
         self.key, self.team, self.step = key, team, 0
         self.levels = Levels.of(step.levels, subject.boundary)
         self.shape = tuple(data.batch(torch.zeros(1, dtype=torch.int64))[0].shape[1:])
@@ -415,6 +416,17 @@ def _gradient(weight: nn.Parameter | Tensor) -> Tensor:
     if weight.grad is None:
         weight.grad = torch.zeros_like(weight)
     return weight.grad
+
+
+def _compiled(subject: Subject) -> Subject:
+    """One graph for each of the three passes, at fixed shapes, so that a resumed run has the same
+    ones."""
+    teacher = subject.teacher
+    return replace(
+        subject,
+        denoise=torch.compile(subject.denoise, dynamic=False),
+        teacher=torch.compile(lambda *arguments: teacher(*arguments), dynamic=False),
+    )
 
 
 def _autocast(device: torch.device, dtype: str) -> torch.autocast:
