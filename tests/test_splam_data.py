@@ -1,4 +1,4 @@
-"""What a student is trained on: files of all kinds, their classes, and those that cannot be used."""
+"""What a student is trained on: files of all kinds, their classes, and what cannot be used."""
 
 from __future__ import annotations
 

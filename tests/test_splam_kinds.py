@@ -124,7 +124,7 @@ KINDS: dict[str, tuple[Schedule, str, Any, str]] = {
     "flow": (Flow(), "flow", CleanEnd(Flow().sigma_min), "discrete"),
 }
 QUICK: dict[str, Any] = {
-    "batch": 16, "pictures": 16 * 150, "lr": 1e-2, "warmup": 0, "dtype": "float32", "points": 11,
+    "batch": 16, "pictures": 16 * 100, "lr": 1e-2, "warmup": 0, "dtype": "float32", "points": 11,
     "target_decay": 0.8, "label_dropout": 0.1,
 }  # fmt: skip
 

@@ -23,6 +23,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import fewstep
+from fewstep.cli import main
 from fewstep.denoiser import Predicted
 from fewstep.models.card import Card
 from fewstep.models.network import NetworkModel
@@ -722,7 +723,9 @@ def step_of(checkpoint: Path) -> int:
         return int(file.metadata()["step"])
 
 
-def test_a_student_stands_beside_solvers_on_its_teacher(folders, tmp_path: Path) -> None:
+def test_a_student_stands_beside_solvers_on_its_teacher(
+    folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The command, against plain sampling: errors to the teacher's reference solves."""
     model_folder, _, out = folders
     model = fewstep.load(model_folder)
@@ -731,10 +734,18 @@ def test_a_student_stands_beside_solvers_on_its_teacher(folders, tmp_path: Path)
     names = f"ddim,{tmp_path / 'kid'},{tmp_path / 'guided'}"
     quick = ["--seeds", "0-3", "--features", "none", "--screen", "2", "--reference-nfe", "40"]
     paths = ["--out", str(out), "--cache", str(tmp_path / "cache"), "--no-plots", "--json"]
-    arguments = ["-m", "fewstep", "compare", "--nfe", "1,2,6", "--population", "10", *quick, *paths]
-    done = run(sys.executable, *arguments, str(model_folder), "--solvers", names)
-    assert done.returncode == 0, done.stderr
-    record = json.loads(done.stdout)
+
+    def compare(target: Path | str, *more: str) -> tuple[int, str, str]:
+        usual = ["--nfe", "1,2,6", "--population", "10", *quick, *paths]
+        monkeypatch.setattr(sys, "argv", ["fewstep", "compare", str(target), *usual, *more])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        return int(ended.value.code or 0), said.out, said.err
+
+    code, out_text, _ = compare(model_folder, "--solvers", names)
+    assert code == 0
+    record = json.loads(out_text)
     rows = {(Path(row["sampler"]).name, row["nfe"]): row for row in record["rows"]}
     assert set(rows) == {(name, n) for name in ("ddim", "kid", "guided") for n in (1, 2, 6)} - {
         ("kid", 6), ("guided", 6),
@@ -765,11 +776,11 @@ def test_a_student_stands_beside_solvers_on_its_teacher(folders, tmp_path: Path)
         (f"ddim,{tmp_path / 'kid'}", "fashion-mnist", "is distilled from tiny, so it has no place"),
         ("ddim", tmp_path / "kid", "tiny-splam is a student of tiny, which it is held to"),
     ):
-        done = run(sys.executable, *arguments, str(target), "--solvers", solvers)
-        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-        assert words in done.stderr
-    label = run(sys.executable, *arguments, str(model_folder), "--solvers", names, "--label", "a")
-    left_out = json.loads(label.stdout)["left_out"][f"{tmp_path / 'guided'}@2"]
+        code, _, error = compare(target, "--solvers", solvers)
+        assert (code, error.count("\n")) == (2, 1)
+        assert words in error
+    _, out_text, _ = compare(model_folder, "--solvers", names, "--label", "a")
+    left_out = json.loads(out_text)["left_out"][f"{tmp_path / 'guided'}@2"]
     assert left_out.endswith("guided has guidance 3 built in, not None")
 
 
