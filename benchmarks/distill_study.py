@@ -255,6 +255,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     training.add_argument("--batch", type=int, default=128)
     training.add_argument("--warmup", type=int, default=10_000)
     training.add_argument("--points", type=int)
+    training.add_argument("--compile", action="store_true")
     training.add_argument("--training-seeds", type=int, default=3)
     training.add_argument("--validation-seeds", type=int, default=512)
     measuring = parser.add_argument_group("measuring")
@@ -296,7 +297,7 @@ def carry_out(study: Study, options: argparse.Namespace, common: dict[str, Any])
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    names = ("batch", "warmup", "points", "dtype")
+    names = ("batch", "warmup", "points", "dtype", "compile")
     common = {name: getattr(options, name) for name in names}
     study = Study(options.out, options.pictures, options.training_seeds, common)
     print_status(study, options.only)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -786,20 +787,18 @@ def test_a_student_stands_beside_solvers_on_its_teacher(
 
 @pytest.mark.slow
 def test_compiled_passes_change_rounding_alone_and_resume_to_the_bit(tmp_path: Path) -> None:
-    def stop(progress: Any) -> None:
-        if progress.step == 3:
-            raise Killed
+    def copy(progress: Any) -> None:
+        if progress.step == 3:  # what a run killed here would leave
+            shutil.copytree(tmp_path / "whole", tmp_path / "broken")
 
     settings = {"validation_seeds": 2, "validate_every": 2, "lr": 1e-5}
     run_tiny(tmp_path / "plain", **settings)
-    run_tiny(tmp_path / "whole", compile=True, **settings)
-    with pytest.raises(Killed):
-        run_tiny(tmp_path / "broken", compile=True, report=stop, **settings)
+    run_tiny(tmp_path / "whole", compile=True, report=copy, **settings)
     run_tiny(tmp_path / "broken", compile=True, **settings)
     whole, broken = (tmp_path / name / "checkpoint.safetensors" for name in ("whole", "broken"))
     assert whole.read_bytes() == broken.read_bytes()
-    difference = (weights(tmp_path / "plain") - weights(tmp_path / "whole")).abs().max()
-    assert difference < 1e-6
+    plain, compiled = (weights(tmp_path / name, "exp_avg") for name in ("plain", "whole"))
+    assert 0 < (plain - compiled).abs().max() < 1e-3 * plain.abs().max()  # of the gradients
 
 
 @pytest.mark.slow
