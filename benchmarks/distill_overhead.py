@@ -1,9 +1,12 @@
-"""What one training iteration of a distillation costs beside its network passes alone.
+"""What one training iteration of a distillation costs beside its network passes alone, in time, and
+what it takes in memory.
 
 The passes alone, at the same batch, on the same network and in the same arithmetic: the student
 forward and backward, one forward of the teacher (with guidance one batched call of twice the
 batch), one forward of the target. Each round times both, one after the other; the figures are
-medians over rounds, the ratio the median of the rounds' ratios.
+medians over rounds, the ratio the median of the rounds' ratios. Seconds are CPU time of the one
+thread, so that another program on the machine counts little. The memory is the process's largest so
+far, data and both networks included.
 
     python benchmarks/distill_overhead.py --batch 32 --rounds 10
 """
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -68,9 +72,14 @@ def passes(run: Run) -> Callable[[], None]:
 
 
 def timed(call: Callable[[], Any]) -> float:
-    begun = time.perf_counter()
+    begun = time.process_time()
     call()
-    return time.perf_counter() - begun
+    return time.process_time() - begun
+
+
+def peak_memory() -> float:
+    """Of this process so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def measure(recipe: Recipe, rounds: int, model: str = "fashion-mnist") -> dict[str, float]:
@@ -94,13 +103,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--compile", action="store_true", help="the iteration, not the passes")
     parser.add_argument("--check", action="store_true", help=f"fail above {MOST}")
     options = parser.parse_args()
     torch.set_num_threads(1)
     slow = []
     for guidance in (None, 3.0):
-        recipe = Recipe(batch=options.batch, dtype=options.dtype, guidance=guidance)
+        settings = {name: getattr(options, name) for name in ("batch", "dtype", "compile")}
+        recipe = Recipe(guidance=guidance, **settings)
         figures = measure(recipe, options.rounds, options.model)
+        figures |= {"ms_per_picture": 1000 * figures["iteration"] / options.batch}
+        figures |= {"peak_mib": peak_memory()}
         what = {"guidance": guidance, "batch": options.batch, "dtype": options.dtype}
         print(json.dumps({**what, **{k: round(v, 4) for k, v in figures.items()}}))
         slow += [guidance] * (figures["ratio"] > MOST)

@@ -15,7 +15,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from fewstep.evaluate.report import ordered, setting_words, short_names
+from fewstep.evaluate.report import ordered, setting_words, short_names, students_table
 
 ROOT = Path(__file__).parents[1]
 STORED = ROOT / "results"
@@ -115,6 +115,12 @@ def results_page(records: dict[str, Record]) -> str:
                 cells += [f"{row['fd_data'][name]:.2f}" for name in data]
                 lines.append(f"| {' | '.join(cells)} |")
             parts += [f"### {nfe} evaluations", "\n".join(lines)]
+        if table := students_table(record):
+            parts += [
+                "### Students over their training seeds",
+                "Mean ± standard error over training seeds, and their number.",
+                *table.split("\n\n"),
+            ]
         parts += [f"Left out: {why}" for why in record.get("left_out", {}).values()]
         parts.append("### How these were made")
         for source in record["sources"]:

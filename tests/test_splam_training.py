@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import fewstep
+from fewstep.cli import main
 from fewstep.denoiser import Predicted
 from fewstep.models.card import Card
 from fewstep.models.network import NetworkModel
@@ -423,6 +425,7 @@ CHANGES: dict[str, Any] = {
     "guidance": 4.0,
     "gamma_one": 0.9,
     "rule": "linear",
+    "tell": "level",
     "loss": "l2",
     "pictures": 24,
     "batch": 6,
@@ -439,7 +442,7 @@ CHANGES: dict[str, Any] = {
 
 def test_every_setting_is_tried() -> None:
     settings = set(Recipe.__dataclass_fields__)
-    assert set(CHANGES) == settings - {"accumulate"}  # that one must change nothing: below
+    assert set(CHANGES) == settings - {"accumulate", "compile"}  # rounding alone: below
 
 
 @pytest.fixture(scope="module")
@@ -578,6 +581,9 @@ def test_the_teacher_is_left_as_it_is() -> None:
         ({"rule": "cubic"}, "rule must be one of variance, linear, direct"),
         ({"method": "lcm", "gamma_one": 0.5}, "gamma_one=0.5 has no effect with method lcm"),
         ({"method": "lcm", "rule": "linear"}, "rule=linear has no effect with method lcm"),
+        ({"method": "lcm", "tell": "level"}, "tell=level has no effect with method lcm"),
+        ({"tell": "level", "rule": "direct"}, "tell=level needs a rule that gives the place"),
+        ({"tell": "time"}, "tell must be one of gamma, level, got 'time'"),
         ({"gamma_one": 1.5}, "gamma_one must be between 0 and 1, got 1.5"),
         ({"guidance": (5.0, 2.0)}, "guidance must be a scale >= 0, or two that rise"),
         ({"points": 1}, "points must be at least 2, got 1"),
@@ -603,7 +609,7 @@ def test_data_that_do_not_fit_are_one_line(tmp_path: Path) -> None:
         ((images, labels + 1), "labels must lie below the 3 classes of tiny, got 1 to 3"),
         ((images.float(), labels), "images must be uint8"),
         ((images, labels[:5]), "labels must be 40 integers"),
-        (tmp_path, "train-images"),
+        (tmp_path, "has no pictures"),
     ):
         with pytest.raises((ValueError, OSError), match=words):
             distill(tiny_model(), data, **TINY)
@@ -713,6 +719,88 @@ def test_from_the_command_line_to_pictures(folders: tuple[Path, Path, Path]) -> 
     assert again.stderr == "fewstep: guidance is one scale or two, like 4 or 2,8, got 'x'\n"
 
 
+def step_of(checkpoint: Path) -> int:
+    with safe_open(checkpoint, "pt") as file:
+        return int(file.metadata()["step"])
+
+
+def test_a_student_stands_beside_solvers_on_its_teacher(
+    folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command, against plain sampling: errors to the teacher's reference solves."""
+    model_folder, _, out = folders
+    model = fewstep.load(model_folder)
+    for name, how in (("kid", {}), ("guided", {"guidance": 3.0})):
+        distill(model, pictures(), out=tmp_path / name, validation_seeds=0, **TINY, **how)
+    names = f"ddim,{tmp_path / 'kid'},{tmp_path / 'guided'}"
+    quick = ["--seeds", "0-3", "--features", "none", "--screen", "2", "--reference-nfe", "40"]
+    paths = ["--out", str(out), "--cache", str(tmp_path / "cache"), "--no-plots", "--json"]
+
+    def compare(target: Path | str, *more: str) -> tuple[int, str, str]:
+        usual = ["--nfe", "1,2,6", "--population", "10", *quick, *paths]
+        monkeypatch.setattr(sys, "argv", ["fewstep", "compare", str(target), *usual, *more])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        return int(ended.value.code or 0), said.out, said.err
+
+    code, out_text, _ = compare(model_folder, "--solvers", names)
+    assert code == 0
+    record = json.loads(out_text)
+    rows = {(Path(row["sampler"]).name, row["nfe"]): row for row in record["rows"]}
+    assert set(rows) == {(name, n) for name in ("ddim", "kid", "guided") for n in (1, 2, 6)} - {
+        ("kid", 6), ("guided", 6),
+    }  # fmt: skip
+    assert (
+        "has levels for 1, 2, 3, 4 evaluations, not for 6"
+        in record["left_out"][f"{tmp_path / 'kid'}@6"]
+    )
+    student = fewstep.load(tmp_path / "kid")
+    x_T = student.prior(range(4))
+    fine = fewstep.solve(model.denoiser(), x_T, "deis-4", 40, grid="karras")
+    fine = model.denoiser()(fine, torch.full((4,), 0.002))
+    for nfe in (1, 2):
+        row = rows["kid", nfe]
+        sampler = "consistency" if row["stochastic"] else "consistency-ode"
+        grid = student_levels(student.card.distilled["levels"], nfe)
+        x = fewstep.solve(student.denoiser(), x_T, sampler, grid=grid, seeds=range(4))
+        error = (x - fine).double().square().flatten(1).mean(1).sqrt().mean().item()
+        assert row["error"] == pytest.approx(error, abs=1e-5)
+        assert row["student"]["weights"] == student.card.weights_sha256
+        assert row["student"]["recipe"]["seed"] == 0
+    assert rows["kid", 2]["screened"]["of"] == 2  # both samplers
+    assert rows["kid", 1]["screened"] is None
+    assert "student" not in rows["ddim", 2]
+
+    for solvers, target, words in (
+        (f"ddim,{model_folder}", model_folder, "is no student, so it has no place beside"),
+        (f"ddim,{tmp_path / 'kid'}", "fashion-mnist", "is distilled from tiny, so it has no place"),
+        ("ddim", tmp_path / "kid", "tiny-splam is a student of tiny, which it is held to"),
+    ):
+        code, _, error = compare(target, "--solvers", solvers)
+        assert (code, error.count("\n")) == (2, 1)
+        assert words in error
+    _, out_text, _ = compare(model_folder, "--solvers", names, "--label", "a")
+    left_out = json.loads(out_text)["left_out"][f"{tmp_path / 'guided'}@2"]
+    assert left_out.endswith("guided has guidance 3 built in, not None")
+
+
+@pytest.mark.slow
+def test_compiled_passes_change_rounding_alone_and_resume_to_the_bit(tmp_path: Path) -> None:
+    def copy(progress: Any) -> None:
+        if progress.step == 3:  # what a run killed here would leave
+            shutil.copytree(tmp_path / "whole", tmp_path / "broken")
+
+    settings = {"validation_seeds": 2, "validate_every": 2, "lr": 1e-5}
+    run_tiny(tmp_path / "plain", **settings)
+    run_tiny(tmp_path / "whole", compile=True, report=copy, **settings)
+    run_tiny(tmp_path / "broken", compile=True, **settings)
+    whole, broken = (tmp_path / name / "checkpoint.safetensors" for name in ("whole", "broken"))
+    assert whole.read_bytes() == broken.read_bytes()
+    plain, compiled = (weights(tmp_path / name, "exp_avg") for name in ("plain", "whole"))
+    assert 0 < (plain - compiled).abs().max() < 1e-3 * plain.abs().max()  # of the gradients
+
+
 @pytest.mark.slow
 def test_a_process_that_is_killed_resumes_to_the_same_files(folders, tmp_path: Path) -> None:
     model, data, _ = folders
@@ -720,13 +808,19 @@ def test_a_process_that_is_killed_resumes_to_the_same_files(folders, tmp_path: P
     broken = (model, data, tmp_path / "broken")
     arguments = [sys.executable, *command(broken, "--pictures", "240")]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(arguments, env=env, stderr=subprocess.DEVNULL)
-    checkpoint = broken[2] / "checkpoint.safetensors"
-    while not checkpoint.exists() and process.poll() is None:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not (broken[2] / "model.safetensors").exists()
+    checkpoint, chance = broken[2] / "checkpoint.safetensors", np.random.default_rng()
+    reached = 0
+    for _ in range(3):  # at random steps, and wherever inside them
+        process = subprocess.Popen(arguments, env=env, stderr=subprocess.DEVNULL)
+        wanted = reached + int(chance.integers(1, 8))
+        while reached < wanted and process.poll() is None:
+            time.sleep(0.002)
+            reached = step_of(checkpoint) if checkpoint.exists() else 0
+        time.sleep(chance.uniform(0, 0.05))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, reached
+        assert not (broken[2] / "model.safetensors").exists()
+        reached = step_of(checkpoint)  # whole whenever it is read
     assert run(*arguments).returncode == 0
     for name in ("checkpoint.safetensors", "model.safetensors", "card.json", "log.jsonl"):
         assert (broken[2] / name).read_bytes() == (folders[2] / name).read_bytes()

@@ -45,7 +45,10 @@ def parse_budgets(text: str) -> tuple[int, ...]:
 def compare_command(
     model: ModelArgument = "fashion-mnist",
     solvers: Annotated[
-        str, typer.Option(help="Names and learned solvers' folders, with commas between.")
+        str,
+        typer.Option(
+            help="Names, folders of learned solvers, students of the model; commas between."
+        ),
     ] = SOLVERS,
     nfe: Annotated[str, typer.Option(help="Budgets: 3,5,7 or 3-8.")] = "3,5,7",
     seeds: Annotated[str, typer.Option(help="Test seeds: 0-4999.")] = "0-499",
@@ -114,6 +117,7 @@ def compare_command(
         Workbench,
         check_protocol,
         compare,
+        load_students,
         merge,
         protocol,
         read_comparison,
@@ -146,6 +150,7 @@ def compare_command(
         choose_by=choose_by or (judges[0].label if judges else "error"),
         population=population,
     )
+    students = load_students(loaded, design.solvers, device=device, dtype=dtype, compile=compile)
     check_writable(out)
     references = References(exact, Fine(nfe=reference_nfe), label, guidance, cache, batch)
     command = shlex.join(["fewstep", *sys.argv[1:]])
@@ -155,7 +160,7 @@ def compare_command(
         def report(what: str, done: int, total: int) -> None:
             bar.update(task, description=what, completed=done, total=total)
 
-        bench = Workbench(loaded, references, out, batch, report)
+        bench = Workbench(loaded, references, out, batch, report, students)
         if earlier is not None:  # now, and not after hours of work
             check_protocol(protocol(bench, design, judges), earlier)
         result = compare(bench, design, judges, command=command)

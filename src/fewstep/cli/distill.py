@@ -18,7 +18,9 @@ app.add_typer(distill_app, name="distill")
 @distill_app.command("splam")
 def distill_splam_command(
     model: ModelArgument,
-    data: Annotated[Path, typer.Option(help="Folder of the four idx files (raw, .gz or .xz).")],
+    data: Annotated[
+        Path, typer.Option(help="Folder of idx files; or a folder, .zip, .npz or .npy of pictures.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint and the student.")],
     method: Annotated[
         str, typer.Option(help="splam, or lcm: consistency distillation, gamma = 1 throughout.")
@@ -49,6 +51,13 @@ def distill_splam_command(
         str | None,
         typer.Option(help="Level on the line: variance, linear or direct. [default: as suits]"),
     ] = None,
+    tell: Annotated[
+        str | None,
+        typer.Option(
+            help="What tells the student its place on the line: gamma, or the level there. "
+            "[default: gamma]"
+        ),
+    ] = None,
     loss: Annotated[str, typer.Option(help="huber or l2.")] = "huber",
     pictures: Annotated[int, typer.Option(help="Length of the run in pictures.")] = 500_000,
     batch: Annotated[int, typer.Option(help="Pictures per step, over all processes.")] = 128,
@@ -61,8 +70,9 @@ def distill_splam_command(
         float, typer.Option(help="Last share of the run, over which it falls to 0.")
     ] = 0.3,
     label_dropout: Annotated[
-        float, typer.Option(help="Share of pictures shown without class.")
-    ] = 0.5,
+        float | None,
+        typer.Option(help="Share of pictures shown without class. [default: 0.5]"),
+    ] = None,
     target_decay: Annotated[
         float, typer.Option(help="Decay of the average that gives the target.")
     ] = 0.95,
@@ -79,8 +89,11 @@ def distill_splam_command(
     ] = 64,
     device: DeviceOption = "cpu",
     dtype: Annotated[str, typer.Option(help="Arithmetic: bfloat16 or float32.")] = "bfloat16",
+    compile: Annotated[
+        bool, typer.Option("--compile", help="torch.compile the passes: for long runs.")
+    ] = False,
 ) -> None:
-    """Distil by sub-path linear approximation (SPLAM) on idx pictures.
+    """Distil by sub-path linear approximation (SPLAM), on pictures.
 
     Resumes, exactly, from the checkpoint in the output folder; ends with a model folder that every
     command takes. `torchrun --nproc-per-node 2 -m fewstep distill splam ...` shares the work among
@@ -99,6 +112,7 @@ def distill_splam_command(
         guidance=parse_guidance(guidance),
         gamma_one=gamma_one,
         rule=rule,
+        tell=tell,
         loss=loss,
         pictures=pictures,
         batch=batch,
@@ -110,6 +124,7 @@ def distill_splam_command(
         target_decay=target_decay,
         clip=clip,
         dtype=dtype,
+        compile=compile,
         seed=seed,
     )
     if device == "cuda":  # under torchrun each process has a device of its own

@@ -10,6 +10,9 @@ seeds; the chosen one runs on the test seeds. A row of the result has
     excess      fd less that of the reference solves of the same seeds: 0 is a perfect sampler
     fd_data     Frechet distance to the statistics of data that come with the feature network
 
+A student, distilled from the model, is one more sampler: it runs by its own network, and is held to
+the references and the population of its teacher.
+
 Everything slow is kept in a folder as it is made, under names that have a hash of all that it
 depends on: pictures and errors of each run by CHUNK seeds, features of each run. So an interrupted
 comparison goes on where it stopped, and a new solver or feature network is added to an old one at
@@ -27,8 +30,8 @@ import platform
 import re
 import time
 import zipfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,7 +44,7 @@ from fewstep.evaluate.statistics import Statistics, paired_frechet
 from fewstep.files import write_whole
 from fewstep.grid import GRIDS
 from fewstep.loop import find, resolve, solve
-from fewstep.models import Model
+from fewstep.models import Model, is_model, load, read_card
 from fewstep.sampling import Settings, describe
 from fewstep.solver import ENDS, FIRST_STEPS, Solver, get
 from fewstep.solver.registry import MOST_EVALUATIONS
@@ -54,6 +57,7 @@ __all__ = [
     "Workbench",
     "check_protocol",
     "compare",
+    "load_students",
     "machine",
     "merge",
     "protocol",
@@ -65,6 +69,7 @@ CHECKED = 32  # seeds whose error stands in the row by itself, for a quick recom
 SHOWN = 16  # pictures of each sampler that are kept for the report
 FINALISTS = 2  # settings that the first round of screening leaves
 VALIDATION, POPULATION = 1_000_000, 100_000  # where their seeds start
+STUDENT_SAMPLERS = ("consistency", "consistency-ode")  # what is screened for a student
 
 Report = Callable[[str, int, int], None]
 
@@ -90,7 +95,7 @@ class Judge(Protocol):
 class Design:
     """What is compared, and how the settings are chosen.
 
-    solvers: names, learned solvers' folders, or "auto"
+    solvers: names, learned solvers' folders, "auto", or students of the model
     budgets: evaluations
     seeds: of the test
     label, guidance: the condition, one for all
@@ -178,6 +183,7 @@ class Workbench:
     model: what is sampled, perhaps in another dtype than the references' model
     batch: pictures at a time
     report: called with what is being done, how much of it is done, and how much there is
+    students: those of the design's solvers that are models, as `load_students` returns them
     """
 
     model: Model
@@ -185,11 +191,26 @@ class Workbench:
     folder: Path
     batch: int = 50
     report: Report = field(default=lambda what, done, total: None)
+    students: Mapping[str, Model] = field(default_factory=dict)
+
+    def of(self, solver: str) -> Workbench:
+        """The one that runs this solver: itself, or the same with a student for its model."""
+        return replace(self, model=self.students.get(solver, self.model))
+
+    @property
+    def guidance(self) -> float | None:
+        """The scale that the model is sampled at; a student may have it built in."""
+        scale = self.references.guidance
+        return None if self.model.card.built_in_guidance == scale else scale
+
+    def denoiser(self) -> Any:
+        """D of the model under the comparison's condition."""
+        return self.model.denoiser(self.references.label, None, self.guidance)
 
     def run(self, settings: Settings, seeds: Sequence[int]) -> Run:
         """Sample the seeds, or read what was sampled before."""
         facts = {
-            **describe(self.model, settings, guidance=self.references.guidance),
+            **describe(self.model, settings, guidance=self.guidance),
             "label": self.references.label,
             "reference": self.references.facts(),
         }
@@ -214,7 +235,7 @@ class Workbench:
 
     @torch.inference_mode()
     def _sample(self, settings: Settings, seeds: tuple[int, ...]) -> dict[str, np.ndarray]:
-        denoiser = self.model.denoiser(self.references.label, None, self.references.guidance)
+        denoiser = self.denoiser()
         program = resolve(**settings.arguments(), denoiser=denoiser)
         to_zero = settings.final or program.sigmas[-1] == 0
         exact = self.references.endpoints(seeds)
@@ -293,6 +314,11 @@ def compare(
     judge, a solver is not known, or there are too few seeds for a distance.
     """
     by_label = {judge.label: judge for judge in judges}
+    if how := workbench.model.card.distilled:
+        raise ValueError(
+            f"{workbench.model.card.name} is a student of {how['teacher']}, which it is held to; "
+            f"name it beside solvers: fewstep compare {how['teacher']} --solvers dpmpp-2m,FOLDER"
+        )
     if design.choose_by != "error" and design.choose_by not in by_label:
         raise ValueError(
             f"choose_by must be error or one of {', '.join(by_label) or 'no feature networks'}, "
@@ -300,16 +326,17 @@ def compare(
         )
     if judges and min(len(design.seeds), design.population) < 2:
         raise ValueError("a distance needs at least 2 seeds and a population of 2, got 1")
-    candidates, left_out = _all_candidates(workbench.model, design)
+    candidates, left_out = _all_candidates(workbench, design)
     populations = {judge.label: workbench.population(judge, design) for judge in judges}
     seconds = {
         judge.label: workbench.features(judge, *workbench.exact(design.seeds)) for judge in judges
     }
     rows, strips = [], {"": workbench.exact(design.seeds[:CHUNK])[0][:SHOWN]}
     for (nfe, solver), settings in candidates.items():
-        chosen, screened = _choose(workbench, design, by_label, settings)
-        run = workbench.run(chosen, design.seeds)
-        row = _row(workbench.model, solver, chosen, run, design)
+        own = workbench.of(solver)
+        chosen, screened = _choose(own, design, by_label, settings)
+        run = own.run(chosen, design.seeds)
+        row = _row(own, solver, chosen, run, design)
         row["screened"] = screened
         for judge in judges:
             features = workbench.features(judge, run.images, run.digest)
@@ -338,6 +365,27 @@ def compare(
     record["references"]["own_error"] = own_error
     record |= {"left_out": left_out, "rows": rows}
     return Comparison(json.loads(json.dumps(record)), strips)
+
+
+def load_students(model: Model, solvers: Sequence[str], **options: Any) -> dict[str, Model]:
+    """Those of the solvers that are models, by the name given: students of this one.
+
+    options: of `load`
+    Errors: ValueError for a model that was not distilled from this one, weights and all.
+    """
+    students = {}
+    for name in solvers:
+        if not is_model(name):
+            continue
+        how = read_card(name).distilled
+        if how.get("teacher_weights") != model.card.weights_sha256:
+            what = f"distilled from {how['teacher']}" if how else "no student"
+            raise ValueError(
+                f"{name} is {what}, so it has no place beside samplers of {model.card.name} "
+                f"({model.card.weights_sha256[:8]}); compare it on the weights that it came from"
+            )
+        students[name] = load(name, **options)
+    return students
 
 
 def protocol(workbench: Workbench, design: Design, judges: Sequence[Judge]) -> dict[str, Any]:
@@ -417,11 +465,16 @@ def merge(record: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _row(model: Model, solver: str, settings: Settings, run: Run, design: Design) -> dict[str, Any]:
+def _row(
+    workbench: Workbench, solver: str, settings: Settings, run: Run, design: Design
+) -> dict[str, Any]:
     error = np.sqrt(run.mse)
-    denoiser = model.denoiser(design.label, None, design.guidance)
+    denoiser, card = workbench.denoiser(), workbench.model.card
+    recipe = card.about.get("recipe", {})
+    student = {**card.distilled, "weights": card.weights_sha256, "recipe": recipe}
     return {
         "sampler": solver,
+        **({"student": student} if solver in workbench.students else {}),
         **settings.record(),
         "stochastic": isinstance(settings.solver, str) and get(settings.solver).stochastic,
         "network_calls": settings.nfe * calls_per_eval(denoiser),
@@ -470,13 +523,13 @@ def _choose(
 
 
 def _all_candidates(
-    model: Model, design: Design
+    workbench: Workbench, design: Design
 ) -> tuple[dict[tuple[int, str], list[Settings]], dict[str, str]]:
     """The settings to choose from for each budget and solver, and the reasons of those that have
     none."""
     candidates, left_out = {}, {}
     for nfe, solver in itertools.product(design.budgets, design.solvers):
-        fit, why = _candidates(model, design, solver, nfe)
+        fit, why = _candidates(workbench.of(solver), design, solver, nfe)
         if fit:
             candidates[nfe, solver] = fit
         else:
@@ -487,13 +540,26 @@ def _all_candidates(
     return candidates, left_out
 
 
-def _candidates(model: Model, design: Design, solver: str, nfe: int) -> tuple[list[Settings], str]:
+def _candidates(
+    workbench: Workbench, design: Design, solver: str, nfe: int
+) -> tuple[list[Settings], str]:
     """The settings that fit, and why the first of the others does not. "auto" and learned solvers
-    leave nothing to choose."""
+    leave nothing to choose; of a student it is its sampler, where there is more than one level."""
+    model = workbench.model
+    if solver in workbench.students:
+        samplers = STUDENT_SAMPLERS if design.screen and nfe > 1 else ("auto",)
+        built_in = model.card.built_in_guidance
+        if design.label is not None and built_in not in (None, design.guidance):
+            return [], f"{solver} has guidance {built_in:g} built in, not {design.guidance}"
+        try:
+            workbench.denoiser()
+            return [Settings.choose(model, sampler, nfe) for sampler in samplers], ""
+        except ValueError as error:
+            return [], str(error)
     chosen = solver != "auto" and isinstance(find(solver), Solver)  # speaks up about unknown names
     free = chosen and design.screen > 0
     choices = itertools.product(design.grids, design.firsts, design.ends)
-    denoiser = model.denoiser(design.label, None, design.guidance)
+    denoiser = workbench.denoiser()
     fit, why = [], ""
     for grid, first, end in choices if free else [(None, None, None)]:
         try:

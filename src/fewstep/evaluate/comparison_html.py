@@ -193,12 +193,14 @@ def _who_leads(record: Record, budgets: Sequence[int]) -> str:
         shared.setdefault(names, []).append(nfe)
     parts, said = [], ""
     for names, at in shared.items():
+        if not names:
+            continue
         who = _join(names) if len(names) < 4 else f"{len(names)} samplers"
         verb = " leads" if len(names) == 1 else " share the lead"
         where = _join([*map(str, at)]) if parts else _evaluations(at)
-        parts.append(f"{who}{'' if verb == said else verb} at {where}" if names else "")
+        parts.append(f"{who}{'' if verb == said else verb} at {where}")
         said = verb
-    return "; ".join(part for part in parts if part) or f"{len(called)} stochastic samplers"
+    return "; ".join(parts) or f"{len(called)} stochastic samplers"
 
 
 def _unbroken(text: str, record: Record) -> str:

@@ -26,7 +26,15 @@ from typing import IO, Any, Protocol
 import numpy as np
 from PIL import Image
 
-__all__ = ["MOST_BYTES", "Entry", "Images", "array_images", "open_images", "picture_shape"]
+__all__ = [
+    "MOST_BYTES",
+    "Entry",
+    "Images",
+    "array_images",
+    "middle_square",
+    "open_images",
+    "picture_shape",
+]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 ARRAYS = ("arr_0", "images")  # names that guided-diffusion and others give to pictures in an .npz
@@ -197,15 +205,19 @@ class Fitted:
             yield Entry(entry.name, partial(self._fit, entry.read))
 
     def _fit(self, read: Read) -> np.ndarray:
-        image = read()
-        side = min(image.shape[:2])
-        top, left = ((length - side) // 2 for length in image.shape[:2])
-        square = image[top : top + side, left : left + side]
-        if side == self.size:
-            return square
-        picture = Image.fromarray(square[..., 0] if square.shape[2] == 1 else square)
-        small = picture.resize((self.size, self.size), Image.Resampling.BICUBIC)
-        return np.asarray(small).reshape(self.size, self.size, -1)
+        return middle_square(read(), self.size)
+
+
+def middle_square(image: np.ndarray, size: int) -> np.ndarray:
+    """The middle square of a picture uint8 [h, w, c], at size x size by Pillow's bicubic."""
+    side = min(image.shape[:2])
+    top, left = ((length - side) // 2 for length in image.shape[:2])
+    square = image[top : top + side, left : left + side]
+    if side == size:
+        return square
+    picture = Image.fromarray(square[..., 0] if square.shape[2] == 1 else square)
+    small = picture.resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(small).reshape(size, size, -1)
 
 
 def picture_shape(images: Images) -> tuple[int, int, int] | None:

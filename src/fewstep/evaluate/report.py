@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from fewstep.evaluate.compare import Comparison
@@ -18,6 +20,7 @@ __all__ = [
     "ordered",
     "setting_words",
     "short_names",
+    "students_table",
     "write_comparison",
 ]
 
@@ -37,7 +40,9 @@ PLAIN = (
 
 
 def setting_words(row: dict[str, Any]) -> str:
-    """A row's setting in short: "karras, mean first, to 0"."""
+    """A row's setting in short: "karras, mean first, to 0"; of a student, its sampler."""
+    if "student" in row:
+        return "consistency" if row["stochastic"] else "consistency-ode"
     grid = row["grid"] if isinstance(row["grid"], str) else "own grid"
     first = f", {row['first']} first" if row["first"] != "none" else ""
     return grid + first + (", to 0" if row["end"] == "zero" else "")
@@ -91,6 +96,74 @@ def ordered(record: dict[str, Any]) -> list[dict[str, Any]]:
         return row["nfe"], bool(row.get("stochastic")), row["error"]
 
     return sorted(record["rows"], key=key)
+
+
+def students_table(record: dict[str, Any]) -> str:
+    """Students over their training seeds, in Markdown: for each feature network (or the error,
+    without any) and budget the mean of the excess with its standard error over training seeds, and
+    the same of the difference to LCM with the same seed where there is one. Below them the frozen
+    network's sampler that the first feature network prefers. Empty without students."""
+    called, judges = short_names(record), list(record["floor"])
+    students: dict[str, dict[int, dict[int, dict[str, Any]]]] = {}  # by name, training seed, budget
+    for row in record["rows"]:
+        if "student" in row:
+            seed = row["student"]["recipe"].get("seed", 0)
+            name = called[row["sampler"]].removesuffix(f"-{seed}")
+            students.setdefault(name, {}).setdefault(seed, {})[row["nfe"]] = row
+    if not students:
+        return ""
+    plain = [row for row in record["rows"] if "student" not in row]
+    budgets = sorted({row["nfe"] for row in record["rows"]})
+
+    def value(row: dict[str, Any], judge: str) -> float:
+        return row["fd"][judge]["excess"] if judges else row["error"]
+
+    tables = []
+    for judge in judges or [""]:
+        table = {name: _over_seeds(runs, budgets, judge, value) for name, runs in students.items()}
+        base = students.get("lcm", {})
+        for name, runs in students.items():
+            paired = {seed: runs[seed] for seed in runs if seed in base and name != "lcm"}
+            if paired:
+                cells = _over_seeds(paired, budgets, judge, value, base)
+                table[f"{name} less lcm, by seed"] = cells
+        best = {}
+        for nfe in budgets:
+            rows = [row for row in plain if row["nfe"] == nfe]
+            if rows:
+                row = min(rows, key=lambda row: value(row, judges[0] if judges else ""))
+                best[nfe] = f"{value(row, judge):.3f} ({called[row['sampler']]})"
+        table |= {"best solver of the frozen network": best} if best else {}
+        what = f"excess FD-{judge}" if judge else "error"
+        lines = [f"| {what} | {' | '.join(f'{nfe} NFE' for nfe in budgets)} |"]
+        lines += ["|---" * (len(budgets) + 1) + "|"]
+        for name, cells in table.items():
+            lines.append(f"| {name} | {' | '.join(cells.get(nfe, '-') for nfe in budgets)} |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
+def _over_seeds(
+    runs: Mapping[int, Mapping[int, dict[str, Any]]],
+    budgets: list[int],
+    judge: str,
+    value: Any,
+    less: Mapping[int, Mapping[int, dict[str, Any]]] | None = None,
+) -> dict[int, str]:
+    """By budget, the mean over training seeds ± its standard error, with how many there are."""
+    cells = {}
+    for nfe in budgets:
+        found = np.array(
+            [
+                value(rows[nfe], judge) - (0 if less is None else value(less[seed][nfe], judge))
+                for seed, rows in runs.items()
+                if nfe in rows and (less is None or nfe in less[seed])
+            ]
+        )
+        if len(found):
+            error = f" ± {found.std(ddof=1) / len(found) ** 0.5:.3f}" if len(found) > 1 else ""
+            cells[nfe] = f"{found.mean():{'.3f' if less is None else '+.3f'}}{error} ({len(found)})"
+    return cells
 
 
 def comparison_csv(record: dict[str, Any]) -> str:

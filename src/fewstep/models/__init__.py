@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from fewstep.denoiser import Denoiser
 
-__all__ = ["Card", "Model", "builtin", "load", "read_card"]
+__all__ = ["Card", "Model", "builtin", "is_model", "load", "read_card"]
 
 BUILTIN = Path(__file__).parent / "builtin"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # owner/name
@@ -87,6 +87,11 @@ def load(
             f"{folder} holds a model of kind {kind!r}, this version knows: {', '.join(LOADERS)}"
         )
     return importlib.import_module(LOADERS[kind]).load_folder(folder, device, dtype, compile)
+
+
+def is_model(name_or_path: str | Path) -> bool:
+    """Whether this names a built-in model or a model folder."""
+    return str(name_or_path) in builtin() or (Path(name_or_path) / CARD_FILE).is_file()
 
 
 def read_card(name_or_path: str | Path) -> Card:

@@ -69,6 +69,16 @@ class Card:
                     f"got {budget!r}: {entry!r}"
                 )
 
+    @property
+    def built_in_guidance(self) -> float | None:
+        """The guidance scale that a student imitates in one pass and that cannot be changed; None
+        where there is none, or it is told the scale."""
+        scale = self.distilled.get("guidance")
+        if "guidance" in self.network.get("told", ()):
+            return None
+        low = scale[0] if isinstance(scale, list | tuple) else scale
+        return None if low in (None, 1) else float(low)
+
     def to_dict(self) -> dict[str, Any]:
         return {"format": self.format, **asdict(self)}
 

@@ -123,7 +123,7 @@ class NetworkModel:
             None or 1 is none. A network that is told the scale takes it in, at no second pass.
 
         Errors: ValueError for a prompt, an unknown label, a guidance that is negative or not
-        finite, or guidance without a label.
+        finite, guidance without a label, or one that a student was not distilled for.
         """
         if prompt is not None:
             raise ValueError(f"{self.card.name} has no text input; use label instead of prompt")
@@ -132,20 +132,40 @@ class NetworkModel:
             raise ValueError(f"guidance must be finite and at least 0, got {guidance}")
         if scale.ndim > 1:
             raise ValueError(f"guidance must be one number, or one per picture, got {guidance}")
+        if self.card.built_in_guidance is not None and guidance is not None:
+            raise ValueError(
+                f"{self.card.name} has guidance {self.card.built_in_guidance:g} built in, in one "
+                "pass; leave guidance out"
+            )
         rows, far = self._rows(label), self.stats["far_mean"]
+        if "guidance" in self.net.config.told:
+            return self._told(rows, label, guidance, scale)
         base = Conditional(self.net, self.card, self.forward)
         if scale.ndim == 0 and scale == 1:
             return Bound(base, rows, far[rows])
         if label is None:
             raise ValueError("guidance needs a label to guide towards; give label too")
-        if "guidance" in self.net.config.told:
-            told = indices(self.net.config.told, torch.ones(scale.numel()), scale.reshape(-1))
-            assert told is not None  # it is told the guidance at least
-            forward = partial(self.forward, told=told.to(self.device))
-            return Bound(replace(base, forward=forward), rows, far[rows])
         none = torch.full_like(rows, len(self.card.classes))
         strength = scale.item() if scale.ndim == 0 else scale.float().to(self.device)
         return Guided(base, strength, rows, none, (far[rows], far[none]))
+
+    def _told(self, rows: Tensor, label: Label, guidance: Any, scale: Tensor) -> Wrapper:
+        """D of a network that is told the guidance scale, which it knows on a range; without a
+        class the scale means nothing, and is one of that range."""
+        low, high = self.card.distilled.get("guidance", (0.0, math.inf))
+        if label is None:
+            if guidance is not None:
+                raise ValueError("guidance needs a label to guide towards; give label too")
+            scale = scale.clamp(low, high)
+        if not ((scale >= low) & (scale <= high)).all():
+            raise ValueError(
+                f"{self.card.name} was distilled for guidance from {low:g} to {high:g}, got "
+                f"{'none' if guidance is None else guidance}"
+            )
+        told = indices(self.net.config.told, torch.ones(scale.numel()), scale.reshape(-1))
+        assert told is not None  # it is told the guidance at least
+        forward = partial(self.forward, told=told.to(self.device))
+        return Bound(Conditional(self.net, self.card, forward), rows, self.stats["far_mean"][rows])
 
     def _rows(self, label: Label) -> Tensor:
         """Rows of the label table, [1] or [b]."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +17,9 @@ from fewstep.models.data import load_idx_folder, to_unit
 from fewstep.models.training import data_hash
 
 __all__ = ["Data", "Pictures", "mapped", "read_data"]
+
+IDX = "train-images-idx3-ubyte*"
+LABELS = ("labels", "arr_1")  # beside `images` and `arr_0` in an .npz
 
 
 class Data(Protocol):
@@ -68,15 +72,22 @@ class Pictures:
         return to_unit(self.images[chosen]), self.labels[chosen]
 
 
-def read_data(data: Data | tuple[Tensor, Tensor] | Path | str, model: Model) -> Data:
-    """Data as it comes, (images, labels), or a folder of idx files that is read at the model's
-    size.
+def read_data(
+    data: Data | tuple[Tensor, Tensor] | Path | str, model: Model, dropout: float
+) -> Data:
+    """Data as it comes, (images, labels), or what is on disk: a folder of idx files, or pictures in
+    a folder, a .zip, an .npz or an .npy, all read into memory.
+
+    dropout: the share of pictures that are shown without class; where it is 1 the data need none
+
+    idx pictures are padded to the model's size. Of others the middle square is taken and made
+    smaller; their classes are the folders that they lie in, or `labels` or `arr_1` of an .npz.
 
     Errors: ValueError for pictures or labels that do not go with the model, or files that cannot be
     read; FileNotFoundError where there are none.
     """
     if isinstance(data, str | Path):
-        data = load_idx_folder(data, size=model.shape[-1])
+        data = _on_disk(Path(data), model, needed=dropout < 1)
     found = _labelled(*data, model) if isinstance(data, tuple) else data
     if not len(found):
         raise ValueError("the data are empty: give at least one picture")
@@ -86,6 +97,76 @@ def read_data(data: Data | tuple[Tensor, Tensor] | Path | str, model: Model) -> 
             f"the data have shape {shape}, {model.card.name} takes {tuple(model.shape)}"
         )
     return found
+
+
+def _on_disk(path: Path, model: Model, needed: bool) -> tuple[Tensor, Tensor]:
+    """Pictures uint8 [n, c, h, w] and labels [n]. needed: whether the labels will be looked at."""
+    classes = model.card.classes
+    if next(path.glob(IDX), None) is not None:
+        images, labels = load_idx_folder(path, size=model.shape[-1])
+        return images, labels if classes else torch.zeros_like(labels)
+    from fewstep.evaluate.images import open_images
+
+    source = open_images(path)
+    images = torch.empty((len(source.names), *model.shape), dtype=torch.uint8)
+    for place, entry in zip(images, source.stream(), strict=True):
+        picture = _at_size(entry.read(), model, f"{path}: {entry.name}")
+        place.copy_(torch.from_numpy(picture.transpose(2, 0, 1).copy()))
+    labels = _labels(path, source.names, classes) if classes else None
+    if labels is None and classes and needed:
+        shown = ", ".join(classes[:2])
+        raise ValueError(
+            f"{path} has no classes and {model.card.name} has {len(classes)}: put the pictures of "
+            f"each into a folder of its name ({shown}, ...), or give label_dropout 1 to train "
+            "without classes"
+        )
+    return images, torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
+
+
+def _at_size(picture: np.ndarray, model: Model, name: str) -> np.ndarray:
+    """uint8 [h, w, c] as the model takes it. Errors: ValueError for one that is too small, or has
+    another number of channels."""
+    from fewstep.evaluate.images import middle_square
+
+    channels, height, width = model.shape
+    if picture.shape[2] != channels:
+        kinds = {1: "grey", 3: "in colour"}
+        raise ValueError(
+            f"{name} is {kinds[picture.shape[2]]}, {model.card.name} takes pictures of "
+            f"{channels} channels"
+        )
+    if height == width <= min(picture.shape[:2]):
+        return middle_square(picture, height)
+    if picture.shape[:2] != (height, width):
+        size = "x".join(map(str, picture.shape[:2]))
+        raise ValueError(
+            f"{name} has {size} pixels, {model.card.name} takes {height}x{width}; "
+            "pad or enlarge such pictures first"
+        )
+    return picture
+
+
+def _labels(path: Path, names: Sequence[str], classes: Sequence[str]) -> Tensor | None:
+    """The class of each picture, int64 [n]; None where they have none.
+
+    Errors: ValueError where some pictures lie in a class's folder and others do not.
+    """
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as arrays:
+            found = next((arrays[name] for name in LABELS if name in arrays.files), None)
+        if found is not None and found.dtype.kind not in "iu":
+            raise ValueError(f"{path}: its labels must be integers, got {found.dtype}")
+        return None if found is None else torch.from_numpy(found.astype(np.int64))
+    folders = [PurePosixPath(name).parent.name for name in names]
+    other = next((i for i, folder in enumerate(folders) if folder not in classes), None)
+    if other is None:
+        return torch.tensor([classes.index(folder) for folder in folders])
+    if any(folder in classes for folder in folders):
+        raise ValueError(
+            f"{path}: {names[other]} lies in no class's folder, and others do; the classes are "
+            f"{', '.join(classes)}"
+        )
+    return None
 
 
 def _labelled(images: Tensor, labels: Tensor, model: Model) -> Pictures:

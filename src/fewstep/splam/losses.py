@@ -4,6 +4,7 @@
     teacher x_s = a solver's step from x_t to s, under guidance: one batched call
     target  f(x_s; s, gamma = 1) of the slow average of the student, without gradient
     student f(x_gamma; t, gamma),    x_gamma = (1 - gamma) x_s + gamma x_t
+            or, told the level of x_gamma itself, f(x_gamma; sigma_gamma)
     loss    pseudo-Huber of the difference, mean over everything
 
 With gamma = 1 throughout this is LCM. gamma has a point mass at 1, the only value at inference,
@@ -77,7 +78,7 @@ def draw(recipe: Recipe, step: int, count: int, paths: int, shape: Sequence[int]
         n=n.long().clamp(max=paths - 1),
         gamma=gamma,
         guidance=low_high[0] + (low_high[1] - low_high[0]) * uniform[2],
-        dropped=uniform[3] < recipe.label_dropout,
+        dropped=uniform[3] < recipe.dropout,
         eps=torch.randn(b, *shape, generator=gen),
     )
 
@@ -120,10 +121,14 @@ def subpath_losses(
         goal = consistency(x_s, denoised, ones, (levels.skip[s], levels.out[s]))
     x_gamma = on_line(x_s, x_t, drawn.gamma)
     q = levels.sigma[s] / levels.sigma[t]
-    ratio = RULES[recipe.rule or subject.rule](drawn.gamma, q)
+    ratio = RULES[recipe.rule_on(subject.rule)](drawn.gamma, q)
+    level, scalings = sigma_t, (levels.skip[t], levels.out[t])
+    if recipe.tell == "level":  # eps divides by the told level, which is sigma_gamma now
+        sigma_gamma = ratio * levels.sigma[t]
+        level, scalings, ratio = sigma_gamma.to(x_0), subject.boundary(sigma_gamma), ones
     told = _told(recipe, drawn.gamma, drawn.guidance, x_0)
-    denoised = subject.denoise(subject.student, x_gamma, sigma_t, condition, told)
-    estimate = consistency(x_gamma, denoised, ratio, (levels.skip[t], levels.out[t]))
+    denoised = subject.denoise(subject.student, x_gamma, level, condition, told)
+    estimate = consistency(x_gamma, denoised, ratio, scalings)
     return LOSSES[recipe.loss](estimate - goal).flatten(1).mean(1)
 
 

@@ -10,6 +10,7 @@ from fewstep.splam.subpath import LOSSES, RULES
 __all__ = ["Recipe"]
 
 METHODS = ("splam", "lcm")
+TOLD = ("gamma", "level")
 
 
 @dataclass(frozen=True)
@@ -25,16 +26,21 @@ class Recipe:
     gamma_one: the share of the draws in which gamma is 1; 0.25 where left out. For splam only.
     rule: how x0_hat follows from D, "variance", "linear" or "direct"; left out, what suits the
         network. For splam only.
+    tell: what tells the student where on a line it stands, "gamma", beside the level of the line's
+        noisy end; or the "level" of the place itself, where x0_hat is D, by the variance or linear
+        rule. "gamma" where left out. For splam only.
     loss: "huber" or "l2"
     pictures: length of the run, rounded up to whole batches
     batch: pictures per step, over all processes
     accumulate: in how many parts a process takes its share of a batch, to save memory
     warmup: pictures until the learning rate is reached
     cooldown: the last share of the run, over which it falls to zero
-    label_dropout: share of pictures whose condition is left out
+    label_dropout: share of pictures whose condition is left out, 0.5 where left out; for networks
+        that have conditions
     target_decay: of the average of the student that gives the target
     clip: largest norm of a gradient
     dtype: arithmetic of the networks; their weights stay float32
+    compile: torch.compile the passes, at the price of minutes at the start; changes rounding
 
     Errors: ValueError for a number outside its range, or a setting that its method does not have.
     """
@@ -47,6 +53,7 @@ class Recipe:
     guidance: float | tuple[float, float] | None = None
     gamma_one: float | None = None
     rule: str | None = None
+    tell: str | None = None
     loss: str = "huber"
     pictures: int = 500_000
     batch: int = 128
@@ -54,10 +61,11 @@ class Recipe:
     lr: float = 3e-4
     warmup: int = 10_000
     cooldown: float = 0.3
-    label_dropout: float = 0.5
+    label_dropout: float | None = None
     target_decay: float = 0.95
     clip: float = 1.0
     dtype: str = "bfloat16"
+    compile: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -66,17 +74,23 @@ class Recipe:
             ("loss", tuple(LOSSES)),
             ("dtype", ("bfloat16", "float32")),
             ("rule", (None, *RULES)),
+            ("tell", (None, *TOLD)),
         ):
             if (value := getattr(self, name)) not in allowed:
                 named = ", ".join(str(one) for one in allowed if one)
                 raise ValueError(f"{name} must be one of {named}, got {value!r}")
         if self.method == "lcm":
-            for name in ("gamma_one", "rule"):
+            for name in ("gamma_one", "rule", "tell"):
                 if (value := getattr(self, name)) is not None:
                     raise ValueError(
                         f"{name}={value} has no effect with method lcm, where gamma is 1 "
                         "throughout; leave it out"
                     )
+        if self.tell == "level" and self.rule == "direct":
+            raise ValueError(
+                "tell=level needs a rule that gives the place on the line a level, variance or "
+                "linear, got direct"
+            )
         low, high = self.scales
         if isinstance(self.guidance, list):  # as JSON has it
             object.__setattr__(self, "guidance", (low, high))
@@ -91,7 +105,7 @@ class Recipe:
             ("lr", 0 < self.lr < math.inf, "positive"),
             ("warmup", self.warmup >= 0, "at least 0"),
             ("cooldown", 0 <= self.cooldown <= 1, "between 0 and 1"),
-            ("label_dropout", 0 <= self.label_dropout <= 1, "between 0 and 1"),
+            ("label_dropout", 0 <= self.dropout <= 1, "between 0 and 1"),
             ("target_decay", 0 <= self.target_decay < 1, "at least 0 and below 1"),
             ("clip", self.clip > 0, "positive"),
             ("seed", -(2**63) <= self.seed < 2**63, "a 64-bit integer"),
@@ -110,6 +124,15 @@ class Recipe:
             return 1.0
         return 0.25 if self.gamma_one is None else self.gamma_one
 
+    def rule_on(self, usual: str) -> str:
+        """The rule for a network whose own is `usual`."""
+        return self.rule or ("linear" if self.tell == "level" else usual)
+
+    @property
+    def dropout(self) -> float:
+        """The share of pictures whose condition is left out."""
+        return 0.5 if self.label_dropout is None else self.label_dropout
+
     @property
     def scales(self) -> tuple[float, float]:
         """The range of the guidance scale."""
@@ -125,7 +148,8 @@ class Recipe:
     def told(self) -> tuple[str, ...]:
         """The further numbers that the student is told."""
         low, high = self.scales
-        return ("gamma",) * (self.method == "splam") + ("guidance",) * (low < high)
+        gamma = self.method == "splam" and self.tell != "level"
+        return ("gamma",) * gamma + ("guidance",) * (low < high)
 
     def lr_at(self, step: int) -> float:
         """Learning rate of the update after `step` earlier ones."""

@@ -46,13 +46,13 @@ def student_card(
     card: Card,
     levels: Sequence[float],
     facts: dict[str, Any],
-    recipe: dict[str, Any],
+    run: dict[str, Any],
     name: str,
     sampler: str = "consistency",
 ) -> Card:
     """The card of a student: `auto` names its sampler with the levels for each budget.
 
-    facts: how it was distilled; recipe: all settings of the run
+    facts: how it was distilled; run: all settings, and its data
     sampler: "consistency", with fresh noise at every level, or "consistency-ode", without
 
     Errors: ValueError for another sampler.
@@ -70,7 +70,7 @@ def student_card(
         summary=f"{facts['teacher']} distilled by {facts['method']}, {len(levels)} levels",
         auto=auto,
         distilled={**facts, "levels": list(levels)},
-        about={"fewstep": __version__, "recipe": recipe, "teacher": card.about},
+        about={"fewstep": __version__, **run, "teacher": card.about},
     )
 
 

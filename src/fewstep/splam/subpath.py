@@ -19,8 +19,9 @@ one eps; x0_hat with that very eps does not depend on gamma.
 Those two are formulas for eps: D divides by the told level, so a network that gives the right
 x0_hat at gamma < 1 gives a D with (1 - 1/ratio) sigma_gamma of noise in it. That costs a network
 that predicts eps nothing. One that predicts x_0, as under EDM's preconditioning, would have to
-paint noise of standard deviation 20 at sigma = 80; the direct rule asks it for the picture. All
-three agree at gamma = 1, the only value at inference.
+paint noise of standard deviation 20 at sigma = 80; the direct rule asks it for the picture. A
+network of v or of flow has the same trouble at large sigma, where its answer too is as large as a
+picture. All three agree at gamma = 1, the only value at inference.
 
 Source: SPLAM, arXiv:2404.13903; the boundary of discrete-time models is that of Luo et al. 2023
 (LCM), arXiv:2310.04378, and the metric that of Song & Dhariwal 2023, arXiv:2310.14189.

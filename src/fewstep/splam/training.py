@@ -54,7 +54,8 @@ class Run:
     def __init__(
         self, recipe: Recipe, subject: Subject, step: Stepper, data: Data, key: str, team: Team
     ) -> None:
-        self.recipe, self.subject, self.stepper, self.data = recipe, subject, step, data
+        self.recipe, self.stepper, self.data = recipe, step, data
+        self.subject = _compiled(subject) if recipe.compile else subject
         self.key, self.team, self.step = key, team, 0
         self.levels = Levels.of(step.levels, subject.boundary)
         self.shape = tuple(data.batch(torch.zeros(1, dtype=torch.int64))[0].shape[1:])
@@ -198,7 +199,8 @@ def distill(
     """Distil a model into a student that samples in 1 to 8 evaluations.
 
     model: the teacher, as `fewstep.load` returns it; it is left as it is
-    data: a folder of idx files, (images uint8 [n, c, h, w], labels [n]), or a `Data`
+    data: a folder of idx files; pictures in a folder, a .zip, an .npz or an .npy; (images uint8
+        [n, c, h, w], labels [n]); or a `Data`
     out: folder for checkpoint, log, validation sheets and the student; a run that is there already
         is resumed. None keeps everything in memory.
     name: of the student in its card
@@ -225,10 +227,11 @@ def distill(
     ):
         if value < least:
             raise ValueError(f"{what} must be at least {least}, got {value}")
-    known, pictures = subject(model, recipe.told, recipe.seed), read_data(data, model)
+    known = subject(model, recipe.told, recipe.seed)
     step = _checked(recipe, known, model)
+    pictures = read_data(data, model, recipe.dropout)
     name = name or f"{model.card.name}-{recipe.method}"
-    card = _card(recipe, known, step, model.card, name, sampler)
+    card = _card(recipe, known, step, model.card, pictures, name, sampler)
     folder = None if out is None else Path(out)
     key = f"{pictures.digest}:{model.card.weights_sha256}:{step.digest}"
     device = next(known.student.parameters()).device
@@ -242,6 +245,7 @@ def distill(
         files.open(run.step)
         examine = _examination(model, recipe, validation_seeds) if together.leads else None
         _train(run, card, files, examine, checkpoint_every, validate_every, report)
+        card = replace(card, about={**card.about, "validation": files.latest(run.step)})
         if folder is None:
             return known.bind(run.averaged(), card)
         if together.leads:
@@ -305,23 +309,38 @@ def _checked(recipe: Recipe, known: Subject, model: Model) -> Stepper:
             f"teacher {recipe.teacher} runs from sigma {start:g} to {end:g}; it must start at the "
             f"model's {known.sigma_max:g} and end above 0"
         )
-    if recipe.scales != (1.0, 1.0) and known.none is None:
-        raise ValueError(f"{model.card.name} has no condition to be guided by; leave out guidance")
+    if known.none is None:
+        for name in ("guidance", "label_dropout"):
+            if (value := getattr(recipe, name)) is not None:
+                raise ValueError(
+                    f"{name}={value} has no effect, as {model.card.name} has no classes or other "
+                    "conditions; leave it out"
+                )
+    elif recipe.dropout == 1 and recipe.scales != (1.0, 1.0):
+        raise ValueError("guidance has no effect at label_dropout 1, where no picture has a class")
     return step
 
 
 def _card(
-    recipe: Recipe, known: Subject, step: Stepper, teacher: Card, name: str, sampler: str
+    recipe: Recipe,
+    known: Subject,
+    step: Stepper,
+    teacher: Card,
+    data: Data,
+    name: str,
+    sampler: str,
 ) -> Card:
     facts = {
         "method": recipe.method,
-        "gamma_input": "embedding" if "gamma" in recipe.told else "none",
+        "rule": None if recipe.method == "lcm" else recipe.rule_on(known.rule),
+        "gamma_input": "embedding" if "gamma" in recipe.told else recipe.tell or "none",
         "guidance": recipe.guidance,
         "teacher": teacher.name,
         "teacher_weights": teacher.weights_sha256,
         "teacher_step": f"{step.name} x {recipe.substeps}",
     }
-    return student_card(known.card, step.levels, facts, asdict(recipe), name, sampler)
+    run = {"recipe": asdict(recipe), "data": {"pictures": len(data), "sha256": data.digest}}
+    return student_card(known.card, step.levels, facts, run, name, sampler)
 
 
 def _examination(model: Model, recipe: Recipe, count: int) -> Examination | None:
@@ -331,7 +350,7 @@ def _examination(model: Model, recipe: Recipe, count: int) -> Examination | None
         return None
     low, high = recipe.scales
     classes = len(model.card.classes)
-    labelled = classes and (high > 1 or recipe.label_dropout == 0)
+    labelled = classes and (high > 1 or recipe.dropout == 0)
     return Examination(
         model,
         count,
@@ -359,9 +378,14 @@ class Files:
     def sheet(self, step: int) -> Path | None:
         return None if self.folder is None else self.folder / SHEETS / f"{step:07d}.png"
 
+    def latest(self, step: int) -> dict[str, Any]:
+        """The validation of that step, the last one; empty where there was none."""
+        line = self.lines[-1] if self.lines else {}
+        return line if line.get("step") == step else {}
+
     def log(self, line: dict[str, Any]) -> None:
+        self.lines.append(line)
         if self.folder is not None:
-            self.lines.append(line)
             text = "".join(json.dumps(one) + "\n" for one in self.lines)
             write_whole(self.folder / LOG, text.encode())
 
@@ -392,6 +416,17 @@ def _gradient(weight: nn.Parameter | Tensor) -> Tensor:
     if weight.grad is None:
         weight.grad = torch.zeros_like(weight)
     return weight.grad
+
+
+def _compiled(subject: Subject) -> Subject:
+    """One graph for each of the three passes, at fixed shapes, so that a resumed run has the same
+    ones."""
+    teacher = subject.teacher
+    return replace(
+        subject,
+        denoise=torch.compile(subject.denoise, dynamic=False),
+        teacher=torch.compile(lambda *arguments: teacher(*arguments), dynamic=False),
+    )
 
 
 def _autocast(device: torch.device, dtype: str) -> torch.autocast:

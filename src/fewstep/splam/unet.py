@@ -45,7 +45,7 @@ def subject(model: NetworkModel, told: tuple[str, ...], seed: int) -> Subject:
         student=student,
         denoise=answer,
         teacher=Conditional(model.net, card, model.forward),
-        none=torch.tensor([len(card.classes)], device=model.device),
+        none=torch.tensor([len(card.classes)], device=model.device) if card.classes else None,
         boundary=CleanEnd(card.sigma_min),
         rule="direct",
         sigma_min=card.sigma_min,

@@ -1,0 +1,195 @@
+"""The study of distillation on a tiny network, its table, and how a student is shipped."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_splam_training import TINY, pictures, tiny_model, write_idx
+
+import fewstep
+from benchmarks import distill_study, make_results
+from fewstep import models
+from fewstep.evaluate.report import students_table
+from fewstep.models.network import save_folder
+from fewstep.splam import distill
+from recipes.ship_student import ship
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model among built-in ones, and data."""
+    folder, model, (images, labels) = (
+        tmp_path_factory.mktemp("study"), tiny_model(), pictures(),
+    )  # fmt: skip
+    save_folder(folder / "builtin" / "tiny", model.card, model.net, model.stats)
+    (folder / "data").mkdir()
+    write_idx(folder / "data" / "train-images-idx3-ubyte", images[:, 0].numpy())
+    write_idx(folder / "data" / "train-labels-idx1-ubyte", labels.numpy().astype(np.uint8))
+    return folder
+
+
+def study(place: Path, *more: str) -> None:
+    names = {"--model": "builtin/tiny", "--data": "data", "--out": "study", "--cache": "cache"}
+    numbers = {
+        "--pictures": 32, "--batch": 8, "--warmup": 0, "--points": 5, "--training-seeds": 2,
+        "--validation-seeds": 2, "--seeds": 4, "--screen": 2, "--population": 10,
+        "--reference-nfe": 10,
+    }  # fmt: skip
+    arguments = ["--dtype", "float32", "--features", "none", "--solvers", "ddim", "--no-plots"]
+    arguments += [word for name, path in names.items() for word in (name, str(place / path))]
+    arguments += [word for name, number in numbers.items() for word in (name, str(number))]
+    distill_study.main([*arguments, *more])
+
+
+@pytest.fixture(scope="module")
+def done(place: Path) -> Path:
+    """The whole study: two methods, two rates, two seeds, one ablation; a search that fails."""
+    with pytest.MonkeyPatch.context() as patch:
+        methods = {name: distill_study.METHODS[name] for name in ("splam-direct", "lcm")}
+        patch.setattr(distill_study, "METHODS", methods)
+        patch.setattr(distill_study, "RATES", (1e-4, 1e-2))
+        kept = ("quarter-lcm", "gamma-one-never")
+        ablations = {name: distill_study.ABLATIONS[name] for name in kept}
+        patch.setattr(distill_study, "ABLATIONS", ablations)
+        patch.setattr(distill_study, "BUDGETS", (1, 2))
+        failed = place / "study" / "runs" / "lcm-lr0.01"
+        failed.mkdir(parents=True)
+        (failed / distill_study.FAILED).write_text(json.dumps({"reason": "the loss is nan"}))
+        study(place, "--only", "search")
+        assert not (place / "study" / "runs" / "lcm-0").exists()
+        study(place)
+    return place / "study"
+
+
+@pytest.mark.slow
+def test_each_method_trains_at_the_rate_that_its_search_found(done: Path) -> None:
+    def best(method: str) -> float:
+        scores = {}
+        for rate in (1e-4, 1e-2):
+            log = done / "runs" / f"{method}-lr{rate:g}" / "log.jsonl"
+            if log.exists():
+                last = json.loads(log.read_text().splitlines()[-1])
+                found = [
+                    last["rmse_1"],
+                    min(last["rmse_2"], last["rmse_ode_2"]),
+                    min(last["rmse_4"], last["rmse_ode_4"]),
+                ]
+                scores[rate] = math.prod(found)
+        return min(scores, key=scores.__getitem__)
+
+    for method in ("splam-direct", "lcm"):
+        for seed in (0, 1):
+            recipe = models.read_card(done / "runs" / f"{method}-{seed}").about["recipe"]
+            assert (recipe["lr"], recipe["seed"]) == (best(method), seed)
+            assert recipe["pictures"] == 32
+    quarter = models.read_card(done / "runs" / "gamma-one-never").about["recipe"]
+    assert (quarter["pictures"], quarter["gamma_one"]) == (8, 0.0)
+
+
+@pytest.mark.slow
+def test_what_is_done_is_not_done_again(done: Path, place: Path, capsys: Any) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (done / "runs").rglob("*.safetensors")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distill_study, "METHODS", {"lcm": distill_study.METHODS["lcm"]})
+        patch.setattr(distill_study, "RATES", (1e-4, 1e-2))
+        patch.setattr(distill_study, "ABLATIONS", {})
+        study(place, "--only", "search,train")
+        patch.setattr(distill_study, "RATES", (1e-4, 5e-4))
+        study(place, "--status")
+    text = capsys.readouterr().out
+    assert "0 pictures left to train on in what is chosen" in text
+    assert "lr by the search" in text
+    assert "the loss is nan" in text
+    assert "\n8 pictures left to train on\n" in text  # one step of a search
+    assert before == {p: p.stat().st_mtime_ns for p in (done / "runs").rglob("*.safetensors")}
+
+
+@pytest.mark.slow
+def test_its_comparisons_are_what_the_results_are_made_of(done: Path) -> None:
+    record = json.loads((done / "students" / "comparison.json").read_text())
+    names = {Path(row["sampler"]).name for row in record["rows"]}
+    assert names == {"ddim", "splam-direct-0", "splam-direct-1", "lcm-0", "lcm-1"}
+    assert {row["nfe"] for row in record["rows"]} == {1, 2}
+    ablations = json.loads((done / "ablations" / "comparison.json").read_text())
+    assert {Path(row["sampler"]).name for row in ablations["rows"]} == {
+        "quarter-lcm",
+        "gamma-one-never",
+    }
+    for row in record["rows"]:
+        row["fd"] = {"j": {"excess": row["error"], "excess_se": 0.0}}
+    record["floor"] = {"j": {"fd": 1.0}}
+    page = make_results.results_page({"students": record})
+    assert "### Students over their training seeds" in page
+    assert "splam-direct less lcm, by seed" in page
+
+
+def test_the_table_of_students_by_hand() -> None:
+    def row(sampler: str, nfe: int, excess: float, seed: int | None = None) -> dict[str, Any]:
+        how = {} if seed is None else {"student": {"recipe": {"seed": seed}}}
+        fd = {"a": {"excess": excess}, "b": {"excess": 10 * excess}}
+        return {"sampler": sampler, "nfe": nfe, "error": 0.0, "fd": fd, **how}
+
+    rows = [row(f"runs/lcm-{i}", 2, x, i) for i, x in enumerate((1.0, 2.0, 6.0))]
+    rows += [row(f"runs/splam-{i}", 2, x, i) for i, x in enumerate((0.5, 1.0, 5.5))]
+    rows += [row("ddim", 2, 9.0), row("heun", 2, 8.0), row("heun", 4, 7.0)]
+    text = students_table({"rows": rows, "floor": {"a": {}, "b": {}}})
+    first, second = text.split("\n\n")
+    assert first.splitlines() == [
+        "| excess FD-a | 2 NFE | 4 NFE |",
+        "|---|---|---|",
+        "| lcm | 3.000 ± 1.528 (3) | - |",
+        "| splam | 2.333 ± 1.590 (3) | - |",
+        "| splam less lcm, by seed | -0.667 ± 0.167 (3) | - |",
+        "| best solver of the frozen network | 8.000 (heun) | 7.000 (heun) |",
+    ]
+    assert "| lcm | 30.000 ± 15.275 (3) | - |" in second
+    assert students_table({"rows": rows[-3:], "floor": {}}) == ""
+
+
+def test_a_student_ships_with_its_figures_under_a_name(place: Path) -> None:
+    into, folder, comparison = place / "builtin", place / "student", place / "comparison.json"
+    teacher = fewstep.load(into / "tiny")
+    made = distill(teacher, pictures(), out=folder, validation_seeds=1, **{**TINY, "pictures": 8})
+    rows = [
+        {"nfe": nfe, "stochastic": nfe < 2, "error": nfe / 8, "fd": {"j": {"excess": nfe / 4}},
+         "student": {"weights": made.card.weights_sha256}}
+        for nfe in (1, 2)
+    ]  # fmt: skip
+    record = {"format": "fewstep-comparison/1", "seeds": "0-9", "sources": [{"command": "study"}]}
+    comparison.write_text(json.dumps({**record, "rows": rows}))
+    ship(folder, "tiny-splam", comparison, into)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "BUILTIN", into)
+        assert models.builtin() == ["tiny", "tiny-splam"]
+        student: Any = fewstep.load("tiny-splam")
+    card = student.card
+    assert (card.name, card.weights_sha256) == ("tiny-splam", made.card.weights_sha256)
+    assert (card.distilled["teacher"], card.distilled["method"]) == ("tiny", "splam")
+    assert card.about["data"]["pictures"] == 40
+    assert card.about["validation"]["step"] == 1
+    test = {"seeds": "0-9", "command": "study"}
+    test |= {str(nfe): {"error": nfe / 8, "excess FD-j": nfe / 4} for nfe in (1, 2)}
+    assert card.about["test"] == test
+    samplers = [entry["solver"] for entry in card.auto.values()]
+    assert samplers == ["consistency", *["consistency-ode"] * 3]
+    ours, theirs = (
+        fewstep.sample(one, solver="consistency-ode", nfe=2, seeds=[5]).images
+        for one in (student, made)
+    )
+    assert np.array_equal(ours, theirs)
+
+    comparison.write_text(json.dumps({**record, "rows": [{"nfe": 1}]}))
+    for other, figures, words in (
+        (into / "tiny", None, "is no student of fewstep distill"),
+        (folder, comparison, "the comparison has no rows of the student"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            ship(other, "other", figures, into)
+    with pytest.raises(ValueError, match="was distilled from a model that does not ship"):
+        ship(folder, "other", None, models.BUILTIN)
+    assert not (into / "other").exists()
