@@ -35,11 +35,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.learned.method import Lesson, Loss, Method, Recipe, Setup
+from fewstep.learned.method import Lesson, Loss, Method, Recipe, Setup, start_recipe
 from fewstep.learned.teacher import Frozen
 from fewstep.loop import solve
 from fewstep.plan import SOURCES, Combine, Eval, Ops, Plan, Program, Source, stages
-from fewstep.solver import FIRST_STEPS, get, intervals_for
+from fewstep.solver import get
 
 __all__ = ["PARTS", "TUNED", "Tuned", "TunedKind"]
 
@@ -167,14 +167,7 @@ class TunedKind:
     name: str = "tuned"
 
     def recipe(self, base: str | None, nfe: int, first: str | None) -> Recipe:
-        base, first = base or ("ipndm-3" if nfe > 3 else "ipndm-2"), first or "none"
-        solver = get(base)
-        if first not in FIRST_STEPS:
-            raise ValueError(f"first must be one of {', '.join(FIRST_STEPS)}, got {first!r}")
-        if solver.stochastic or solver.adapts:
-            raise ValueError(f"tuned starts from a deterministic solver with a plan, not {base}")
-        intervals = intervals_for(solver, nfe, first)
-        return Recipe(base, intervals, first, "time-uniform", "deis-4", 30, 2e-2, True, True)
+        return start_recipe(self.name, base, nfe, first, "time-uniform")
 
     def fresh(self, setup: Setup, *, parts: Sequence[str] = PARTS) -> Method:
         """parts: what learns, of times, told and weights."""
