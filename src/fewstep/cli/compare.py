@@ -45,7 +45,7 @@ def parse_budgets(text: str) -> tuple[int, ...]:
 def compare_command(
     model: ModelArgument = "fashion-mnist",
     solvers: Annotated[
-        str, typer.Option(help="Names and learned solvers' folders, with commas between.")
+        str, typer.Option(help="Names, and folders of learned solvers, with commas between.")
     ] = SOLVERS,
     nfe: Annotated[str, typer.Option(help="Budgets: 3,5,7 or 3-8.")] = "3,5,7",
     seeds: Annotated[str, typer.Option(help="Test seeds: 0-4999.")] = "0-499",
@@ -113,6 +113,7 @@ def compare_command(
         Design,
         Workbench,
         check_protocol,
+        check_solvers,
         compare,
         merge,
         protocol,
@@ -146,6 +147,7 @@ def compare_command(
         choose_by=choose_by or (judges[0].label if judges else "error"),
         population=population,
     )
+    check_solvers(loaded, design)
     check_writable(out)
     references = References(exact, Fine(nfe=reference_nfe), label, guidance, cache, batch)
     command = shlex.join(["fewstep", *sys.argv[1:]])

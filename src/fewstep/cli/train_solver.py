@@ -125,7 +125,7 @@ def train_solver_command(
     if method in ("tuned", "grid") and first is None:
         first = "mean" if getattr(conditions([0]), "far_mean", None) is not None else "none"
     with resumable(out), SolverBar() as bar:
-        if grid == "search" or method == "grid" and grid is None:
+        if grid == "search" or (method == "grid" and grid is None):
             bar.console.print("searching for the grid")
         solver = train(
             conditions([0]),

@@ -40,9 +40,9 @@ from fewstep.evaluate.references import CHUNK, References
 from fewstep.evaluate.statistics import Statistics, paired_frechet
 from fewstep.files import write_whole
 from fewstep.grid import GRIDS
-from fewstep.loop import find, resolve, solve
+from fewstep.loop import resolve, solve
 from fewstep.models import Model
-from fewstep.sampling import Settings, describe
+from fewstep.sampling import Settings, describe, locate
 from fewstep.solver import ENDS, FIRST_STEPS, Solver, get
 from fewstep.solver.registry import MOST_EVALUATIONS
 
@@ -53,6 +53,7 @@ __all__ = [
     "Run",
     "Workbench",
     "check_protocol",
+    "check_solvers",
     "compare",
     "machine",
     "merge",
@@ -90,7 +91,7 @@ class Judge(Protocol):
 class Design:
     """What is compared, and how the settings are chosen.
 
-    solvers: names, learned solvers' folders, or "auto"
+    solvers: names, learned solvers' folders or those with one for each budget, or "auto"
     budgets: evaluations
     seeds: of the test
     label, guidance: the condition, one for all
@@ -469,6 +470,7 @@ def _all_candidates(
 ) -> tuple[dict[tuple[int, str], list[Settings]], dict[str, str]]:
     """The settings to choose from for each budget and solver, and the reasons of those that have
     none."""
+    check_solvers(model, design)
     candidates, left_out = {}, {}
     for nfe, solver in itertools.product(design.budgets, design.solvers):
         fit, why = _candidates(model, design, solver, nfe)
@@ -482,11 +484,27 @@ def _all_candidates(
     return candidates, left_out
 
 
+def check_solvers(model: Model, design: Design) -> None:
+    """Errors: ValueError for a solver that is not there for any of the budgets."""
+    for solver in set(design.solvers) - {"auto"}:
+        problems = []
+        for nfe in design.budgets:
+            try:
+                locate(model, solver, nfe)
+            except ValueError as error:
+                problems.append(error)
+        if len(problems) == len(design.budgets):
+            raise problems[0]
+
+
 def _candidates(model: Model, design: Design, solver: str, nfe: int) -> tuple[list[Settings], str]:
     """The settings that fit, and why the first of the others does not. "auto" and learned solvers
     leave nothing to choose."""
-    chosen = solver != "auto" and isinstance(find(solver), Solver)  # speaks up about unknown names
-    free = chosen and design.screen > 0
+    try:
+        free = solver != "auto" and isinstance(locate(model, solver, nfe), Solver)
+    except ValueError as error:
+        return [], str(error)
+    free = free and design.screen > 0
     choices = itertools.product(design.grids, design.firsts, design.ends)
     denoiser = model.denoiser(design.label, None, design.guidance)
     fit, why = [], ""

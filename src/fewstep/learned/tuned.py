@@ -38,7 +38,18 @@ from torch import Tensor
 from fewstep.learned.method import Lesson, Loss, Method, Recipe, Setup, start_recipe
 from fewstep.learned.teacher import Frozen
 from fewstep.loop import solve
-from fewstep.plan import SOURCES, Combine, Eval, Ops, Plan, Program, Source, stages
+from fewstep.plan import (
+    SOURCES,
+    Combine,
+    Eval,
+    Ops,
+    Plan,
+    Program,
+    Source,
+    in_numbers,
+    levels,
+    stages,
+)
 from fewstep.solver import get
 
 __all__ = ["PARTS", "TUNED", "Tuned", "TunedKind"]
@@ -121,11 +132,9 @@ class Tuned:
 
     @torch.no_grad()
     def plan(self) -> Plan:
-        ops = tuple(_plain(op) for op in self.ops())
-        levels = [float(op.sigma) for op in ops if isinstance(op, Eval)]
-        levels.append(float(ops[-1].sigma))
+        ops = tuple(in_numbers(op) for op in self.ops())
         name = f"tuned from {self.base}"
-        return Plan("x0", len(self.sources), name, "learned", tuple(levels), ops)
+        return Plan("x0", len(self.sources), name, "learned", levels(ops), ops)
 
     def parameters(self) -> dict[str, Tensor]:
         return self.learned
@@ -218,12 +227,3 @@ def differences(k: int) -> Tensor:
             for m in range(i + 1):
                 out[row, i, row - 1 - m] = (-1) ** m * math.comb(i, m)
     return out
-
-
-def _plain(op: Eval | Combine) -> Eval | Combine:
-    """The same with floats."""
-    if isinstance(op, Eval):
-        cond = None if op.cond is None else float(op.cond)
-        return op._replace(sigma=float(op.sigma), cond=cond)
-    b = tuple(float(weight) for weight in op.b)
-    return op._replace(b=b, sigma=float(op.sigma), a=float(op.a))
