@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from test_learned import Tapped, short, solver
 from typer.testing import CliRunner
 
 import fewstep
+from benchmarks import ship_solvers
 from fewstep.cli import app
 from fewstep.demo import run_demo
 from fewstep.evaluate.compare import Design, Workbench, compare
@@ -134,9 +136,9 @@ def test_compare_takes_them_by_their_names(folder, tmp_path):
 
 def test_the_demo_shows_them(folder, tmp_path):
     told = run_demo(str(folder), tmp_path, nfe=3, seeds=[0], solvers=("auto", "ddim"))
-    row = next(row for row in told.rows if row.name == "auto")
+    row = next(row for row in told.rows if row.solver == "auto")
     assert row.about.startswith("tuned from ipndm-2")
-    assert row.rmse is not None
+    assert row.errors is not None
 
 
 def test_a_damaged_one_is_one_line(folder):
@@ -152,6 +154,33 @@ def test_a_damaged_one_is_one_line(folder):
     with pytest.raises(ValueError, match=r"3 is not a learned solver"):
         fewstep.sample(fewstep.load(folder), nfe=3, seeds=[0])
     assert fewstep.sample(fewstep.load(folder), nfe=3, first="mean", seeds=[0]).nfe == 3
+
+
+def test_shipping_takes_the_best_of_each_budget(folder, tmp_path):
+    shutil.rmtree(folder / "solvers")
+    weights = fewstep.models.read_card(folder).weights_sha256
+
+    def trained(path: str, nfe: int, rmse: float, label: str | None = None) -> None:
+        found = tuned(nfe, weights)
+        figures = {"rmse": rmse, "rmse_untrained": 0.1}
+        made = replace(found, validation=figures, training={"loss": "pixels"})
+        replace(made, model={**made.model, "label": label}).save(tmp_path / "runs" / path)
+
+    trained("a/3", 3, 0.08)
+    trained("b/3", 3, 0.07)
+    trained("labelled/3", 3, 0.01, label="boot")
+    trained("a/4", 4, 0.12)  # worse than its start
+    before = (folder / "card.json").read_text()
+    chosen = ship_solvers.main(tmp_path / "runs", str(folder))
+    assert (folder / "card.json").read_text() == before
+    assert not (folder / "solvers").exists()
+    assert {nfe: one.validation["rmse"] for nfe, one in chosen.items()} == {3: 0.07}
+    ship_solvers.main(tmp_path / "runs", str(folder), write=True)
+    assert [path.name for path in (folder / "solvers" / "tuned" / "3").iterdir()] == ["solver.json"]
+    found = Settings.choose(fewstep.load(folder), "auto", 3).solver
+    assert found.validation["rmse"] == 0.07  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="no solver of method amed"):
+        ship_solvers.main(tmp_path / "runs", str(folder), method="amed")
 
 
 def test_what_the_built_in_models_name_is_there():
