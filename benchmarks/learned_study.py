@@ -1,13 +1,13 @@
 """The study of learned solvers on one model: train all variants, compare them, say what holds.
 
-    python benchmarks/learned_study.py --out study --device cuda          trains, compares, judges
-    python benchmarks/learned_study.py --out study --list                 what is done and what is left
+    python benchmarks/learned_study.py --out study --device cuda     trains, compares, judges
+    python benchmarks/learned_study.py --out study --list            what is done and what is left
     python benchmarks/learned_study.py --out study --only tuned plugin-ddim --budgets 5
-    python benchmarks/learned_study.py --out study --only judge           the expectations, again
+    python benchmarks/learned_study.py --out study --only judge      the expectations, again
 
-Parts are run by `fewstep train solver` and `fewstep compare`, whose commands are printed, so each can
-be run by hand. Both resume: what is done is skipped, and an interrupted part goes on when the same
-command is run again. A variant VARIANT trained with seed S at budget N lies in
+Parts are run by `fewstep train solver` and `fewstep compare`, whose commands are printed, so each
+can be run by hand. Both resume: what is done is skipped, and an interrupted part goes on when the
+same command is run again. A variant VARIANT trained with seed S at budget N lies in
 OUT/solvers/VARIANT-sS/N. The comparisons are OUT/comparison/comparison.json and
 OUT/ablation/comparison.json; copied into results/, `make results` takes them.
 
@@ -33,15 +33,15 @@ from fewstep.learned.tuned import PARTS
 
 BASES = ("ddim", "ipndm-2", "ipndm-3", "ipndm-4", "dpm-solver-2", "dpmpp-2m", "dpmpp-3m")
 SEVERAL = ("heun", "dpm-solver-2")  # training-free solvers of two evaluations a step
-OURS = "--first mean --grid time-uniform"
+PLUGIN, OURS = "--method amed-plugin", "--first mean --grid time-uniform"
 # name -> options of `fewstep train solver`
 VARIANTS = {
     "amed-authors": "--method amed --first zero --teacher heun --inner 1",
     "amed": "--method amed --first mean",
-    "plugin-authors": "--method amed-plugin --base ipndm-4 --first zero --teacher ipndm-4 --inner 2",
-    **{f"plugin-{base}": f"--method amed-plugin --base {base} {OURS}" for base in BASES},
+    "plugin-authors": f"{PLUGIN} --base ipndm-4 --first zero --teacher ipndm-4 --inner 2",
+    **{f"plugin-{base}": f"{PLUGIN} --base {base} {OURS}" for base in BASES},
     **{
-        f"plugin-{base}-zero": f"--method amed-plugin --base {base} --first zero"
+        f"plugin-{base}-zero": f"{PLUGIN} --base {base} --first zero"
         for base in ("ipndm-2", "ipndm-3", "ipndm-4")
     },
     "grid": "--method grid",
@@ -100,10 +100,9 @@ def trainings(options: argparse.Namespace, variants: Sequence[str]) -> list[Trai
                 continue
             for seed in range(options.training_seeds):
                 folder = options.out / "solvers" / f"{variant}-s{seed}" / str(nfe)
-                out.append(
-                    Training(variant, seed, nfe, folder, train_command(options, known[variant], nfe)
-                             + ("--seed", str(seed), "--out", str(folder)))
-                )  # fmt: skip
+                command = train_command(options, known[variant], nfe)
+                ends = ("--seed", str(seed), "--out", str(folder))
+                out.append(Training(variant, seed, nfe, folder, (*command, *ends)))
     return out
 
 

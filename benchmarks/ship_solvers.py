@@ -5,8 +5,8 @@ a candidate, of the method, loss and teacher that it says. For each budget, the 
 validation error is taken, where that is below the error of what it started from. In the model's
 folder they are NAME/3, NAME/4, ..., and the card's `auto` names them.
 
-    python benchmarks/ship_solvers.py runs --method tuned --loss pixels            says what it would
-    python benchmarks/ship_solvers.py runs --method tuned --loss pixels --write
+    python benchmarks/ship_solvers.py runs --loss pixels            says what it would do
+    python benchmarks/ship_solvers.py runs --loss pixels --write
 """
 
 from __future__ import annotations
