@@ -178,7 +178,8 @@ def show(rows: list[dict[str, Any]], runs: list[dict[str, Any]]) -> None:
         verdict = "pass" if min(row["ratio"], row["ratio_of_best"]) <= MOST else "FAIL"
         print(
             f"{row['learned']:28} {row['ms']:7.3f} ms  {row['beside']:13} "
-            f"{row['plain_ms']:7.3f} ms  ratio {row['ratio']:.3f}, of the best times {row['ratio_of_best']:.3f}  {verdict}"
+            f"{row['plain_ms']:7.3f} ms  ratio {row['ratio']:.3f}, of the best times "
+            f"{row['ratio_of_best']:.3f}  {verdict}"
         )
     for run in runs:
         print(
