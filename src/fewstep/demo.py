@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +33,7 @@ from fewstep.loop import iterate, solve
 from fewstep.models import Model, load
 from fewstep.pictures import write_png
 from fewstep.sampling import Settings
-from fewstep.solver import get, intervals_for
+from fewstep.solver import Solver, get, intervals_for
 
 __all__ = ["FAMILIES", "STOCHASTIC", "run_demo"]
 
@@ -100,7 +99,8 @@ def run_demo(
 
     rows = []
     for name, settings in chosen.items():
-        target = None if _solver(settings).stochastic else x
+        solver = _solver(settings)
+        target = None if solver is not None and solver.stochastic else x
         rows.append(_row(model, name, settings, runs[name], target, nfe))
     rows.sort(key=lambda row: math.inf if row.rmse is None else row.rmse)
     rounds = len(runs[names[0]].seconds)
@@ -169,16 +169,17 @@ def _race(bench: _Bench, chosen: dict[str, Settings]) -> dict[str, _Run]:
     return runs
 
 
-def _solver(settings: Settings) -> Any:
-    return get(settings.solver) if isinstance(settings.solver, str) else settings.solver
+def _solver(settings: Settings) -> Solver | None:
+    """The registered one, or None for a learned one."""
+    return get(settings.solver) if isinstance(settings.solver, str) else None
 
 
 def _settings(model: Model, name: str, nfe: int) -> Settings:
     """The defaults, or the card's choice for "auto", at the first budget from nfe on that fits."""
     settings = Settings.choose(model, name, nfe)
-    if not isinstance(settings.grid, str):
-        return settings
     solver = _solver(settings)
+    if solver is None or not isinstance(settings.grid, str):
+        return settings
     for budget in range(nfe, nfe + 8):
         try:
             intervals_for(solver, budget, settings.first, settings.final, settings.end)
@@ -219,12 +220,11 @@ def _row(
         words.append("last denoising step")
     if nfe is not None and run.nfe != nfe:
         words.append(f"cannot spend {nfe}")
-    about = solver.summary
+    called = settings.record()["solver"]
+    about = solver.summary if solver is not None and name == solver.name else called
     if name == "auto":
         what = "the card's choice" if model.card.auto else "as the card names none"
-        about = f"{solver.name}, {what}"
-    elif name != solver.name:
-        about = solver.name
+        about = f"{called}, {what}"
     return Row(
         name,
         about,

@@ -56,14 +56,16 @@ class Runnable(Protocol):
     def program(self) -> Program: ...
 
 
-def find(solver: str | Path) -> Solver | Runnable:
-    """A solver by name, or a learned one by its folder. Errors: ValueError where there is none."""
-    text = str(solver)
-    if (Path(text) / "solver.json").is_file() or "/" in text:
+def find(solver: str | Path, nfe: int | None = None) -> Solver | Runnable:
+    """A solver by name, or a learned one by its folder, or by a folder that has one for each budget
+    under its number. Errors: ValueError where there is none."""
+    folder = Path(solver)
+    found = ("solver.json", "[0-9]*/solver.json")
+    if "/" in str(solver) or any(any(folder.glob(pattern)) for pattern in found):
         from fewstep.learned.solver import LearnedSolver  # it imports the loop
 
-        return LearnedSolver.load(text)
-    return get(text)
+        return LearnedSolver.load(folder, DEFAULT_NFE if nfe is None else nfe)
+    return get(str(solver))
 
 
 def resolve(
@@ -80,7 +82,7 @@ def resolve(
     """What the loop will run. sigma_min, sigma_max, end: as in `solve`, where the grid is a
     name."""
     if isinstance(solver, str | Path):
-        solver = find(solver)
+        solver = find(solver, nfe)
     elif not isinstance(solver, Solver) and not hasattr(solver, "program"):
         raise ValueError(
             "solver must be a name, a Solver, a Plan, or have a method program(), "
@@ -134,7 +136,8 @@ def solve(
     x_T: the start, [b, ...]: noise of standard deviation sigma_max, or a picture plus such noise,
         to start in the middle
     solver: a name, with options if need be ("ddim-eta:eta=0.5"), a Solver, a Plan, or anything else
-        with a method `program()`, or the folder of a learned solver
+        with a method `program()`, or the folder of a learned solver, or one that has such a folder
+        for each budget (runs/tuned with 3, 5, 7 in it)
     nfe: the budget, 5 unless given, or a learned solver's own; what is passed here is not looked
         at beside sigmas or a plan, from which it follows
     grid: "karras" (the default), "log-snr", "time-uniform", "discrete" or "trailing"; or strictly

@@ -34,6 +34,8 @@ __all__ = [
     "Source",
     "flatten",
     "freeze",
+    "in_numbers",
+    "levels",
     "nfe",
     "stages",
 ]
@@ -234,6 +236,25 @@ def freeze(
 def nfe(plan: Plan) -> int:
     """Number of network evaluations that the plan spends."""
     return sum(isinstance(op, Eval) and op.source == "net" for op in plan.ops)
+
+
+def in_numbers(op: Op) -> Op:
+    """The same with Python floats: the mean over samples, where they differ between these."""
+    if isinstance(op, Eval):
+        cond = None if op.cond is None else _number(op.cond)
+        return op._replace(sigma=_number(op.sigma), cond=cond)
+    b = tuple(_number(weight) for weight in op.b)
+    return op._replace(b=b, sigma=_number(op.sigma), a=_number(op.a), noise=_number(op.noise))
+
+
+def _number(value: Level) -> float:
+    return value.detach().mean().item() if isinstance(value, Tensor) else value
+
+
+def levels(ops: Sequence[Op]) -> tuple[float, ...]:
+    """Where the operations evaluate, and last where they end: each level once, in that order."""
+    seen = [float(op.sigma) for op in ops if isinstance(op, Eval)]
+    return tuple(dict.fromkeys((*seen, float(ops[-1].sigma))))
 
 
 def flatten(plan: Plan) -> np.ndarray:

@@ -33,7 +33,9 @@ from fewstep.solver import Solver, get, intervals_for
 if TYPE_CHECKING:
     from fewstep.models import Card, Model
 
-__all__ = ["Samples", "Settings", "describe", "plan_for", "sample"]
+__all__ = ["Samples", "Settings", "describe", "locate", "plan_for", "sample"]
+
+AVERAGED = range(1_000_000, 1_000_064)  # seeds behind the plan of a solver that reads features
 
 
 @dataclass(frozen=True, repr=False)
@@ -90,9 +92,10 @@ class Settings:
     ) -> Settings:
         """Fill in what was left open, and check that everything fits.
 
-        "auto" is the best that the model's card knows for the budget; what the caller did name
-        (grid, first, end) is kept. Beside sigmas it is a solver alone, one that spends one
-        evaluation on each interval, and first is "none" unless given.
+        "auto" is the best that the model's card knows for the budget: a learned solver, where one
+        comes with the model for it, else a named one. Where the caller names grid, first, final,
+        end or a head start it is the named one, with these. Beside sigmas it is a solver alone, one
+        that spends one evaluation on each interval, and first is "none" unless given.
         Errors: ValueError, also where the grid does not start where the prior does.
         """
         known: dict[str, Any] = {}
@@ -102,9 +105,11 @@ class Settings:
         if isinstance(solver, str) and solver == "auto":
             top = head_start is None or starts_at(head_start, model.card.sigma_max)
             known = _known(model.card.auto, nfe, grid, first, final, end, top)
-            solver = known.get("solver", "dpmpp-2m")
+            free = (grid, first, end) == (None, None, None) and not final and top
+            learned = model.card.learned(nfe) if free else None
+            solver = known.get("solver", "dpmpp-2m") if learned is None else str(learned)
         if isinstance(solver, str | Path):
-            found = find(solver)  # speaks up now about an unknown name
+            found = locate(model, solver, asked)  # speaks up now about an unknown name
             solver = found.name if isinstance(found, Solver) else found
         if model.card.distilled and grid is None and isinstance(solver, str | Solver):
             grid = _own_levels(model.card, nfe)
@@ -145,6 +150,12 @@ class Settings:
             name = name.name if isinstance(name, Solver) else name.program().name
         grid = list(self.grid) if isinstance(self.grid, tuple) else self.grid
         return {**self.arguments(), "solver": name, "grid": grid}
+
+
+def locate(model: Model, solver: str | Path, nfe: int | None) -> Solver | Runnable:
+    """A solver by name, or a learned one by its folder, or by the name under which it comes with
+    the model. Errors: ValueError where there is none."""
+    return find(model.card.shipped(str(solver)) or solver, nfe)
 
 
 def _known(
@@ -226,21 +237,28 @@ def plan_for(
 ) -> Plan:
     """The plan that a run would follow, on a model, or without one on the range of EDM.
 
-    solver: a name, or "auto" where there is a model; the others as in `sample`
-    Errors: ValueError, also where the solver adapts to the network.
+    solver: a name, a learned solver's folder, or "auto" where there is a model; the others as in
+        `sample`
+    Of a learned solver that reads features the numbers are means over some of the model's samples.
+    Errors: ValueError, also where the solver adapts to the network, and there is no model.
     """
+    from fewstep.learned.solver import LearnedSolver  # most runs have no use for it
+
     if model is None:
         if solver == "auto":
             raise ValueError("auto is the best that a model's card knows; name a model too")
-        denoiser, chosen = None, get(solver).name
+        found = find(solver, nfe)
+        denoiser, chosen = None, found.name if isinstance(found, Solver) else found
         named = DEFAULT_GRID if grid is None else grid
         begin, stop = first or "none", end or "sigma_min"
     else:
         settings = Settings.choose(model, solver, nfe, grid, first, final, sigma_max, end)
         denoiser, chosen = model.denoiser(), settings.solver
         nfe, named, begin, stop = settings.nfe, settings.grid, settings.first, settings.end
-    if not isinstance(chosen, str):
-        raise ValueError(f"{solver} is a learned solver; its numbers are in its folder")
+    if isinstance(chosen, LearnedSolver):
+        resolve(chosen, nfe, grid, begin, final, sigma_min, sigma_max, end=stop)
+        return chosen.plan(denoiser, model.prior(AVERAGED) if model else None)
+    assert isinstance(chosen, str)  # of a name comes a solver's, or a learned one
     ends = (sigma_min, sigma_max) if isinstance(named, str) else (None, None)
     program = resolve(chosen, nfe, named, begin, final, *ends, denoiser, stop)
     name = named if isinstance(named, str) else "custom"
@@ -287,7 +305,8 @@ def sample(
 ) -> Samples:
     """Sample one picture per seed in `nfe` evaluations each.
 
-    solver: a name, "auto" (the best that the model's card knows for the budget), a Solver or a Plan
+    solver: a name, "auto" (the best that the model's card knows for the budget), a Solver, a Plan,
+        a learned solver, or its folder
     nfe: the budget; it follows from the grid or the plan where sigmas or a Plan are given
     label: a class, by name or index; one for all pictures or one per seed (a sequence or a tensor).
         Text that is a class's name means that class, other text of digits an index; a number is

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fewstep.plan import Combine, Plan, flatten, nfe
+from fewstep.plan import Combine, Plan, flatten, in_numbers, nfe
 from fewstep.solver import ALIASES, Range, get, names
 
 if TYPE_CHECKING:
@@ -69,17 +69,16 @@ def plan_table(plan: Plan) -> Table:
     table = Table(title=title, title_justify="left", box=None)
     for column in ("", "sigma", "a", "b, newest first", "noise", ""):
         table.add_column(column, justify="right" if column in ("sigma", "a") else "left")
-    for op in plan.ops:
-        sigma = f"{float(op.sigma):.6g}"
+    for op in (in_numbers(op) for op in plan.ops):
+        sigma = f"{op.sigma:.6g}"
         if isinstance(op, Combine):
-            b = "  ".join(f"{float(value):+.6f}" for value in op.b)
+            b = "  ".join(f"{value:+.6f}" for value in op.b)
             noise = f"{op.noise:.6g}" if op.noise else ""
-            table.add_row(
-                "combine", sigma, f"{float(op.a):.6f}", b, noise, "" if op.accept else "trial"
-            )
+            table.add_row("combine", sigma, f"{op.a:.6f}", b, noise, "" if op.accept else "trial")
         else:
-            source = "" if op.source == "net" else f"analytic: {op.source}"
-            table.add_row("[bold]eval[/bold]", sigma, "", "", "", source)
+            note = "" if op.source == "net" else f"analytic: {op.source}"
+            note = note if op.cond in (None, op.sigma) else f"told {op.cond:.6g}"
+            table.add_row("[bold]eval[/bold]", sigma, "", "", "", note)
     return table
 
 

@@ -116,6 +116,7 @@ def compare_command(
         Design,
         Workbench,
         check_protocol,
+        check_solvers,
         compare,
         load_students,
         merge,
@@ -151,6 +152,7 @@ def compare_command(
         population=population,
     )
     students = load_students(loaded, design.solvers, device=device, dtype=dtype, compile=compile)
+    check_solvers(loaded, design, students)
     check_writable(out)
     references = References(exact, Fine(nfe=reference_nfe), label, guidance, cache, batch)
     command = shlex.join(["fewstep", *sys.argv[1:]])

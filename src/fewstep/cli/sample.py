@@ -123,7 +123,10 @@ def sample_command(
 @app.command("plan")
 def plan_command(
     solver: Annotated[
-        str | None, typer.Argument(help="A solver's name, or auto where there is a --model.")
+        str | None,
+        typer.Argument(
+            help="A solver's name, a learned solver's folder, or auto where there is a --model."
+        ),
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="Take the range, and what auto stands for, from this model.")
@@ -142,10 +145,19 @@ def plan_command(
     list_all: Annotated[
         bool, typer.Option("--list", metavar="", help="List every solver.")
     ] = False,
+    sigmas: Annotated[
+        bool,
+        typer.Option(
+            "--sigmas",
+            metavar="",
+            help="Print only the levels at which the network is evaluated, and the end.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show every coefficient of a solver as a table; --list names all solvers."""
     from fewstep import show
+    from fewstep.plan import levels as levels_of
     from fewstep.sampling import plan_for
 
     console = Console()
@@ -175,6 +187,10 @@ def plan_command(
         final=final,
         end=end,
     )
+    if sigmas:
+        numbers = [repr(sigma) for sigma in levels_of(plan.ops)]
+        print(f"[{', '.join(numbers)}]" if as_json else ",".join(numbers))
+        return
     if as_json:
         print(plan.to_json())
         return

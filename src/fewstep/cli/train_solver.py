@@ -15,7 +15,6 @@ from fewstep.cli.app import train_app
 from fewstep.cli.options import (
     DeviceOption,
     FirstOption,
-    GridOption,
     ModelArgument,
     NfeOption,
     parse_grid,
@@ -32,18 +31,21 @@ if TYPE_CHECKING:
 def train_solver_command(
     model: ModelArgument,
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint and the solver.")],
-    method: Annotated[str, typer.Option(help="tuned, amed or amed-plugin.")] = "tuned",
+    method: Annotated[str, typer.Option(help="tuned, amed, amed-plugin or grid.")] = "tuned",
     base: Annotated[
         str | None,
         typer.Option(
-            help="The solver that is improved on. [default: ipndm-3 for tuned, ipndm-2 up to "
-            "3 evaluations; ipndm-4 for amed-plugin]"
+            help="The solver that is improved on. [default: ipndm-3 for tuned and grid, ipndm-2 "
+            "up to 3 evaluations; ipndm-4 for amed-plugin]"
         ),
     ] = None,
     nfe: NfeOption = 5,
     trajectories: Annotated[int, typer.Option(help="Length of the run in pictures.")] = 10_000,
     batch: Annotated[int, typer.Option(help="Pictures at a time.")] = 128,
-    grid: GridOption = None,
+    grid: Annotated[
+        str | None,
+        typer.Option(help="A grid's name, sigmas like 80,9,1,0.002, or search: have it found."),
+    ] = None,
     sigma_min: Annotated[float | None, typer.Option(help="Where the grid ends.")] = None,
     first: FirstOption = None,
     teacher: Annotated[
@@ -120,9 +122,11 @@ def train_solver_command(
         "guidance": guidance,
     }
     conditions = _conditions(loaded, label, prompt, guidance)
-    if method == "tuned" and first is None:
+    if method in ("tuned", "grid") and first is None:
         first = "mean" if getattr(conditions([0]), "far_mean", None) is not None else "none"
     with resumable(out), SolverBar() as bar:
+        if grid == "search" or (method == "grid" and grid is None):
+            bar.console.print("searching for the grid")
         solver = train(
             conditions([0]),
             loaded.shape,
@@ -152,9 +156,11 @@ def train_solver_command(
             **{name: value for name, value in options.items() if value is not None},
         )
     found = solver.validation
+    searched = solver.training["grid"] == "search"
+    before = "untrained, on the best named grid" if searched else "untrained"
     print(
         f"{out}: {solver.program().name}, {solver.nfe} evaluations, rmse {found['rmse']:.4f} to "
-        f"fine solves of {validation_seeds} validation seeds (untrained: "
+        f"fine solves of {validation_seeds} validation seeds ({before}: "
         f"{found['rmse_untrained']:.4f}); try: fewstep sample {model} --solver {out}"
     )
 

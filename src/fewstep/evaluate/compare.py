@@ -30,7 +30,7 @@ import platform
 import re
 import time
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,9 +43,9 @@ from fewstep.evaluate.references import CHUNK, References
 from fewstep.evaluate.statistics import Statistics, paired_frechet
 from fewstep.files import write_whole
 from fewstep.grid import GRIDS
-from fewstep.loop import find, resolve, solve
+from fewstep.loop import resolve, solve
 from fewstep.models import Model, is_model, load, read_card
-from fewstep.sampling import Settings, describe
+from fewstep.sampling import Settings, describe, locate
 from fewstep.solver import ENDS, FIRST_STEPS, Solver, get
 from fewstep.solver.registry import MOST_EVALUATIONS
 
@@ -56,6 +56,7 @@ __all__ = [
     "Run",
     "Workbench",
     "check_protocol",
+    "check_solvers",
     "compare",
     "load_students",
     "machine",
@@ -95,7 +96,8 @@ class Judge(Protocol):
 class Design:
     """What is compared, and how the settings are chosen.
 
-    solvers: names, learned solvers' folders, "auto", or students of the model
+    solvers: names, learned solvers' folders or those with one for each budget, "auto", or students
+        of the model
     budgets: evaluations
     seeds: of the test
     label, guidance: the condition, one for all
@@ -527,6 +529,7 @@ def _all_candidates(
 ) -> tuple[dict[tuple[int, str], list[Settings]], dict[str, str]]:
     """The settings to choose from for each budget and solver, and the reasons of those that have
     none."""
+    check_solvers(workbench.model, design, workbench.students)
     candidates, left_out = {}, {}
     for nfe, solver in itertools.product(design.budgets, design.solvers):
         fit, why = _candidates(workbench.of(solver), design, solver, nfe)
@@ -538,6 +541,19 @@ def _all_candidates(
         reason = next(iter(left_out.values()))
         raise ValueError(f"none of the solvers can spend any of the budgets: {reason}")
     return candidates, left_out
+
+
+def check_solvers(model: Model, design: Design, students: Collection[str] = ()) -> None:
+    """Errors: ValueError for a solver that is not there for any of the budgets."""
+    for solver in set(design.solvers) - {"auto", *students}:
+        problems = []
+        for nfe in design.budgets:
+            try:
+                locate(model, solver, nfe)
+            except ValueError as error:
+                problems.append(error)
+        if len(problems) == len(design.budgets):
+            raise problems[0]
 
 
 def _candidates(
@@ -556,8 +572,11 @@ def _candidates(
             return [Settings.choose(model, sampler, nfe) for sampler in samplers], ""
         except ValueError as error:
             return [], str(error)
-    chosen = solver != "auto" and isinstance(find(solver), Solver)  # speaks up about unknown names
-    free = chosen and design.screen > 0
+    try:
+        free = solver != "auto" and isinstance(locate(model, solver, nfe), Solver)
+    except ValueError as error:
+        return [], str(error)
+    free = free and design.screen > 0
     choices = itertools.product(design.grids, design.firsts, design.ends)
     denoiser = workbench.denoiser()
     fit, why = [], ""

@@ -75,7 +75,8 @@ class Amed:
         if self.predictor.features:
             raise ValueError(
                 f"this {self.kind} reads the network's features, so its numbers differ between "
-                "samples and there is no plan; train one with features=False"
+                "samples and there is no plan; name the model for their means, or train one with "
+                "features=False"
             )
         base, rows = base_of(self.base), self.rows()
         return freeze(

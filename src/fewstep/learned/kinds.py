@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 
 from fewstep.learned.amed import AMED, PLUGIN
+from fewstep.learned.grid_search import GRID
 from fewstep.learned.method import Kind
 from fewstep.learned.tuned import TUNED
 
 __all__ = ["KINDS", "kind_of"]
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (AMED, PLUGIN, TUNED)}
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (AMED, PLUGIN, TUNED, GRID)}
 
 
 def kind_of(name: str) -> Kind:

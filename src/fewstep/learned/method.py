@@ -17,8 +17,9 @@ from torch import Tensor
 from fewstep.denoiser import Denoiser
 from fewstep.learned.teacher import Path
 from fewstep.plan import Plan, Program
+from fewstep.solver import FIRST_STEPS, get, intervals_for
 
-__all__ = ["Kind", "Lesson", "Loss", "Method", "Recipe", "Setup"]
+__all__ = ["Kind", "Lesson", "Loss", "Method", "Recipe", "Setup", "start_recipe"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Recipe:
     base: the solver that is improved on, or None
     intervals: how many of them spend the budget
     first: the analytic first step
-    grid: by name
+    grid: by name; "search" has it found
     teacher, inner: its solver, and how many points it adds inside each interval
     whole: the teacher has a Karras grid of its own, with `inner` points between the two ends, and
         only its end is looked at
@@ -44,6 +45,22 @@ class Recipe:
     lr: float
     whole: bool = False
     decay: bool = False
+
+
+def start_recipe(name: str, base: str | None, nfe: int, first: str | None, grid: str) -> Recipe:
+    """Of a method that starts from a plan of the base solver, by default the best that is known at
+    so few evaluations, and looks at the teacher's end.
+
+    Errors: ValueError for a base without a plan, and a budget that it cannot spend.
+    """
+    base, first = base or ("ipndm-3" if nfe > 3 else "ipndm-2"), first or "none"
+    solver = get(base)
+    if first not in FIRST_STEPS:
+        raise ValueError(f"first must be one of {', '.join(FIRST_STEPS)}, got {first!r}")
+    if solver.stochastic or solver.adapts:
+        raise ValueError(f"{name} starts from a deterministic solver with a plan, not {base}")
+    intervals = intervals_for(solver, nfe, first)
+    return Recipe(base, intervals, first, grid, "deis-4", 30, 2e-2, True, True)
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,17 @@ from typing import Any
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
+from fewstep.denoiser import Denoiser
 from fewstep.files import check_writable, write_json, write_whole
 from fewstep.grid import check_grid
 from fewstep.learned.kinds import KINDS
 from fewstep.learned.method import Method
-from fewstep.plan import Plan, Program
+from fewstep.loop import solve
+from fewstep.plan import Eval, Op, Ops, Plan, Program, in_numbers
 
-__all__ = ["PREDICTOR_FILE", "SOLVER_FILE", "LearnedSolver"]
+__all__ = ["PREDICTOR_FILE", "SOLVER_FILE", "LearnedSolver", "budgets"]
 
 SOLVER_FILE, PREDICTOR_FILE = "solver.json", "predictor.safetensors"
 FORMAT = "fewstep-solver/1"
@@ -66,12 +69,19 @@ class LearnedSolver:
         weights = str(self.model.get("weights") or "")
         return replace(program, name=f"{program.name} {self.digest}", learned_on=weights)
 
-    def plan(self) -> Plan:
-        """The same as a static plan, every number in it.
+    def plan(self, denoiser: Denoiser | None = None, x_T: Tensor | None = None) -> Plan:
+        """The same as a static plan, every number in it; `fewstep.plan.levels(plan.ops)` are the
+        sigmas at which the network is evaluated.
 
-        Errors: ValueError where the numbers differ between samples.
+        denoiser, x_T: where the numbers differ between samples, those of the plan are their means
+            over these samples, and it is the same solver only as far as they are alike
+
+        Errors: ValueError where they differ and no samples are given.
         """
-        return self.method.plan()
+        program = self.method.program()
+        if not program.adapts or denoiser is None or x_T is None:
+            return self.method.plan()
+        return averaged(program, denoiser, x_T)
 
     def save(self, folder: Path | str) -> None:
         """Write the folder, weights first, each file whole. Errors: OSError where it cannot be."""
@@ -83,10 +93,17 @@ class LearnedSolver:
         write_json(folder / SOLVER_FILE, {"format": FORMAT, **self._facts(), **about})
 
     @classmethod
-    def load(cls, folder: Path | str) -> LearnedSolver:
-        """From a folder. Errors: ValueError where there is none, or it is damaged, or newer."""
+    def load(cls, folder: Path | str, nfe: int | None = None) -> LearnedSolver:
+        """From a folder, or, given a budget, from one that has such a folder for each under its
+        number. Errors: ValueError where there is none, or it is damaged, or newer."""
         folder = Path(folder)
         path = folder / SOLVER_FILE
+        if not path.is_file() and (have := budgets(folder)):
+            if nfe not in have:
+                known = ", ".join(map(str, have))
+                raise ValueError(f"{folder} has solvers for nfe={known}, got nfe={nfe}")
+            folder = folder / str(nfe)
+            path = folder / SOLVER_FILE
         if not path.is_file():
             raise ValueError(f"{folder} is not a learned solver: it has no {SOLVER_FILE}")
         try:
@@ -138,6 +155,33 @@ class LearnedSolver:
             for name, value in self.method.tensors().items()
         }
         return safetensors.torch.save(tensors) if tensors else b""
+
+
+def budgets(folder: Path) -> list[int]:
+    """Of the solvers in a folder that has one for each budget under its number."""
+    found = (path.parent.name for path in folder.glob(f"*/{SOLVER_FILE}"))
+    return sorted(int(name) for name in found if name.isdecimal())
+
+
+@torch.no_grad()
+def averaged(program: Program, denoiser: Denoiser, x_T: Tensor) -> Plan:
+    """A plan of the operations that a program makes of these samples, each number their mean."""
+    seen: list[Op] = []
+
+    def noted() -> Ops:
+        ops, reply = program.start(), None
+        while True:
+            try:
+                op = ops.send(reply)
+            except StopIteration:
+                return
+            seen.append(in_numbers(op))
+            reply = yield op
+
+    solve(denoiser, x_T, replace(program, start=noted))
+    ops = tuple(op._replace(features=False) if isinstance(op, Eval) else op for op in seen)
+    name, sigmas = program.name, program.sigmas
+    return Plan(program.prediction, program.depth, name, "learned", sigmas, ops)
 
 
 def _hash(data: bytes) -> str:

@@ -27,6 +27,7 @@ from fewstep.denoiser import Denoiser
 from fewstep.files import check_writable, sweep, write_whole
 from fewstep.grid import check_grid, make_grid
 from fewstep.interrupts import between_steps
+from fewstep.learned.grid_search import SEARCH, SEARCHED, search_grid
 from fewstep.learned.kinds import kind_of
 from fewstep.learned.method import Kind, Lesson, Method, Setup
 from fewstep.learned.predictor import feature_count
@@ -99,11 +100,12 @@ def train(
 
     denoiser: any callable D(x [b, ...], sigma [b]) -> [b, ...]; its parameters do not change
     shape: of one sample
-    method: "tuned", "amed" or "amed-plugin"
-    base: the solver that amed-plugin improves on; ipndm-4 unless given
+    method: "tuned", "amed" or "amed-plugin"; or "grid", which trains nothing and puts the base on
+        a grid that is searched for it
+    base: the solver that is improved on, the method's own unless given
     nfe: the budget
     trajectories, batch: how many starts the run sees, and how many at a time
-    grid: a name, or sigmas; the method's own unless given
+    grid: a name, or sigmas; "search" has it found, see `grid_search`; the method's own unless given
     sigma_min, sigma_max: the denoiser's own where left out, else 0.002 and 80
     seed: decides the first weights and the noise
     loss_features: a network for methods with a loss at the end of the path; None is pixels
@@ -151,6 +153,7 @@ def train(
     named = recipe.grid if grid is None else grid if isinstance(grid, str) else None
     sigmas = _student_grid(denoiser, grid, named, recipe.intervals, nfe, sigma_min, sigma_max)
     inner = recipe.inner if inner is None else inner
+    begin = TRAINING + seed * trajectories
 
     place = torch.device(device)
     bound = conditions if conditions is not None else lambda seeds: denoiser
@@ -158,8 +161,22 @@ def train(
     held_out = range(VALIDATION, VALIDATION + validation)
     size = _look(bound(held_out[:1]), noise(held_out[:1]), sigmas[0])
     _check_options(kind, options)
-    student = kind.fresh(Setup(recipe.base, sigmas, recipe.first, size, seed, place), **options)
-    guide = _teacher(denoiser, teacher or recipe.teacher, sigmas, named, inner, recipe.whole, size)
+
+    def fresh(levels: tuple[float, ...]) -> Method:
+        return kind.fresh(Setup(recipe.base, levels, recipe.first, size, seed, place), **options)
+
+    def guided(levels: tuple[float, ...]) -> Teacher:
+        name, known = teacher or recipe.teacher, None if named == SEARCH else named
+        return _teacher(denoiser, name, levels, known, inner, recipe.whole, size)
+
+    student = plain = fresh(sigmas)
+    guide = guided(sigmas)
+    if named == SEARCH:
+        few = range(begin, begin + min(SEARCHED, trajectories))
+        parts = [(bound(part), noise(part)) for part in _split(few, batch)]
+        schedule = getattr(denoiser, "schedule", None)
+        sigmas, usual = search_grid(parts, sigmas, recipe.first, fresh, loss_features, schedule)
+        student, plain, guide = fresh(sigmas), fresh(usual), guided(sigmas)
     facts = {
         "method": method,
         "base": recipe.base,
@@ -189,7 +206,7 @@ def train(
         known = {"model": model, "shape": list(shape)}
         kept = Kept(guide, Path(cache) / "teachers", known)
     folder = None if out is None else _open(Path(out), run)
-    if run.step < len(run.batches):
+    if run.step < len(run.batches) or not run.measured:
         ruler = Ruler(bound, noise, held_out, sigmas, batch, loss_features)
 
         def lesson(seeds: range) -> Lesson:
@@ -197,7 +214,7 @@ def train(
             path = kept.path(frozen, x_T, seeds) if kept else guide.path(frozen, x_T)
             return Lesson(frozen, x_T, path, loss_features)
 
-        _train(run, lesson, ruler, folder, checkpoint_every, report)
+        _train(run, plain, lesson, ruler, folder, checkpoint_every, report)
     solver = run.solver(kind)
     if folder is not None:
         solver.save(folder)
@@ -238,8 +255,7 @@ class Ruler:
         self.features = features
         low, high = sigmas[-1], sigmas[0]
         self.parts: list[tuple[Denoiser, Tensor, Tensor]] = []
-        for start in range(0, len(seeds), batch):
-            part = seeds[start : start + batch]
+        for part in _split(seeds, batch):
             denoiser, x_T = bound(part), noise(part)
             exact = solve(denoiser, x_T, *REFERENCE, sigma_min=low, sigma_max=high)
             if not torch.isfinite(exact).all():
@@ -276,7 +292,7 @@ class Run:
         self.method, self.facts, self.step = method, facts, 0
         self.lr, self.decay = lr, decay
         self.weights = {n: w.requires_grad_() for n, w in method.parameters().items()}
-        self.adam = torch.optim.Adam(self.weights.values(), lr=lr)
+        self.adam = torch.optim.Adam([{"params": list(self.weights.values())}], lr=lr)
         self.updates = 0
         for w in self.weights.values():
             self.adam.state[w] = {
@@ -289,8 +305,8 @@ class Run:
 
     @property
     def batches(self) -> list[int]:
-        """Where each batch ends, in trajectories."""
-        total, size = self.facts["trajectories"], self.facts["batch"]
+        """Where each batch ends, in trajectories; none where nothing learns."""
+        total, size = self.facts["trajectories"] if self.weights else 0, self.facts["batch"]
         return [min(total, start + size) for start in range(0, total, size)]
 
     def seeds(self) -> range:
@@ -324,12 +340,10 @@ class Run:
     def measure(self, found: dict[str, float]) -> None:
         """Take note of a validation, and of the parameters where they are the best so far: in the
         features of the loss, if it has any."""
-        rmse, by = found["rmse"], list(found)[-1]
+        by = list(found)[-1]
         if found[by] < self.measured.get(by, math.inf):
             self.measured = {**self.measured, **found, "step": self.step}
             self.best = {name: w.detach().clone() for name, w in self.weights.items()}
-        if self.step == 0:
-            self.measured["rmse_untrained"] = rmse
 
     def tensors(self) -> dict[str, Tensor]:
         out = {}
@@ -386,18 +400,27 @@ class Run:
 @torch.enable_grad()
 def _train(
     run: Run,
+    untrained: Method,
     lesson: Callable[[range], Lesson],
     ruler: Ruler,
     folder: Path | None,
     checkpoint_every: int,
     report: Callable[[Progress], None],
 ) -> None:
-    """From the run's step to its end."""
+    """From the run's step to its end.
+
+    untrained: what it is measured against
+    """
     ends = run.batches
     lines = _lines(folder, run.step) if run.measured else []
     if not run.measured:
-        run.measure(ruler.measure(run.method))
-        _log(folder, lines, {"step": 0, "rmse": run.measured["rmse_untrained"]})
+        found = ruler.measure(run.method)
+        run.measure(found)
+        _log(folder, lines, {"step": 0, "rmse": run.measured["rmse"]})
+        usual = found if untrained is run.method else ruler.measure(untrained)
+        run.measured["rmse_untrained"] = usual["rmse"]
+        if folder is not None:
+            run.save(folder / CHECKPOINT)
     begun, since = time.perf_counter(), run.step
     with between_steps() as stopping:
         while run.step < len(ends):
@@ -440,7 +463,12 @@ def _student_grid(
     low, high = sigma_min, sigma_max
     low = getattr(denoiser, "sigma_min", DEFAULT_RANGE[0]) if low is None else low
     high = getattr(denoiser, "sigma_max", DEFAULT_RANGE[1]) if high is None else high
-    return make_grid(named, intervals + 1, high, low, getattr(denoiser, "schedule", None))
+    usual = "karras" if named == SEARCH else named  # until it is found, for its ends
+    return make_grid(usual, intervals + 1, high, low, getattr(denoiser, "schedule", None))
+
+
+def _split(seeds: range, size: int) -> list[range]:
+    return [seeds[start : start + size] for start in range(0, len(seeds), size)]
 
 
 def _teacher(
@@ -465,7 +493,9 @@ def _check_options(kind: Kind, options: dict[str, Any]) -> None:
     known = [one.name for one in parameters if one.kind is one.KEYWORD_ONLY]
     for name in options:
         if name not in known:
-            raise ValueError(f"{kind.name} has no option {name!r}; it has: {', '.join(known)}")
+            raise ValueError(
+                f"{kind.name} has no option {name!r}; it has: {', '.join(known) or 'none'}"
+            )
 
 
 @torch.no_grad()

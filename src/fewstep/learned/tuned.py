@@ -35,11 +35,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.learned.method import Lesson, Loss, Method, Recipe, Setup
+from fewstep.learned.method import Lesson, Loss, Method, Recipe, Setup, start_recipe
 from fewstep.learned.teacher import Frozen
 from fewstep.loop import solve
-from fewstep.plan import SOURCES, Combine, Eval, Ops, Plan, Program, Source, stages
-from fewstep.solver import FIRST_STEPS, get, intervals_for
+from fewstep.plan import (
+    SOURCES,
+    Combine,
+    Eval,
+    Ops,
+    Plan,
+    Program,
+    Source,
+    in_numbers,
+    levels,
+    stages,
+)
+from fewstep.solver import get
 
 __all__ = ["PARTS", "TUNED", "Tuned", "TunedKind"]
 
@@ -121,11 +132,9 @@ class Tuned:
 
     @torch.no_grad()
     def plan(self) -> Plan:
-        ops = tuple(_plain(op) for op in self.ops())
-        levels = [float(op.sigma) for op in ops if isinstance(op, Eval)]
-        levels.append(float(ops[-1].sigma))
+        ops = tuple(in_numbers(op) for op in self.ops())
         name = f"tuned from {self.base}"
-        return Plan("x0", len(self.sources), name, "learned", tuple(levels), ops)
+        return Plan("x0", len(self.sources), name, "learned", levels(ops), ops)
 
     def parameters(self) -> dict[str, Tensor]:
         return self.learned
@@ -167,14 +176,7 @@ class TunedKind:
     name: str = "tuned"
 
     def recipe(self, base: str | None, nfe: int, first: str | None) -> Recipe:
-        base, first = base or ("ipndm-3" if nfe > 3 else "ipndm-2"), first or "none"
-        solver = get(base)
-        if first not in FIRST_STEPS:
-            raise ValueError(f"first must be one of {', '.join(FIRST_STEPS)}, got {first!r}")
-        if solver.stochastic or solver.adapts:
-            raise ValueError(f"tuned starts from a deterministic solver with a plan, not {base}")
-        intervals = intervals_for(solver, nfe, first)
-        return Recipe(base, intervals, first, "time-uniform", "deis-4", 30, 2e-2, True, True)
+        return start_recipe(self.name, base, nfe, first, "time-uniform")
 
     def fresh(self, setup: Setup, *, parts: Sequence[str] = PARTS) -> Method:
         """parts: what learns, of times, told and weights."""
@@ -225,12 +227,3 @@ def differences(k: int) -> Tensor:
             for m in range(i + 1):
                 out[row, i, row - 1 - m] = (-1) ** m * math.comb(i, m)
     return out
-
-
-def _plain(op: Eval | Combine) -> Eval | Combine:
-    """The same with floats."""
-    if isinstance(op, Eval):
-        cond = None if op.cond is None else float(op.cond)
-        return op._replace(sigma=float(op.sigma), cond=cond)
-    b = tuple(float(weight) for weight in op.b)
-    return op._replace(b=b, sigma=float(op.sigma), a=float(op.a))

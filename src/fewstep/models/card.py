@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CARD_FILE", "WEIGHTS_FILE", "Card"]
+__all__ = ["CARD_FILE", "SOLVERS", "WEIGHTS_FILE", "Card"]
 
 CARD_FILE, WEIGHTS_FILE = "card.json", "model.safetensors"
+SOLVERS = "solvers"  # folder of the learned solvers that come with a model, by name and budget
 FORMAT = "fewstep-model/1"
 
 
@@ -23,10 +24,12 @@ class Card:
     classes: their names, in order
     feature_module: dotted name of the module whose output feature taps read
     weights_sha256: hash of the weights file
-    auto: for each budget (as a string) the best known "solver", and "grid", "first" and "end" where
-        they are not the usual ones
+    auto: for each budget (as a string) the best known "solver" without training, and "grid",
+        "first" and "end" where they are not the usual ones; and "learned", the folder of a learned
+        solver beside the card that is better at exactly this budget
     distilled: for a network that was distilled, how, and the levels on which it may be sampled
     about: recipe, data, licence and figures, for people
+    folder: where the card lies; not part of it
 
     Errors: ValueError for a field of the wrong kind.
     """
@@ -45,6 +48,7 @@ class Card:
     about: dict[str, Any] = field(default_factory=dict)
     kind: str = "unet"
     format: str = FORMAT
+    folder: Path | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("name", "summary", "kind", "feature_module", "weights_sha256"):
@@ -65,8 +69,8 @@ class Card:
         for budget, entry in self.auto.items():
             if not _is_choice(budget, entry):
                 raise ValueError(
-                    "auto must give for each budget a solver, and perhaps a grid and a first step, "
-                    f"got {budget!r}: {entry!r}"
+                    "auto must give for each budget a solver, and perhaps grid, first, end and "
+                    f"learned, got {budget!r}: {entry!r}"
                 )
 
     @property
@@ -80,7 +84,22 @@ class Card:
         return None if low in (None, 1) else float(low)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"format": self.format, **asdict(self)}
+        values = {"format": self.format, **asdict(self)}
+        del values["folder"]
+        return values
+
+    def learned(self, nfe: int) -> Path | None:
+        """The folder of the learned solver that is the best known at this budget, if there is
+        one."""
+        name = self.auto.get(str(nfe), {}).get("learned")
+        return self.folder / name if name and self.folder else None
+
+    def shipped(self, solver: str) -> Path | None:
+        """The folder of the learned solvers of that name that come with the model, if any do."""
+        if self.folder is None or Path(solver).name != solver:
+            return None
+        folder = self.folder / SOLVERS / solver
+        return folder if folder.is_dir() else None
 
     @classmethod
     def read(cls, folder: Path) -> Card:
@@ -90,7 +109,7 @@ class Card:
             values = json.loads(path.read_text())
             found = values["format"]
             if found == FORMAT:
-                return cls(**values)
+                return replace(cls(**values), folder=folder)
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not a model card of fewstep: {error!r}") from None
         raise ValueError(
@@ -108,4 +127,5 @@ def _is_choice(budget: Any, entry: Any) -> bool:
         and isinstance(entry.get("grid", ""), str | list | tuple)
         and isinstance(entry.get("first", ""), str)
         and isinstance(entry.get("end", ""), str)
+        and isinstance(entry.get("learned", ""), str)
     )

@@ -309,7 +309,7 @@ def save_folder(folder: Path, card: Card, net: UNet, stats: dict[str, Tensor]) -
     }
     tensors |= {f"stats.{name}": value.half().contiguous().cpu() for name, value in stats.items()}
     write_whole(folder / WEIGHTS_FILE, safetensors.torch.save(tensors))
-    card = replace(card, weights_sha256=file_hash(folder / WEIGHTS_FILE))
+    card = replace(card, weights_sha256=file_hash(folder / WEIGHTS_FILE), folder=folder)
     write_json(folder / CARD_FILE, card.to_dict())
     return card
 

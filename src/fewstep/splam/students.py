@@ -71,6 +71,7 @@ def student_card(
         auto=auto,
         distilled={**facts, "levels": list(levels)},
         about={"fewstep": __version__, **run, "teacher": card.about},
+        folder=None,
     )
 
 

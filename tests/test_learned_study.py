@@ -1,0 +1,90 @@
+"""The study of learned solvers: what it plans can be trained, what is done is known, and its
+expectations say pass and fail where they should."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fewstep
+from benchmarks import learned_overhead, learned_study
+from benchmarks.learned_study import ABLATION, VARIANTS, Rows, expectations, parse, trainings
+from fewstep.learned.kinds import kind_of
+
+
+def options(out: Path, *more: str) -> Any:
+    return parse(["--out", str(out), *more])
+
+
+def test_all_that_is_planned_can_be_trained(tmp_path):
+    planned = trainings(options(tmp_path, "--budgets", "3-9"), [*VARIANTS, *ABLATION])
+    assert len(planned) == 2 * (7 * len(VARIANTS) + len(ABLATION))
+    assert len({one.folder for one in planned}) == len(planned)
+    for one in planned:
+        given = dict(zip(one.command[4::2], one.command[5::2], strict=True))
+        kind = kind_of(given["--method"])
+        first = given.get("--first")
+        recipe = kind.recipe(given.get("--base"), int(given["--nfe"]), first)
+        assert recipe.intervals >= 1
+
+
+def test_what_is_done_is_known_and_other_lengths_are_refused(tmp_path, capsys):
+    only = ("--only", "amed", "--budgets", "5", "--trajectories", "100", "--list")
+    first = trainings(options(tmp_path, *only), ["amed"])[0]
+    first.folder.mkdir(parents=True)
+    (first.folder / "solver.json").write_text(json.dumps({"training": {"trajectories": 100}}))
+    learned_study.main(["--out", str(tmp_path), *only])
+    told = capsys.readouterr().out
+    assert "1 of 2 solvers are trained" in told
+    assert "done  amed-s0 at 5" in told
+    assert "left  amed-s1 at 5" in told
+    with pytest.raises(ValueError, match="was trained on 100 trajectories, now 200"):
+        learned_study.main(["--out", str(tmp_path), *only[:-2], "200", "--list"])
+
+
+def row(sampler: str, nfe: int, excess: float, free: bool = False) -> dict[str, Any]:
+    return {
+        "sampler": sampler,
+        "solver": sampler,
+        "nfe": nfe,
+        "grid": "karras" if free else None,
+        "first": "mean",
+        "error": 1.0,
+        "error_se": 0.1,
+        "fd": {"fashion-b": {"excess": excess, "excess_se": 0.01}},
+    }
+
+
+def test_expectations_compare_the_right_rows():
+    rows = [
+        row("ddim", 5, 4.0, free=True),
+        row("heun", 5, 9.0, free=True),
+        row("ddim", 7, 1.0, free=True),
+        row("ipndm-3", 7, 0.9, free=True),
+        row("out/plugin-ddim-s0", 5, 3.0),
+        row("out/plugin-ddim-s1", 5, 2.0),
+        row("out/plugin-ddim-zero-s0", 5, 0.1),  # another variant
+        row("out/amed-s0", 5, 5.0),
+        row("out/tuned-s0", 5, 0.8),
+        row("out/tuned-s1", 5, 1.2),
+    ]
+    found = {what: (ours, other, holds) for what, ours, other, holds in expectations(
+        Rows(rows, "fashion-b"), (5, 7)
+    )}  # fmt: skip
+    assert found["plugin on ddim at 5 is below ddim"] == (2.5, 4.0, True)
+    assert found["amed at 5 is below heun and dpm-solver-2"] == (5.0, 9.0, True)
+    assert found["amed at 5 is below ddim"] == (5.0, 4.0, False)
+    assert found["tuned at 5 reaches the best training-free solver at 7"] == (1.0, 0.9, False)
+    assert found["tuned at 5 is 40% below the best plugin"] == (1.0, 0.6 * 2.0, True)
+    assert len(found) == 5  # what has no rows is left out
+
+
+def test_overhead_is_taken_of_every_pair():
+    rows = learned_overhead.sampling(fewstep.load("fashion-mnist"), batch=1, rounds=1)
+    assert [one["beside"] for one in rows] == [pair[2] for pair in learned_overhead.PAIRS]
+    assert all(torch.tensor(one["ratio"]) > 0 for one in rows)
+    assert rows[0]["learned"] == "amed"
