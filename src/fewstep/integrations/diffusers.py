@@ -263,7 +263,7 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
             )
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
-        probe = self._fixed or self._staged(self._grid(8, self.process.grid_schedule))
+        probe = self._fixed or self._staged(self._probe())
         self.order = _order(probe)
         self._arm(probe, None)
         self.num_inference_steps = None
@@ -275,8 +275,9 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         """From the configuration of another scheduler, its process kept: betas, prediction, clip,
         shift; `kwargs` are this class's own arguments."""
         fields = dict(config or {})
-        bare = "shift" in fields and "beta_start" not in fields  # flows have no table
-        if bare or fields.get("_class_name") in FLOWS or fields.get("use_flow_sigmas"):
+        # A flow has a shift and no table. Where both are there, a table went through a flow's class.
+        bare = "shift" in fields and "beta_start" not in fields
+        if bare or fields.get("use_flow_sigmas"):
             fields["prediction_type"] = "flow_prediction"
             fields.setdefault("shift", fields.get("flow_shift") or 1.0)
         return super().from_config(fields, return_unused_kwargs=return_unused_kwargs, **kwargs)
@@ -351,6 +352,13 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
     def _grid(self, intervals: int, schedule: Any) -> tuple[float, ...]:
         ends = schedule.sigma_max, schedule.sigma_min
         return end_at(make_grid(self.config["grid"], intervals + 1, *ends, schedule), self._end)
+
+    def _probe(self) -> tuple[float, ...]:
+        """Levels that any table has room for; speaks up about a grid that is not to be had."""
+        schedule = self.process.grid_schedule
+        self._grid(1, schedule)
+        levels = make_grid("log-snr", 9, schedule.sigma_max, schedule.sigma_min)
+        return end_at(levels, self._end)
 
     @property
     def _end(self) -> str:
