@@ -381,14 +381,17 @@ def test_a_size_is_in_pixels_and_a_multiple_of_the_latents_side(sd_folder, model
 def test_half_precision_keeps_the_state_in_float32(dtype, models, tmp_path):
     half = pipelines.load(pipelines.saved("sdxl", tmp_path / "xl"), dtype=dtype)
     assert half.dtype == getattr(torch, dtype)
-    # force_upcast: the autoencoder overflows in float16
-    expected = torch.float32 if dtype == "float16" else torch.bfloat16
-    assert next(half.autoencoder.parameters()).dtype == expected
+    seen = []
+    first = half.autoencoder.post_quant_conv
+    first.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
     x, sigma = half.prior([1]), torch.tensor([5.0])
     ours, full = (m.denoiser(prompt="mat")(x, sigma) for m in (half, models["sdxl"]))
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, full, rtol=0, atol=0.3)
     assert half.decode(ours).dtype == np.uint8
+    # force_upcast: the autoencoder overflows in float16
+    assert seen == [torch.float32 if dtype == "float16" else torch.bfloat16]
+    assert next(half.autoencoder.parameters()).dtype == half.dtype
 
 
 def test_sampling_reports_calls_and_repeats(models):
