@@ -121,11 +121,10 @@ def load_pipeline(
 
 
 def from_pipe(pipe: Any, *, size: Size | None = None, compile: bool = False) -> PipelineModel:
-    """The model of a pipeline that is in memory already; its parts are shared, and left as they
-    are.
+    """The model of a pipeline that is in memory; its parts are shared, and left as they are.
 
-    pipe: of one of the classes that `load_pipeline` reads; what was changed on it (adapters, device,
-        dtype, slicing) holds
+    pipe: of one of the classes that `load_pipeline` reads; what was changed on it (adapters,
+        device, dtype, slicing) holds
     size, compile: as in `load_pipeline`
 
     The card knows no hash of the weights, so nothing tells whether a learned solver is for them.
@@ -388,8 +387,7 @@ def check_network(where: str | Path, net: Any) -> None:
     config = net.config
     if config.get("num_class_embeds") or config.get("class_embed_type"):
         raise ValueError(
-            f"{where}: its network wants class labels, which fewstep does not give to "
-            "pipelines"
+            f"{where}: its network wants class labels, which fewstep does not give to pipelines"
         )
     inputs, outputs = config.in_channels, config.get("out_channels") or config.in_channels
     if outputs not in (inputs, 2 * inputs):
@@ -399,9 +397,7 @@ def check_network(where: str | Path, net: Any) -> None:
         )
 
 
-def _card(
-    name: str, kind: str, family: Family, net: Any, process: Process, digest: str
-) -> Card:
+def _card(name: str, kind: str, family: Family, net: Any, process: Process, digest: str) -> Card:
     flow = process.prediction == "flow"
     return Card(
         name=name,
