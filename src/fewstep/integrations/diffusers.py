@@ -526,6 +526,11 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         """x_t at the network's own times, [b] or [1]: alpha (x_0 + sigma noise)."""
         x = original_samples.to(torch.promote_types(original_samples.dtype, torch.float32))
         times = torch.as_tensor(timesteps).reshape(-1).tolist()
+        if not times:
+            raise ValueError(
+                "no timestep is left to start from; raise strength (image-to-image pipelines count "
+                "wrongly where timesteps or sigmas of your own meet a solver with stages)"
+            )
         levels = torch.tensor([self._levels_at(t) for t in times], dtype=torch.float64)
         sigma, held = levels.unbind(1)
         alpha = self.process.schedule.alpha(held)
