@@ -476,6 +476,8 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         sample: Tensor,
         generator: Any = None,
         return_dict: bool = True,
+        eta: float = 0.0,
+        use_clipped_model_output: bool | None = None,
     ) -> FewstepSchedulerOutput | tuple[Tensor, Tensor]:
         """Take in one output of the network; returns what the network is to be given next.
 
@@ -483,7 +485,11 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         sample: what the pipeline holds; changes made to it since the last step count, unless it is
             a trial stage, whose anchor stays
         generator: one for all pictures or one per picture, for stochastic solvers
+        eta, use_clipped_model_output: what pipelines pass that were made for DDIM alone. The first
+            is an option of the solver here; the second is always so.
         """
+        if eta:
+            raise ValueError(f"eta is an option of the solver: solver='ddim-eta:eta={eta}'")
         if self._step_index is None:
             self._begin(timestep)
         index, walk = self._step_index, self._walk
