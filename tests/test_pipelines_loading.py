@@ -6,8 +6,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import safetensors.torch
 import torch
 
 import fewstep
+from benchmarks import load_memory, pipeline_overhead
 
 
 @pytest.fixture(scope="module")
@@ -402,32 +401,16 @@ def test_sampling_reports_calls_and_repeats(models):
     assert one.provenance["prompt"] == "mat"
 
 
-MEASURE = """
-import sys, torch, fewstep
-
-def peak():
-    lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-fewstep.load(sys.argv[1])  # what the libraries take
-before = peak()
-model = fewstep.load(sys.argv[2])
-for part in model.pipe.components.values():  # weights come into memory when they are read
-    for weight in part.parameters() if isinstance(part, torch.nn.Module) else ():
-        weight.sum()
-print(peak() - before)
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own count")
 def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
-    small = pipelines.saved("ddim", tmp_path / "small")
-    pipe = pipelines.ddim()
-    pipe.unet = pipelines.pixel_unet(block_out_channels=(256, 512), layers_per_block=4)
-    pipe.save_pretrained(tmp_path / "large")
-    weights = sum(p.numel() * 4 for p in pipe.unet.parameters())
-    assert weights > 200e6
-    command = [sys.executable, "-W", "ignore", "-c", MEASURE, str(small), str(tmp_path / "large")]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert 0.9 * weights < int(run.stdout) < 1.1 * weights
+    figures = load_memory.measure(tmp_path)
+    assert figures["weights_mb"] > 200
+    assert 0.9 < figures["ratio"] < load_memory.MOST
+
+
+@pytest.mark.slow
+def test_little_of_a_run_is_spent_outside_the_networks():
+    rows = pipeline_overhead.measure(rounds=3)
+    assert rows[0]["route"] == "fewstep.sample"
+    assert rows[0]["outside"] < pipeline_overhead.MOST
