@@ -18,7 +18,6 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.stable_diffusion import stable_diffusion, weight_bytes
-
 from fewstep.models.pipelines.model import quiet
 
 ROOT = Path(__file__).parent.parent

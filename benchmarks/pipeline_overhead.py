@@ -20,9 +20,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from benchmarks.stable_diffusion import stable_diffusion
 
 import fewstep
+from benchmarks.stable_diffusion import stable_diffusion
 from fewstep.models.pipelines import from_pipe
 
 MOST = 0.02  # of the run, outside the networks
