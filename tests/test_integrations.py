@@ -21,6 +21,10 @@ from torch import Tensor
 import fewstep
 from fewstep.grid import trailing
 from fewstep.integrations.diffusers import FewstepScheduler
+from fewstep.learned.amed import Amed
+from fewstep.learned.predictor import Predictor
+from fewstep.learned.solver import LearnedSolver
+from fewstep.learned.tuned import Tuned
 from fewstep.plan import Combine, Eval, Plan, freeze
 from fewstep.solver import get
 
@@ -160,10 +164,13 @@ def test_the_scheduler_it_replaces_gives_the_same_states(theirs, ours):
     assert_close(*ends, tolerance=1e-4)
 
 
-def test_image_to_image_starts_inside_and_equals_our_own_route(models):
-    model = models["sd"]
+def image_pipe() -> Any:
     parts = pipelines.sd().components
-    pipe = silent(diffusers.StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False))
+    return silent(diffusers.StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False))
+
+
+def test_image_to_image_starts_inside_and_equals_our_own_route(models):
+    model, pipe = models["sd"], image_pipe()
     pipe.scheduler = FewstepScheduler.from_config(pipe.scheduler.config, solver="dpmpp-2m")
     latents = pipelines.noise(2, *model.shape, seed=1) * 0.3
     generators = [torch.Generator().manual_seed(i) for i in (5, 6)]
@@ -185,6 +192,105 @@ def test_image_to_image_starts_inside_and_equals_our_own_route(models):
         assert_close(
             found, fewstep.solve(model.denoiser(prompt=PROMPTS), start, "dpmpp-2m", grid=grid)
         )
+
+
+def test_image_to_image_calls_back_and_takes_other_times(models):
+    """strength 1/2 of four times of the user's own leaves the last two of them."""
+    model, pipe, seen = models["sd"], image_pipe(), []
+    pipe.scheduler = FewstepScheduler.from_config(pipe.scheduler.config, solver="unipc-2")
+    latents = pipelines.noise(1, *model.shape, seed=1) * 0.3
+
+    def note(pipe: Any, index: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        seen.append(float(t))
+        return {"latents": tensors["latents"]}
+
+    run = {"image": latents, "strength": 0.5, "guidance_scale": 3.0, "output_type": "latent"}
+    generator = torch.Generator().manual_seed(5)
+    found = pipe(
+        "mat", generator=generator, timesteps=[999, 700, 400, 100], callback_on_step_end=note, **run
+    ).images
+    assert seen == pytest.approx([400, 100], abs=1e-3)
+    z = torch.randn(1, *model.shape, generator=torch.Generator().manual_seed(5))
+    grid = (model.schedule.sigma(400.0), model.schedule.sigma(100.0), 0.0)
+    with torch.no_grad():
+        denoiser = model.denoiser(prompt="mat", guidance=3.0)
+        assert_close(found, fewstep.solve(denoiser, latents + grid[0] * z, "unipc-2", grid=grid))
+    with pytest.raises(ValueError, match="no timestep is left"):
+        pipe.scheduler.add_noise(latents, z, torch.tensor([]))
+
+
+@pytest.mark.parametrize("strength, left", [(1.0, 3), (0.4, 1)])
+def test_image_to_image_with_a_plan_that_keeps_to_its_intervals(strength, left, models):
+    model, pipe = models["sd"], image_pipe()
+    sigmas = (model.card.sigma_max, 3.0, 0.7, 0.05)
+    plan = learned_like(sigmas, 1.0)
+    pipe.scheduler = FewstepScheduler.from_plan(pipe.scheduler.config, plan)
+    latents = pipelines.noise(1, *model.shape, seed=1) * 0.3
+    run = {"image": latents, "num_inference_steps": 3, "guidance_scale": 1.0}
+    run |= {"generator": torch.Generator().manual_seed(5), "output_type": "latent"}
+    found = pipe("mat", strength=strength, **run).images
+    z = torch.randn(1, *model.shape, generator=torch.Generator().manual_seed(5))
+    rest = sigmas[-1 - left :]
+    with torch.no_grad():
+        denoiser = model.denoiser(prompt="mat")
+        ours = fewstep.solve(denoiser, latents + rest[0] * z, learned_like(rest, 1.0))
+    assert_close(found, ours * model.process.schedule.alpha(0.05))
+
+
+@pytest.mark.parametrize("name, given", [("sd", "timesteps"), ("sd", "sigmas"), ("sd3", "sigmas")])
+def test_pipelines_pass_on_times_and_levels_of_the_users_own(name, given, models):
+    model, pipe = models[name], silent(pipelines.MAKERS[name]())
+    pipe.scheduler = FewstepScheduler.from_config(pipe.scheduler.config, solver="dpmpp-2m")
+    values = {"timesteps": [999, 600, 200], "sigmas": [14.0, 3.0, 0.5]}[given]
+    if name == "sd3":  # times before the shift by 3
+        values = [0.95, 0.5, 0.2]
+    z = pipelines.noise(1, *model.shape)
+    run = {"latents": z, "guidance_scale": 3.0, "output_type": "latent", given: values}
+    found = pipe("mat", **run).images
+    read = {"timesteps": model.schedule.sigma, "sigmas": float}[given]
+    if name == "sd3":
+        read = model.schedule.sigma
+    grid = [*(read(float(value)) for value in values), 0.0]
+    x = z / model.process.schedule.alpha(grid[0])
+    with torch.no_grad():
+        denoiser = model.denoiser(prompt="mat", guidance=3.0)
+        assert_close(found, fewstep.solve(denoiser, x, "dpmpp-2m", grid=grid))
+
+
+LEARNED = {"tuned": None, "amed": None, "amed-plugin": "dpmpp-2m"}
+
+
+def learned_plan(method: str, first: str, sigmas: tuple[float, ...]) -> Plan:
+    """What such a solver comes to, its numbers moved away from where training starts."""
+    generator = torch.Generator().manual_seed(2)
+    if method == "tuned":
+        table = Tuned.start("ipndm-2", sigmas, first)
+        for value in table.learned.values():
+            value += 0.05 * torch.randn(value.shape, generator=generator)
+        return LearnedSolver(table).plan()
+    weights = Predictor.fresh(0, 0.05, 0.2, 0, torch.device("cpu")).weights
+    for name in ("head.weight", "head.bias"):
+        weights[name] = 0.5 * torch.randn(weights[name].shape, generator=generator)
+    predictor = Predictor(0, 0.05, 0.2, weights)
+    return LearnedSolver(Amed(method, LEARNED[method], sigmas, first, predictor)).plan()
+
+
+@pytest.mark.parametrize("first", ["none", "zero"])
+@pytest.mark.parametrize("method", LEARNED)
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_learned_solvers_without_features_are_schedulers(name, method, first, models, tmp_path):
+    model, pipe = models[name], silent(pipelines.MAKERS[name]())
+    plan = learned_plan(method, first, (model.card.sigma_max, 4.0, 1.0, 0.2))
+    pipe.scheduler = FewstepScheduler.from_config(pipe.scheduler.config, solver=plan)
+    pipe.scheduler.save_pretrained(tmp_path)
+    pipe.scheduler = FewstepScheduler.from_pretrained(tmp_path)
+    z = pipelines.noise(2, *model.shape)
+    run = {"latents": z, "guidance_scale": 4.0, "output_type": "latent"}
+    found = pipe(PROMPTS, num_inference_steps=len(plan.sigmas) - 1, **run).images
+    x = z / model.process.schedule.alpha(model.card.sigma_max)
+    with torch.no_grad():
+        ours = fewstep.solve(model.denoiser(prompt=PROMPTS, guidance=4.0), x, plan)
+    assert_close(found, ours * model.process.schedule.alpha(plan.sigmas[-1]))
 
 
 @pytest.mark.parametrize("solver", ["heun", "unipc-2", "dpm-solver-3", "ddim-eta:eta=0"])

@@ -6,8 +6,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import safetensors.torch
 import torch
 
 import fewstep
+from benchmarks import load_memory, pipeline_overhead
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +284,7 @@ def test_features_come_at_no_other_denoised_picture_and_leave_no_hook(name, mode
     assert not model.net.get_submodule(model.card.feature_module)._forward_hooks
     # the first picture's features do not depend on the second
     alone = model.denoiser(**text).with_features(x[:1], sigma[:1])[1]
-    # x of the largest sigma makes features of thousands, and float32 sums in another order in a batch
+    # at the largest sigma they are thousands, and float32 sums in another order in a batch
     torch.testing.assert_close(features[:1], alone, rtol=1e-5, atol=1e-4)
 
 
@@ -381,14 +380,17 @@ def test_a_size_is_in_pixels_and_a_multiple_of_the_latents_side(sd_folder, model
 def test_half_precision_keeps_the_state_in_float32(dtype, models, tmp_path):
     half = pipelines.load(pipelines.saved("sdxl", tmp_path / "xl"), dtype=dtype)
     assert half.dtype == getattr(torch, dtype)
-    # force_upcast: the autoencoder overflows in float16
-    expected = torch.float32 if dtype == "float16" else torch.bfloat16
-    assert next(half.autoencoder.parameters()).dtype == expected
+    seen = []
+    first = half.autoencoder.post_quant_conv
+    first.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
     x, sigma = half.prior([1]), torch.tensor([5.0])
     ours, full = (m.denoiser(prompt="mat")(x, sigma) for m in (half, models["sdxl"]))
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, full, rtol=0, atol=0.3)
     assert half.decode(ours).dtype == np.uint8
+    # force_upcast: the autoencoder overflows in float16
+    assert seen == [torch.float32 if dtype == "float16" else torch.bfloat16]
+    assert next(half.autoencoder.parameters()).dtype == half.dtype
 
 
 def test_sampling_reports_calls_and_repeats(models):
@@ -399,32 +401,16 @@ def test_sampling_reports_calls_and_repeats(models):
     assert one.provenance["prompt"] == "mat"
 
 
-MEASURE = """
-import sys, torch, fewstep
-
-def peak():
-    lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-fewstep.load(sys.argv[1])  # what the libraries take
-before = peak()
-model = fewstep.load(sys.argv[2])
-for part in model.pipe.components.values():  # weights come into memory when they are read
-    for weight in part.parameters() if isinstance(part, torch.nn.Module) else ():
-        weight.sum()
-print(peak() - before)
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own count")
 def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
-    small = pipelines.saved("ddim", tmp_path / "small")
-    pipe = pipelines.ddim()
-    pipe.unet = pipelines.pixel_unet(block_out_channels=(256, 512), layers_per_block=4)
-    pipe.save_pretrained(tmp_path / "large")
-    weights = sum(p.numel() * 4 for p in pipe.unet.parameters())
-    assert weights > 200e6
-    command = [sys.executable, "-W", "ignore", "-c", MEASURE, str(small), str(tmp_path / "large")]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert 0.9 * weights < int(run.stdout) < 1.1 * weights
+    figures = load_memory.measure(tmp_path)
+    assert figures["weights_mb"] > 200
+    assert 0.9 < figures["ratio"] < load_memory.MOST
+
+
+@pytest.mark.slow
+def test_little_of_a_run_is_spent_outside_the_networks():
+    rows = pipeline_overhead.measure(rounds=3)
+    assert rows[0]["route"] == "fewstep.sample"
+    assert rows[0]["outside"] < pipeline_overhead.MOST

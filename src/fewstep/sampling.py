@@ -205,8 +205,9 @@ def _own_levels(card: Card, nfe: int) -> Sequence[float]:
 
 
 def _check_weights(model: Model, program: Program) -> None:
-    """Warn of a solver that was trained on another network."""
-    if program.learned_on and program.learned_on != model.card.weights_sha256:
+    """Warn of a solver that was trained on another network, where both are known."""
+    known = model.card.weights_sha256
+    if program.learned_on and known and program.learned_on != known:
         warnings.warn(
             f"{program.name} was trained on other weights than those of {model.card.name}; "
             "expect less of it, or train one for this model",

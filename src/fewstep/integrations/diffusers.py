@@ -1,7 +1,7 @@
 """fewstep's solvers as one scheduler of diffusers.
 
     pipe.scheduler = FewstepScheduler.from_config(pipe.scheduler.config, solver="dpmpp-2m")
-    pipe.scheduler = FewstepScheduler.from_plan(pipe.scheduler.config, plan)
+    pipe.scheduler = FewstepScheduler.from_config(pipe.scheduler.config, solver="my-solver")
 
 A plan evaluates the network at states x in EDM units; a pipeline holds x_t and calls the network
 itself. So each evaluation of the plan is one of the scheduler's timesteps, the stages inside an
@@ -11,8 +11,7 @@ interval included, and between two of them the pipeline holds
 
 which is what its network expects. After the last one it is alpha(end) x.
 
-What needs the network's features has no plan and cannot be a scheduler; `fewstep.load` and
-`fewstep.sample` run it.
+What needs the network's features has no plan and cannot be a scheduler; `FewstepPipeline` runs it.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,10 +29,10 @@ from torch import Tensor
 
 from fewstep.denoiser import PREDICTIONS
 from fewstep.grid import check_grid, make_grid
-from fewstep.loop import Ledger, _combine, _to_eps
+from fewstep.loop import Ledger, Runnable, _combine, _to_eps, find
 from fewstep.models.pipelines.process import FLOWS, Process, Shifted, read_process
 from fewstep.plan import Combine, Eval, Op, Plan
-from fewstep.solver import end_at, get
+from fewstep.solver import Solver, end_at, get
 
 try:
     from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -45,7 +45,9 @@ except ImportError as error:
         f"this module needs diffusers ({error}): pip install 'fewstep[diffusers]'"
     ) from None
 
-__all__ = ["FewstepScheduler", "FewstepSchedulerOutput"]
+from fewstep.integrations.pipeline import FewstepPipeline
+
+__all__ = ["FewstepPipeline", "FewstepScheduler", "FewstepSchedulerOutput"]
 
 TABLE = (
     "num_train_timesteps",
@@ -205,7 +207,7 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
     grid: a name; uniform in the network's own time as "trailing" is, unless given
     first: "none", or "zero" for the analytic first step, which saves the first evaluation
     final, end: as in `fewstep.solve`; a named grid ends at 0 unless end="sigma_min"
-    plan: a plan as a JSON object, in place of the five; see `from_plan`
+    plan: a plan as a JSON object, in place of the five; `from_config` makes it
 
     The others are the process, named as in diffusers: prediction_type is "epsilon",
     "v_prediction", "sample" or "flow_prediction", of which the last has no betas but a shift.
@@ -263,7 +265,7 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
             )
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
-        probe = self._fixed or self._staged(self._grid(8, self.process.grid_schedule))
+        probe = self._fixed or self._staged(self._probe())
         self.order = _order(probe)
         self._arm(probe, None)
         self.num_inference_steps = None
@@ -273,21 +275,27 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Any:
         """From the configuration of another scheduler, its process kept: betas, prediction, clip,
-        shift; `kwargs` are this class's own arguments."""
+        shift; `kwargs` are this class's own arguments.
+
+        solver: a name; or a learned solver, its folder, or a plan, whose budget is fixed then:
+            num_inference_steps has to be its number of intervals
+
+        Errors: ValueError for a learned solver that reads the network's features.
+        """
         fields = dict(config or {})
-        bare = "shift" in fields and "beta_start" not in fields  # flows have no table
-        if bare or fields.get("_class_name") in FLOWS or fields.get("use_flow_sigmas"):
+        if "solver" in kwargs:
+            kwargs |= _chosen(kwargs["solver"])
+        # A flow has a shift and no table; with both, a table went through a flow's class.
+        bare = "shift" in fields and "beta_start" not in fields
+        if bare or fields.get("use_flow_sigmas"):
             fields["prediction_type"] = "flow_prediction"
             fields.setdefault("shift", fields.get("flow_shift") or 1.0)
         return super().from_config(fields, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     @classmethod
     def from_plan(cls, config: Any, plan: Plan) -> FewstepScheduler:
-        """A scheduler that runs one plan, of a learned solver say: `learned.plan()`.
-
-        Its budget is fixed: num_inference_steps has to be the plan's number of intervals.
-        """
-        return cls.from_config(config, plan=json.loads(plan.to_json()))
+        """The same as `from_config(config, solver=plan)`."""
+        return cls.from_config(config, solver=plan)
 
     def set_timesteps(
         self,
@@ -351,6 +359,13 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
     def _grid(self, intervals: int, schedule: Any) -> tuple[float, ...]:
         ends = schedule.sigma_max, schedule.sigma_min
         return end_at(make_grid(self.config["grid"], intervals + 1, *ends, schedule), self._end)
+
+    def _probe(self) -> tuple[float, ...]:
+        """Levels that any table has room for; speaks up about a grid that is not to be had."""
+        schedule = self.process.grid_schedule
+        self._grid(1, schedule)
+        levels = make_grid("log-snr", 9, schedule.sigma_max, schedule.sigma_min)
+        return end_at(levels, self._end)
 
     @property
     def _end(self) -> str:
@@ -461,6 +476,8 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         sample: Tensor,
         generator: Any = None,
         return_dict: bool = True,
+        eta: float = 0.0,
+        use_clipped_model_output: bool | None = None,
     ) -> FewstepSchedulerOutput | tuple[Tensor, Tensor]:
         """Take in one output of the network; returns what the network is to be given next.
 
@@ -468,7 +485,11 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         sample: what the pipeline holds; changes made to it since the last step count, unless it is
             a trial stage, whose anchor stays
         generator: one for all pictures or one per picture, for stochastic solvers
+        eta, use_clipped_model_output: what pipelines pass that were made for DDIM alone. The first
+            is an option of the solver here; the second is always so.
         """
+        if eta:
+            raise ValueError(f"eta is an option of the solver: solver='ddim-eta:eta={eta}'")
         if self._step_index is None:
             self._begin(timestep)
         index, walk = self._step_index, self._walk
@@ -511,6 +532,11 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         """x_t at the network's own times, [b] or [1]: alpha (x_0 + sigma noise)."""
         x = original_samples.to(torch.promote_types(original_samples.dtype, torch.float32))
         times = torch.as_tensor(timesteps).reshape(-1).tolist()
+        if not times:
+            raise ValueError(
+                "no timestep is left to start from; raise strength (image-to-image pipelines count "
+                "wrongly where timesteps or sigmas of your own meet a solver with stages)"
+            )
         levels = torch.tensor([self._levels_at(t) for t in times], dtype=torch.float64)
         sigma, held = levels.unbind(1)
         alpha = self.process.schedule.alpha(held)
@@ -536,6 +562,20 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
 
     def __len__(self) -> int:
         return self.config["num_train_timesteps"]
+
+
+def _chosen(solver: str | Path | Solver | Runnable) -> dict[str, Any]:
+    """The arguments `solver` and `plan` for what a caller names."""
+    found = find(solver) if isinstance(solver, str | Path) else solver
+    if isinstance(found, Solver):
+        return {"solver": found.name, "plan": None}
+    try:
+        plan: Any = found if isinstance(found, Plan) else found.plan()  # type: ignore[attr-defined]
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; or run it as it is with FewstepPipeline(pipe, solver)"
+        ) from None
+    return {"solver": plan.solver, "plan": json.loads(plan.to_json())}
 
 
 def _order(staged: Staged) -> int:

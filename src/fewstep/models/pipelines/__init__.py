@@ -11,7 +11,7 @@ Needs `pip install 'fewstep[diffusers]'`.
 from __future__ import annotations
 
 from fewstep.models.pipelines.families import FAMILIES
-from fewstep.models.pipelines.loading import INDEX_FILE, load_pipeline
+from fewstep.models.pipelines.loading import INDEX_FILE, from_pipe, load_pipeline
 from fewstep.models.pipelines.model import PipelineModel
 from fewstep.models.pipelines.process import Process, Shifted, read_process
 
@@ -21,6 +21,7 @@ __all__ = [
     "PipelineModel",
     "Process",
     "Shifted",
+    "from_pipe",
     "load_pipeline",
     "read_process",
 ]

@@ -34,7 +34,7 @@ from fewstep.models.pipelines.model import (
 )
 from fewstep.models.pipelines.process import Process
 
-__all__ = ["INDEX_FILE", "load_pipeline"]
+__all__ = ["INDEX_FILE", "from_pipe", "load_pipeline"]
 
 INDEX_FILE = "model_index.json"
 WEIGHTS = re.compile(r"diffusion_pytorch_model(\.(?P<variant>[\w-]+?))?(-\d+-of-\d+)?\.\w+")
@@ -107,21 +107,45 @@ def load_pipeline(
     index, family = read_index(source)
     check_components(source, index, family)
     pipe = _read(source, index, family, dtype)
-    net = getattr(pipe, family.network)
-    _check_network(source, net)
+    check_network(source.where, getattr(pipe, family.network))
     vae = getattr(pipe, family.autoencoder) if family.autoencoder else None
-    if vae is not None and dtype == "float16" and vae.config.get("force_upcast"):
-        vae.to(torch.float32)  # it overflows in half precision
     if vae is not None and slicing:
         vae.enable_slicing()
     if vae is not None and tiling:
         vae.enable_tiling()
-    height, width = size or [side * pixels_per_latent(vae) for side in sample_sides(net)]
-    process = process_of(pipe, family, (height, width))
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.to(place).eval().requires_grad_(False)
-    card = _card(source, index["_class_name"], family, net, process, dtype)
+    digest = _weights_hash(source, family, dtype)
+    return _model(pipe, family, source.name, digest, size, compile)
+
+
+def from_pipe(pipe: Any, *, size: Size | None = None, compile: bool = False) -> PipelineModel:
+    """The model of a pipeline that is in memory; its parts are shared, and left as they are.
+
+    pipe: of one of the classes that `load_pipeline` reads; what was changed on it (adapters,
+        device, dtype, slicing) holds
+    size, compile: as in `load_pipeline`
+
+    The card knows no hash of the weights, so nothing tells whether a learned solver is for them.
+    Errors: ValueError for other classes, and processes that fewstep does not run.
+    """
+    kind = type(pipe).__name__
+    if kind not in FAMILIES:
+        raise ValueError(f"pipe is a {kind}; fewstep runs {', '.join(FAMILIES)}")
+    family = FAMILIES[kind]
+    check_network(kind, getattr(pipe, family.network))
+    return _model(pipe, family, kind, "", size, compile)
+
+
+def _model(
+    pipe: Any, family: Family, name: str, digest: str, size: Size | None, compile: bool
+) -> PipelineModel:
+    net = getattr(pipe, family.network)
+    vae = getattr(pipe, family.autoencoder) if family.autoencoder else None
+    height, width = size or [side * pixels_per_latent(vae) for side in sample_sides(net)]
+    process = process_of(pipe, family, (height, width))
+    card = _card(name, type(pipe).__name__, family, net, process, digest)
     forward = torch.compile(net) if compile else net
     return PipelineModel(card, pipe, family, process, (height, width), forward)
 
@@ -358,34 +382,32 @@ def _dtype_key() -> str:
     return "torch_dtype" if diffusers.__version__.startswith("0.") else "dtype"
 
 
-def _check_network(source: Source, net: Any) -> None:
+def check_network(where: str | Path, net: Any) -> None:
+    """Errors: ValueError for a network that wants more than x_t, t and text."""
     config = net.config
     if config.get("num_class_embeds") or config.get("class_embed_type"):
         raise ValueError(
-            f"{source.where}: its network wants class labels, which fewstep does not give to "
-            "pipelines"
+            f"{where}: its network wants class labels, which fewstep does not give to pipelines"
         )
     inputs, outputs = config.in_channels, config.get("out_channels") or config.in_channels
     if outputs not in (inputs, 2 * inputs):
         raise ValueError(
-            f"{source.where}: its network reads {inputs} channels and writes {outputs}, so it is "
+            f"{where}: its network reads {inputs} channels and writes {outputs}, so it is "
             "made for in-painting or editing, which fewstep does not run"
         )
 
 
-def _card(
-    source: Source, kind: str, family: Family, net: Any, process: Process, dtype: str
-) -> Card:
+def _card(name: str, kind: str, family: Family, net: Any, process: Process, digest: str) -> Card:
     flow = process.prediction == "flow"
     return Card(
-        name=source.name,
+        name=name,
         network={"class": type(net).__name__},
         summary=f"{kind} of diffusers, {process.prediction} prediction",
         sigma_min=process.sigma_min,
         sigma_max=process.sigma_max,
         sigma_data=1.0 if family.autoencoder else 0.5,
         feature_module=family.tap(net),
-        weights_sha256=_weights_hash(source, family, dtype),
+        weights_sha256=digest,
         # The network's own time is the usual grid for such networks, and the only sensible one
         # where sigma_max is huge (flows, zero terminal SNR).
         auto={"1": {"solver": "dpmpp-2m", "grid": "trailing", "end": "zero"}},

@@ -272,28 +272,35 @@ class PipelineModel:
         x = to_unit(pictures.permute(0, 3, 1, 2)).to(self.device)
         if vae is None:
             return x
-        out = vae.encode(x.to(_dtype(vae)))
+        with _roomy(vae):
+            out = vae.encode(x.to(_dtype(vae)))
         latents = out.latents if hasattr(out, "latents") else out.latent_dist.mode()
         factor, shift = _latent_scale(vae)
         return (latents.float() - shift) * factor
 
-    @torch.no_grad()
     def decode(self, x: Tensor) -> np.ndarray:
-        """Pictures uint8 [n, h, w, c] from clean states.
+        """Pictures uint8 [n, h, w, c] from clean states. Errors as in `pictures`."""
+        return to_pixels(self.pictures(x)).permute(0, 2, 3, 1).cpu().numpy()
+
+    @torch.no_grad()
+    def pictures(self, x: Tensor) -> Tensor:
+        """Pictures float32 [n, c, h, w] in [-1, 1], but for what sticks out, from clean states.
 
         Errors: FloatingPointError where the autoencoder returns NaN or infinity.
         """
         vae = self.autoencoder
-        if vae is not None:
-            factor, shift = _latent_scale(vae)
-            latents = x.float().to(_device(vae)) / factor + shift
+        if vae is None:
+            return x.float()
+        factor, shift = _latent_scale(vae)
+        latents = x.float().to(_device(vae)) / factor + shift
+        with _roomy(vae):
             x = vae.decode(latents.to(_dtype(vae))).sample.float()
-            if not torch.isfinite(x).all():
-                raise FloatingPointError(
-                    f"the autoencoder of {self.card.name} returned NaN or infinity; try dtype "
-                    "float32 or bfloat16"
-                )
-        return to_pixels(x).permute(0, 2, 3, 1).cpu().numpy()
+        if not torch.isfinite(x).all():
+            raise FloatingPointError(
+                f"the autoencoder of {self.card.name} returned NaN or infinity; try dtype "
+                "float32 or bfloat16"
+            )
+        return x
 
 
 def pixels_per_latent(vae: Any) -> int:
@@ -328,6 +335,19 @@ def _latent_scale(vae: Any) -> tuple[Any, Any]:
     device = _device(vae)
     rows = [torch.tensor(values, device=device).reshape(1, -1, 1, 1) for values in (mean, std)]
     return factor / rows[1], rows[0]
+
+
+@contextmanager
+def _roomy(vae: Any) -> Iterator[None]:
+    """Inside, an autoencoder that overflows in float16, and says so, is in float32."""
+    narrow = _dtype(vae) == torch.float16 and vae.config.get("force_upcast")
+    if narrow:
+        vae.to(torch.float32)
+    try:
+        yield
+    finally:
+        if narrow:
+            vae.to(torch.float16)
 
 
 def _dtype(module: torch.nn.Module) -> torch.dtype:

@@ -1,0 +1,226 @@
+"""A pipeline of diffusers with fewstep's own loop in place of its scheduler's.
+
+    fast = FewstepPipeline(pipe, "my-solver")
+    pictures = fast("a lighthouse", guidance_scale=7.5, generator=generator).images
+
+For solvers that look at the network's features (AMED as published): what they do after a call
+depends on what they saw in it, picture by picture, so a scheduler, whose times are listed before
+the first call, cannot run them. The components are the pipeline's own, and so are safety checker,
+watermark and output types; the latents are those of `fewstep.sample`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.denoiser import Denoiser, per_sample
+from fewstep.loop import Runnable, find, iterate
+from fewstep.models.pipelines import PipelineModel, from_pipe
+from fewstep.plan import Program
+from fewstep.solver import Solver
+
+try:
+    from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+    from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+    from diffusers.utils.torch_utils import randn_tensor
+except ImportError as error:
+    raise ImportError(
+        f"this module needs diffusers ({error}): pip install 'fewstep[diffusers]'"
+    ) from None
+
+__all__ = ["FewstepPipeline"]
+
+OUTPUTS = ("pil", "np", "pt", "latent")
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+@dataclass(frozen=True, eq=False)
+class FewstepPipeline:
+    """Text to image by a learned solver, called as pipelines of diffusers are.
+
+    pipe: a StableDiffusionPipeline, StableDiffusionXLPipeline or StableDiffusion3Pipeline. Its
+        parts are shared, and what is changed on it (adapters, device, slicing) holds here.
+    solver: a learned solver, its folder, or a plan
+
+    Errors: ValueError for a solver by name, which needs no pipeline of its own, and for a pipeline
+    that fewstep does not run, or that takes no text.
+    """
+
+    pipe: Any
+    solver: str | Path | Runnable
+
+    def __post_init__(self) -> None:
+        found = find(self.solver) if isinstance(self.solver, str | Path) else self.solver
+        if isinstance(found, Solver):
+            raise ValueError(
+                f"{found.name} has no grid of its own and fits a scheduler: set pipe.scheduler = "
+                f"FewstepScheduler.from_config(pipe.scheduler.config, solver={found.name!r})"
+            )
+        if from_pipe(self.pipe).family.encode is None:
+            raise ValueError(
+                f"a {type(self.pipe).__name__} takes no text; load its folder with fewstep.load "
+                "and call fewstep.sample"
+            )
+        object.__setattr__(self, "solver", found)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_images_per_prompt: int = 1,
+        generator: Generators = None,
+        seeds: Sequence[int] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Any = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        **sizes: tuple[int, int],
+    ) -> Any:
+        """Pictures, as an object with `images`, or in a tuple.
+
+        num_inference_steps: fixed by the solver; what is passed has to be its number of intervals
+        guidance_scale: the pipeline's own default where left out; 1 and less is none
+        generator, seeds, latents: the start, one of them at most. A generator draws what diffusers
+            draws from it, seeds what `fewstep.sample` does, one per picture; latents are noise of
+            variance 1, [n, c, h, w].
+        output_type: "pil", "np", "pt", or "latent", which is the clean latents that are decoded
+        callback_on_step_end: called as callback(pipe, i, t, {"latents": x_t}) after each accepted
+            state; the latents that it returns are gone on from, and `pipe._interrupt = True` ends
+            the run there. t is one per picture where the solver chose it.
+        sizes: original_size, crops_coords_top_left and target_size, of Stable Diffusion XL
+
+        Errors: ValueError for what does not fit, before the first network call.
+        """
+        model = self._model(height, width)
+        program = self.solver.program()  # type: ignore[union-attr]
+        intervals = len(program.sigmas) - 1
+        if num_inference_steps not in (None, intervals):
+            raise ValueError(
+                f"{program.name} goes its own {intervals} intervals; leave num_inference_steps "
+                f"out, got {num_inference_steps}"
+            )
+        if output_type not in OUTPUTS:
+            raise ValueError(
+                f"output_type must be one of {', '.join(OUTPUTS)}, got {output_type!r}"
+            )
+        callback = callback_on_step_end
+        if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback.tensor_inputs
+        if set(callback_on_step_end_tensor_inputs) - {"latents"}:
+            raise ValueError(
+                "callback_on_step_end_tensor_inputs can hold latents alone, got "
+                f"{list(callback_on_step_end_tensor_inputs)}"
+            )
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = [text for text in prompts for _ in range(num_images_per_prompt)]
+        if negative_prompt is not None and not isinstance(negative_prompt, str):
+            negative_prompt = [t for t in negative_prompt for _ in range(num_images_per_prompt)]
+        scale = _default(self.pipe, "guidance_scale") if guidance_scale is None else guidance_scale
+        guided = scale > 1
+        denoiser = model.denoiser(
+            prompt=prompts,
+            guidance=scale if guided else None,
+            negative=negative_prompt if guided else None,  # as diffusers has it
+            **sizes,  # type: ignore[arg-type]
+        )
+        x = _start(model, program, len(prompts), generator, seeds, latents)
+        x = self._run(model, denoiser, x, program, callback)
+        return self._output(model, x, output_type, return_dict)
+
+    def _model(self, height: int | None, width: int | None) -> PipelineModel:
+        if (height is None) != (width is None):
+            raise ValueError(f"give height and width, or neither, got {height} and {width}")
+        size = None if height is None or width is None else (height, width)
+        return from_pipe(self.pipe, size=size)
+
+    def _run(
+        self,
+        model: PipelineModel,
+        denoiser: Denoiser,
+        x: Tensor,
+        program: Program,
+        callback: Callable[..., dict[str, Tensor] | None] | None,
+    ) -> Tensor:
+        schedule, scale = model.process.schedule, model.process.time_scale
+        self.pipe._interrupt = False
+        run, sent, index = iterate(denoiser, x, program), None, 0
+        level: Any = program.sigmas[0]  # then [b], where the solver chose it
+        with self.pipe.progress_bar(total=program.evaluations) as bar:
+            while not self.pipe._interrupt:
+                try:
+                    state = run.send(sent)
+                except StopIteration:
+                    break
+                bar.update(state.nfe - bar.n)
+                x, sent, sigma = state.x, None, state.sigma
+                if callback is not None:
+                    t = torch.as_tensor(schedule.t(level) * scale)
+                    alpha = per_sample(schedule.alpha(sigma), x)  # type: ignore[type-var]
+                    out = callback(self.pipe, index, t, {"latents": x * alpha})
+                    if out and "latents" in out:
+                        x = out["latents"].to(x) / alpha
+                        sent = replace(state, x=x)
+                level, index = sigma, index + 1
+        return x
+
+    def _output(self, model: PipelineModel, x: Tensor, output_type: str, return_dict: bool) -> Any:
+        images: Any = x.to(model.dtype)
+        if output_type != "latent":
+            images, flagged = model.pictures(x), None
+            if getattr(self.pipe, "safety_checker", None) is not None:
+                images, flagged = self.pipe.run_safety_checker(images, x.device, model.dtype)
+            if getattr(self.pipe, "watermark", None) is not None:
+                images = self.pipe.watermark.apply_watermark(images)
+            # a flagged picture comes back black in [0, 1]
+            inside = [not flag for flag in flagged] if flagged else None
+            images = self.pipe.image_processor.postprocess(images, output_type, inside)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+def _default(pipe: Any, name: str) -> Any:
+    """What the pipeline's own call takes where an argument is left out."""
+    return inspect.signature(type(pipe).__call__).parameters[name].default
+
+
+def _start(
+    model: PipelineModel,
+    program: Program,
+    count: int,
+    generator: Generators,
+    seeds: Sequence[int] | None,
+    latents: Tensor | None,
+) -> Tensor:
+    """The state at the start of the grid, float32 [n, c, h, w]."""
+    given = {"generator": generator, "seeds": seeds, "latents": latents}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) > 1:
+        raise ValueError(f"the start is given once, got {' and '.join(named)}")
+    if seeds is not None:
+        if len(seeds) != count:
+            raise ValueError(f"seeds must be one per picture, got {len(seeds)} for {count}")
+        return model.prior(seeds)
+    shape = (count, *model.shape)
+    if latents is None:
+        if isinstance(generator, Sequence) and len(generator) != count:
+            raise ValueError(
+                f"generator must be one, or one per picture, got {len(generator)} for {count}"
+            )
+        many: Any = list(generator) if isinstance(generator, Sequence) else generator
+        latents = randn_tensor(shape, generator=many, device=model.device, dtype=model.dtype)
+    if tuple(latents.shape) != shape:
+        raise ValueError(f"latents must be {list(shape)}, got {list(latents.shape)}")
+    return latents.to(model.device).float() / model.process.schedule.alpha(program.sigmas[0])
