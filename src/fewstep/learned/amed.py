@@ -43,9 +43,7 @@ class Amed:
         if self.first not in FIRST_STEPS:
             raise ValueError(f"first must be one of {', '.join(FIRST_STEPS)}, got {self.first!r}")
         if not self.sigmas[-1] > 0:
-            raise ValueError(
-                "a learned grid must end above 0: s lies between its ends in log sigma"
-            )
+            raise ValueError(ENDS_ABOVE)
         base_of(self.base)
 
     def values(self, i: int, seen: Seen | None) -> Values:
@@ -130,6 +128,10 @@ class Amed:
 
 
 SETTINGS = ("features", "scale_dir", "scale_time")
+ENDS_ABOVE = (
+    "the grid of amed and amed-plugin must end above 0, for s lies between its ends in log sigma; "
+    "tuned can end at 0"
+)
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,7 @@ class AmedKind:
     """One of the two methods by name, with the recipe of its paper for 32 x 32 pictures.
 
     plugin: whether it improves on a base solver, `base` unless the caller names one
+    grid: where the network has no time of its own; "discrete", as in the paper, where it has
     """
 
     name: str
@@ -144,7 +147,11 @@ class AmedKind:
     base: str | None
     grid: str
 
-    def recipe(self, base: str | None, nfe: int, first: str | None) -> Recipe:
+    def recipe(
+        self, base: str | None, nfe: int, first: str | None, end: str | None, own_time: bool
+    ) -> Recipe:
+        if end not in (None, "sigma_min"):
+            raise ValueError(ENDS_ABOVE)
         if base is not None and not self.plugin:
             raise ValueError(f"{self.name} has no base, got {base!r}; amed-plugin has one")
         if first is None:
@@ -161,7 +168,8 @@ class AmedKind:
             )
         chosen = base or self.base
         base_of(chosen)
-        return Recipe(chosen, twice // 2, first, self.grid, TEACHER, INNER, LR)
+        grid = "discrete" if own_time else self.grid
+        return Recipe(chosen, twice // 2, first, grid, "sigma_min", TEACHER, INNER, LR)
 
     def fresh(
         self,

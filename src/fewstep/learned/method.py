@@ -29,9 +29,10 @@ class Recipe:
     intervals: how many of them spend the budget
     first: the analytic first step
     grid: by name
+    end: where a named grid ends: "sigma_min", or "zero"
     teacher, inner: its solver, and how many points it adds inside each interval
-    whole: the teacher has a Karras grid of its own, with `inner` points between the two ends, and
-        only its end is looked at
+    whole: the teacher has a grid of its own, with `inner` points between the two ends, and only its
+        end is looked at
     decay: the learning rate falls to 0 along half a cosine, after WARM_UP updates
     """
 
@@ -39,6 +40,7 @@ class Recipe:
     intervals: int
     first: str
     grid: str
+    end: str
     teacher: str
     inner: int
     lr: float
@@ -127,8 +129,18 @@ class Kind(Protocol):
     @property
     def name(self) -> str: ...
 
-    def recipe(self, base: str | None, nfe: int, first: str | None) -> Recipe:
-        """Defaults for a budget. Errors: ValueError for one that cannot be spent exactly."""
+    def recipe(
+        self, base: str | None, nfe: int, first: str | None, end: str | None, own_time: bool
+    ) -> Recipe:
+        """Defaults for a budget.
+
+        end: where the grid ends, sigmas too; None: where the method likes it best
+        own_time: whether the network has a time of its own, in which grids can be uniform (VP,
+            flow)
+
+        Errors: ValueError for a budget that cannot be spent exactly, and for an end that the method
+        cannot reach.
+        """
         ...
 
     @property

@@ -44,6 +44,7 @@ from fewstep.solver import FIRST_STEPS, get, intervals_for
 __all__ = ["PARTS", "TUNED", "Tuned", "TunedKind"]
 
 PARTS = ("times", "told", "weights")
+PURE_NOISE = 1e3  # a start above it stands for infinity (flows, zero terminal SNR)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +103,9 @@ class Tuned:
             moved = torch.exp(inner * self.learned["times"])
             alphas, levels = alphas * moved, levels * moved
         if "told" in self.learned:
-            told = self.learned["told"]
+            # pure noise has no other level than its own, and pipelines of flows give it as it is
+            moves = torch.tensor([float(level < PURE_NOISE) for level in levels[:k]])
+            told = moves * self.learned["told"]
         if "weights" in self.learned:
             weights = weights + torch.einsum("ki,kij->kj", self.learned["weights"], differences(k))
         return alphas, levels, levels[:k] * torch.exp(told), (1 - alphas)[:, None] * weights
@@ -166,15 +169,19 @@ class TunedKind:
 
     name: str = "tuned"
 
-    def recipe(self, base: str | None, nfe: int, first: str | None) -> Recipe:
+    def recipe(
+        self, base: str | None, nfe: int, first: str | None, end: str | None, own_time: bool
+    ) -> Recipe:
+        grid, best = ("trailing", "zero") if own_time else ("time-uniform", "sigma_min")
+        end = end or best
         base, first = base or ("ipndm-3" if nfe > 3 else "ipndm-2"), first or "none"
         solver = get(base)
         if first not in FIRST_STEPS:
             raise ValueError(f"first must be one of {', '.join(FIRST_STEPS)}, got {first!r}")
         if solver.stochastic or solver.adapts:
             raise ValueError(f"tuned starts from a deterministic solver with a plan, not {base}")
-        intervals = intervals_for(solver, nfe, first)
-        return Recipe(base, intervals, first, "time-uniform", "deis-4", 30, 2e-2, True, True)
+        intervals = intervals_for(solver, nfe, first, end=end)
+        return Recipe(base, intervals, first, grid, end, "deis-4", 30, 2e-2, True, True)
 
     def fresh(self, setup: Setup, *, parts: Sequence[str] = PARTS) -> Method:
         """parts: what learns, of times, told and weights."""
