@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.learned.method import Lesson, Loss, Method, Recipe, Setup
+from fewstep.learned.method import PURE_NOISE, Lesson, Loss, Method, Recipe, Setup
 from fewstep.learned.ops import base_of
 from fewstep.learned.predictor import Predictor, Values, read_features
 from fewstep.learned.teacher import Recalled
@@ -184,8 +184,15 @@ class AmedKind:
         scale_dir, scale_time: see `Predictor`
         features: whether to read the network's; None: where there are any
 
-        Errors: ValueError where they are asked of a network that has none.
+        Errors: ValueError where they are asked of a network that has none, and for a start so noisy
+        that c, a factor of the whole step there, could not be learned.
         """
+        if setup.sigmas[0] > PURE_NOISE and base_of(setup.base).prediction == "eps":
+            raise ValueError(
+                f"{self.name}{f' on {setup.base}' if setup.base else ''} cannot start at sigma "
+                f"{setup.sigmas[0]:g}, which stands for pure noise (a flow, or zero terminal SNR): "
+                "take amed-plugin on dpmpp-2m, or tuned"
+            )
         if features and not setup.features:
             raise ValueError(
                 "features=True needs a denoiser with_features(x, sigma) -> (D, features), and this "

@@ -18,7 +18,9 @@ from fewstep.denoiser import Denoiser
 from fewstep.learned.teacher import Path
 from fewstep.plan import Plan, Program
 
-__all__ = ["Kind", "Lesson", "Loss", "Method", "Recipe", "Setup"]
+__all__ = ["PURE_NOISE", "Kind", "Lesson", "Loss", "Method", "Recipe", "Setup"]
+
+PURE_NOISE = 1e3  # a start above it stands for infinity (flows, zero terminal SNR)
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def train(
     denoiser: any callable D(x [b, ...], sigma [b]) -> [b, ...]; its parameters do not change
     shape: of one sample
     method: "tuned", "amed" or "amed-plugin"
-    base: the solver that amed-plugin improves on; ipndm-4 unless given
+    base: the solver that amed-plugin improves on, ipndm-4 unless given, or that tuned starts from
     nfe: the budget
     trajectories, batch: how many starts the run sees, and how many at a time
     grid: a name, or sigmas; the method's own unless given, which depends on whether the network has
@@ -183,7 +183,11 @@ def train(
     bound = conditions if conditions is not None else lambda seeds: denoiser
     noise = Noise(shape, sigmas[0], place, prior)
     held_out = range(VALIDATION, VALIDATION + validation)
-    size = _look(bound(held_out[:1]), noise(held_out[:1]), sigmas[0])
+    x = noise(held_out[:1])
+    size = _look(bound(held_out[:1]), x, sigmas[0])
+    if loss_features is not None:
+        with torch.no_grad():
+            loss_features(x)  # speaks up now about a shape that it does not take
     _check_options(kind, options)
     student = kind.fresh(Setup(recipe.base, sigmas, recipe.first, size, seed, place), **options)
     mentor = teacher or recipe.teacher

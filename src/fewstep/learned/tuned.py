@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.learned.method import Lesson, Loss, Method, Recipe, Setup
+from fewstep.learned.method import PURE_NOISE, Lesson, Loss, Method, Recipe, Setup
 from fewstep.learned.teacher import Frozen
 from fewstep.loop import solve
 from fewstep.plan import SOURCES, Combine, Eval, Ops, Plan, Program, Source, stages
@@ -44,7 +44,6 @@ from fewstep.solver import FIRST_STEPS, get, intervals_for
 __all__ = ["PARTS", "TUNED", "Tuned", "TunedKind"]
 
 PARTS = ("times", "told", "weights")
-PURE_NOISE = 1e3  # a start above it stands for infinity (flows, zero terminal SNR)
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,9 +171,10 @@ class TunedKind:
     def recipe(
         self, base: str | None, nfe: int, first: str | None, end: str | None, own_time: bool
     ) -> Recipe:
-        grid, best = ("trailing", "zero") if own_time else ("time-uniform", "sigma_min")
-        end = end or best
-        base, first = base or ("ipndm-3" if nfe > 3 else "ipndm-2"), first or "none"
+        usual, grid, best = "ipndm-3" if nfe > 3 else "ipndm-2", "time-uniform", "sigma_min"
+        if own_time:  # where guidance is usual, under which ipndm starts far off
+            usual, grid, best = "dpmpp-2m", "trailing", "zero"
+        base, first, end = base or usual, first or "none", end or best
         solver = get(base)
         if first not in FIRST_STEPS:
             raise ValueError(f"first must be one of {', '.join(FIRST_STEPS)}, got {first!r}")

@@ -229,7 +229,7 @@ class PipelineModel:
             return self._recall(self.memory, texts, negatives or [None], guided, sizes)
         texts = texts * (count // len(texts))
         negatives = negatives and negatives * (count // len(negatives))
-        said = list(dict.fromkeys([*texts, *(negatives or [])]))
+        said: list[str] = list(dict.fromkeys([*texts, *(negatives or [])]))
         for cut in warnings_of_cuts(self.pipe, self.family, said):
             warnings.warn(cut, stacklevel=4)
         return self._said(Prompts(texts, negatives, guided, sizes))
@@ -254,7 +254,7 @@ class PipelineModel:
                 cuts = warnings_of_cuts(self.pipe, self.family, [text, negative or ""])
                 if cuts and not memory.warned:
                     memory.warned = True
-                    warnings.warn(f"{cuts[0]} (said of the first such prompt alone)", stacklevel=8)
+                    warnings.warn(f"{cuts[0]} (said of the first such text alone)", stacklevel=8)
                 negatives = None if negative is None else [negative]
                 said = self._said(Prompts([text], negatives, half == 1, sizes))[half]
                 assert said is not None  # the second half is there where it is asked for
