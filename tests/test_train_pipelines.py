@@ -483,7 +483,7 @@ def test_the_command_killed_half_way_ends_in_the_same_file(method, folders, capt
     def train_into(out: Path, kill_at: int | None = None) -> None:
         command = [sys.executable, "-m", "fewstep", "train", "solver", folders["sd"]]
         command += ["--prompts", captions, "--out", out, *TINY, *method, "--guidance", 3]
-        command += ["--trajectories", 40, "--checkpoint-every", 1]
+        command += ["--trajectories", 16, "--checkpoint-every", 1, "--dtype", "float32"]
         environment = {**os.environ, "XDG_CACHE_HOME": str(out.parent / f"cache-{out.name}")}
         with subprocess.Popen([str(part) for part in command], env=environment) as process:
             while kill_at is not None and process.poll() is None:
