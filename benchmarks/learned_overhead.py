@@ -49,7 +49,7 @@ TEACHERS = {"authors' teacher": {"teacher": "heun", "inner": 1}, "ours": {}}
 def fresh(model: Model, method: str, base: str | None, features: int) -> Method:
     """Untrained, with the analytic first step "mean", at NFE evaluations."""
     kind, card = kind_of(method), model.card
-    recipe = kind.recipe(base, NFE, "mean")
+    recipe = kind.recipe(base, NFE, "mean", None, False)
     sigmas = make_grid("time-uniform", recipe.intervals + 1, card.sigma_max, card.sigma_min)
     setup = Setup(recipe.base, sigmas, "mean", features, 0, model.prior([0]).device)
     return kind.fresh(setup)

@@ -22,6 +22,10 @@ SHAPE = (3,)
 SHORT = {"method": "grid", "base": "ipndm-2", "nfe": 4, "trajectories": 24, "validation": 24}
 
 
+def named(points: int) -> dict[str, tuple[float, ...]]:
+    return {name: make_grid(name, points, 20.0, 0.01) for name in ("karras", "log-snr")}
+
+
 @pytest.mark.parametrize("edges", [1, 2, 3, 6])
 def test_the_path_is_the_best_of_all(edges):
     costs = torch.rand(7, 7, generator=torch.Generator().manual_seed(edges))
@@ -44,9 +48,8 @@ def test_costs_are_the_errors_of_ddim_steps(first, mixture, monkeypatch):
         "fewstep.learned.grid_search.shortest",
         lambda costs, edges: seen.append(costs) or shortest(costs, edges),
     )
-    x, sigmas = noise(5, 20.0), make_grid("karras", 4, 20.0, 0.01)
-    search_grid([(mixture, x[:2]), (mixture, x[2:])], sigmas, first, get("ddim").on)
-    fine = make_grid("karras", FINE + 1, 20.0, 0.01)
+    x, fine = noise(5, 20.0), make_grid("karras", FINE + 1, 20.0, 0.01)
+    search_grid([(mixture, x[:2]), (mixture, x[2:])], fine, named(4), first, get("ddim").on)
     states = [x, *(s.x for s in fewstep.iterate(mixture, x, "deis-3", grid=fine))]
     for i, j in ((0, 1), (0, FINE), (7, 30), (FINE - 1, FINE)):
         begin = first if i == 0 else "none"
@@ -57,10 +60,9 @@ def test_costs_are_the_errors_of_ddim_steps(first, mixture, monkeypatch):
 
 def test_the_search_spends_what_it_says(mixture):
     counted = Counted(mixture)
-    sigmas = make_grid("karras", 5, 20.0, 0.01)
-    search_grid([(counted, noise(3, 20.0))], sigmas, "none", get("ddim").on)
-    named = 3  # of the others, both live in a network's own time
-    assert counted.calls == FINE + 4 * (named + len(WEIGHTS))
+    fine, known = make_grid("karras", FINE + 1, 20.0, 0.01), named(5)
+    search_grid([(counted, noise(3, 20.0))], fine, known, "none", get("ddim").on)
+    assert counted.calls == FINE + 4 * (len(known) + len(WEIGHTS))
 
 
 @pytest.mark.parametrize("first", ["none", "mean"])

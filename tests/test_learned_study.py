@@ -28,7 +28,7 @@ def test_all_that_is_planned_can_be_trained(tmp_path):
         given = dict(zip(one.command[4::2], one.command[5::2], strict=True))
         kind = kind_of(given["--method"])
         first = given.get("--first")
-        recipe = kind.recipe(given.get("--base"), int(given["--nfe"]), first)
+        recipe = kind.recipe(given.get("--base"), int(given["--nfe"]), first, None, False)
         assert recipe.intervals >= 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from fewstep.cli.options import (
     ModelArgument,
     NfeOption,
     parse_grid,
+    refuse_beside,
     resumable,
 )
 
@@ -35,8 +37,8 @@ def train_solver_command(
     base: Annotated[
         str | None,
         typer.Option(
-            help="The solver that is improved on. [default: ipndm-3 for tuned and grid, ipndm-2 "
-            "up to 3 evaluations; ipndm-4 for amed-plugin]"
+            help="The solver that is improved on. [default: ipndm-4 for amed-plugin; else "
+            "dpmpp-2m on pipelines, ipndm-3 elsewhere, ipndm-2 up to 3 evaluations]"
         ),
     ] = None,
     nfe: NfeOption = 5,
@@ -46,8 +48,17 @@ def train_solver_command(
         str | None,
         typer.Option(help="A grid's name, sigmas like 80,9,1,0.002, or search: have it found."),
     ] = None,
-    sigma_min: Annotated[float | None, typer.Option(help="Where the grid ends.")] = None,
+    sigma_min: Annotated[
+        float | None, typer.Option(help="The grid's lowest level. [default: the network's]")
+    ] = None,
     first: FirstOption = None,
+    end: Annotated[
+        str | None,
+        typer.Option(
+            help="Where a named grid ends: sigma_min, or zero, for tuned. [default: zero for tuned "
+            "on pipelines, else sigma_min]"
+        ),
+    ] = None,
     teacher: Annotated[
         str | None, typer.Option(help="A deterministic solver's name. [default: deis-3]")
     ] = None,
@@ -71,7 +82,17 @@ def train_solver_command(
         str | None,
         typer.Option(help="Class name or index; a comma list goes round the seeds; all draws one."),
     ] = None,
-    prompt: Annotated[str | None, typer.Option(help="Text, for models that take one.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="A csv, tsv, json or jsonl with a column prompt or caption; each picture draws "
+            "one, and every tenth is for validation alone."
+        ),
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="One text for all pictures instead.")] = None,
+    negative: Annotated[
+        str | None, typer.Option(help="Text that guidance leads away from.")
+    ] = None,
     guidance: Annotated[
         float | None, typer.Option(help="Classifier-free guidance scale; needs a condition.")
     ] = None,
@@ -101,10 +122,20 @@ def train_solver_command(
     Resumes, exactly, from the checkpoint in the output folder; ends with a folder that every
     command takes as --solver.
     """
+    from fewstep.evaluate.captions import read_captions
     from fewstep.files import cache_folder
-    from fewstep.learned import train
+    from fewstep.learned import prompted, train
     from fewstep.models import load
 
+    if prompts is not None:
+        refuse_beside("the prompts are in the file", {"--prompt": prompt})
+    if prompt is None and prompts is None:
+        refuse_beside(
+            "there is no --prompts or --prompt to lead away from", {"--negative": negative}
+        )
+    else:
+        refuse_beside("models that take text have no classes", {"--label": label})
+    captions = None if prompts is None else read_captions(prompts)
     loaded = load(model, device=device, dtype=dtype, compile=compile)
     options = {"scale_dir": scale_dir, "scale_time": scale_time, "features": features}
     options["parts"] = None if parts is None else tuple(part.strip() for part in parts.split(","))
@@ -121,7 +152,15 @@ def train_solver_command(
         "prompt": prompt,
         "guidance": guidance,
     }
-    conditions = _conditions(loaded, label, prompt, guidance)
+    if captions is not None:
+        about["prompts"] = captions.digest
+    texts = captions.texts if captions else () if prompt is None else (prompt,)
+    if texts:
+        conditions = prompted(loaded, texts, negative=negative, guidance=guidance)
+    else:
+        conditions = _labelled(loaded, label, guidance)
+    if negative is not None:
+        about["negative"] = negative
     if method in ("tuned", "grid") and first is None:
         first = "mean" if getattr(conditions([0]), "far_mean", None) is not None else "none"
     with resumable(out), SolverBar() as bar:
@@ -138,6 +177,7 @@ def train_solver_command(
             grid=parse_grid(grid),
             sigma_min=sigma_min,
             first=first,
+            end=end,
             teacher=teacher,
             inner=inner,
             lr=lr,
@@ -162,17 +202,19 @@ def train_solver_command(
         f"{out}: {solver.program().name}, {solver.nfe} evaluations, rmse {found['rmse']:.4f} to "
         f"fine solves of {validation_seeds} validation seeds ({before}: "
         f"{found['rmse_untrained']:.4f}); try: fewstep sample {model} --solver {out}"
+        + (f" --prompt {shlex.quote(texts[0])}" if texts else "")
+        + (f" --guidance {guidance:g}" if texts and guidance is not None else "")
     )
 
 
-def _conditions(
-    model: Model, label: str | None, prompt: str | None, guidance: float | None
+def _labelled(
+    model: Model, label: str | None, guidance: float | None
 ) -> Callable[[Sequence[int]], Denoiser]:
     """From seeds to the denoiser bound to their labels."""
     from fewstep.noise import key
 
     if label is None:
-        denoiser = model.denoiser(None, prompt, guidance)
+        denoiser = model.denoiser(None, None, guidance)
         return lambda seeds: denoiser
     names = [one.strip() for one in label.split(",")]
     if label == "all":
@@ -185,7 +227,7 @@ def _conditions(
         def chosen(seed: int) -> Any:
             return names[seed % len(names)]
 
-    return lambda seeds: model.denoiser([chosen(seed) for seed in seeds], prompt, guidance)
+    return lambda seeds: model.denoiser([chosen(seed) for seed in seeds], None, guidance)
 
 
 class SolverBar:

@@ -1,4 +1,4 @@
-"""Solvers that learn: AMED-Solver and AMED-Plugin.
+"""Solvers that learn: AMED-Solver, AMED-Plugin and tuned tables.
 
 solver = fewstep.learned.train(denoiser, shape, method="amed", nfe=5)
 x = fewstep.solve(denoiser, x_T, solver)
@@ -7,7 +7,8 @@ solver.save("my-solver")                      # and later: fewstep.solve(..., "m
 
 from __future__ import annotations
 
+from fewstep.learned.prompts import prompted
 from fewstep.learned.solver import LearnedSolver
 from fewstep.learned.training import Progress, train
 
-__all__ = ["LearnedSolver", "Progress", "train"]
+__all__ = ["LearnedSolver", "Progress", "prompted", "train"]

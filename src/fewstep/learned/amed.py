@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.learned.method import Lesson, Loss, Method, Recipe, Setup
+from fewstep.learned.method import PURE_NOISE, Lesson, Loss, Method, Recipe, Setup
 from fewstep.learned.ops import base_of
 from fewstep.learned.predictor import Predictor, Values, read_features
 from fewstep.learned.teacher import Recalled
@@ -43,9 +43,7 @@ class Amed:
         if self.first not in FIRST_STEPS:
             raise ValueError(f"first must be one of {', '.join(FIRST_STEPS)}, got {self.first!r}")
         if not self.sigmas[-1] > 0:
-            raise ValueError(
-                "a learned grid must end above 0: s lies between its ends in log sigma"
-            )
+            raise ValueError(ENDS_ABOVE)
         base_of(self.base)
 
     def values(self, i: int, seen: Seen | None) -> Values:
@@ -131,6 +129,10 @@ class Amed:
 
 
 SETTINGS = ("features", "scale_dir", "scale_time")
+ENDS_ABOVE = (
+    "the grid of amed and amed-plugin must end above 0, for s lies between its ends in log sigma; "
+    "tuned can end at 0"
+)
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,7 @@ class AmedKind:
     """One of the two methods by name, with the recipe of its paper for 32 x 32 pictures.
 
     plugin: whether it improves on a base solver, `base` unless the caller names one
+    grid: where the network has no time of its own; "discrete", as in the paper, where it has
     """
 
     name: str
@@ -145,7 +148,11 @@ class AmedKind:
     base: str | None
     grid: str
 
-    def recipe(self, base: str | None, nfe: int, first: str | None) -> Recipe:
+    def recipe(
+        self, base: str | None, nfe: int, first: str | None, end: str | None, own_time: bool
+    ) -> Recipe:
+        if end not in (None, "sigma_min"):
+            raise ValueError(ENDS_ABOVE)
         if base is not None and not self.plugin:
             raise ValueError(f"{self.name} has no base, got {base!r}; amed-plugin has one")
         if first is None:
@@ -162,7 +169,8 @@ class AmedKind:
             )
         chosen = base or self.base
         base_of(chosen)
-        return Recipe(chosen, twice // 2, first, self.grid, TEACHER, INNER, LR)
+        grid = "discrete" if own_time else self.grid
+        return Recipe(chosen, twice // 2, first, grid, "sigma_min", TEACHER, INNER, LR)
 
     def fresh(
         self,
@@ -177,8 +185,15 @@ class AmedKind:
         scale_dir, scale_time: see `Predictor`
         features: whether to read the network's; None: where there are any
 
-        Errors: ValueError where they are asked of a network that has none.
+        Errors: ValueError where they are asked of a network that has none, and for a start so noisy
+        that c, a factor of the whole step there, could not be learned.
         """
+        if setup.sigmas[0] > PURE_NOISE and base_of(setup.base).prediction == "eps":
+            raise ValueError(
+                f"{self.name}{f' on {setup.base}' if setup.base else ''} cannot start at sigma "
+                f"{setup.sigmas[0]:g}, which stands for pure noise (a flow, or zero terminal SNR): "
+                "take amed-plugin on dpmpp-2m, or tuned"
+            )
         if features and not setup.features:
             raise ValueError(
                 "features=True needs a denoiser with_features(x, sigma) -> (D, features), and this "

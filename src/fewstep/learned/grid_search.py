@@ -21,7 +21,7 @@ the choice between the paths are ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,19 +29,17 @@ import torch
 from torch import Tensor
 
 from fewstep.denoiser import Denoiser
-from fewstep.grid import GRIDS, make_grid
 from fewstep.learned.method import Lesson, Loss, Method, Recipe, Setup, start_recipe
-from fewstep.learned.teacher import Teacher, fine_grid
+from fewstep.learned.teacher import Teacher
 from fewstep.loop import iterate, solve
 from fewstep.plan import Plan, Program
-from fewstep.schedule import Schedule
 from fewstep.solver import get
 
 __all__ = ["GRID", "SEARCH", "SEARCHED", "GridKind", "OnGrid", "search_grid", "shortest"]
 
 SEARCH = "search"  # the name of a grid that is to be found
 SEARCHED = 64  # trajectories; on the built-in network twice as many find the same grids
-TEACHER, FINE = "deis-3", 60  # its intervals on a Karras grid
+TEACHER, FINE = "deis-3", 60  # its intervals
 WEIGHTS = (0.0, 0.0625, 0.125, 0.1875, 0.25, 0.375, 0.5)  # q
 
 Part = tuple[Denoiser, Tensor]  # a denoiser with its conditions bound, and x_T for it
@@ -50,37 +48,37 @@ Part = tuple[Denoiser, Tensor]  # a denoiser with its conditions bound, and x_T 
 @torch.no_grad()
 def search_grid(
     parts: Sequence[Part],
-    sigmas: tuple[float, ...],
+    fine: tuple[float, ...],
+    named: Mapping[str, tuple[float, ...]],
     first: str,
     student: Callable[[tuple[float, ...]], Any],
     space: Callable[[Tensor], Tensor] | None = None,
-    schedule: Schedule | None = None,
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(the best grid, the best one that has a name), of as many intervals as `sigmas` and with its
-    ends.
+    """(the best grid, the best one that has a name).
 
     parts: the trajectories' starts, in as many parts as memory asks for
+    fine: the levels among which a path is searched
+    named: the grids that it has to beat, all of as many intervals, with the ends of `fine`
     first: the analytic first step, of which the first cost is that
     student: from a grid to the solver that is to run on it
     space: where ends are compared; None: as they are
 
-    Spends FINE evaluations a trajectory, and the student's on each of the candidates.
+    Spends an evaluation on each fine level of a trajectory, and the student's on each candidate.
     Errors: ValueError for more intervals than the fine grid has; FloatingPointError where the
     denoiser is not finite.
     """
-    ends, intervals = (sigmas[0], sigmas[-1]), len(sigmas) - 1
-    if intervals > FINE:
+    intervals = len(next(iter(named.values()))) - 1
+    if intervals >= len(fine):
         raise ValueError(
-            f"a grid is searched among {FINE} intervals, got {intervals}; take a named grid"
+            f"a grid is searched among {len(fine) - 1} intervals, got {intervals}; take a named "
+            "grid"
         )
-    fine = fine_grid("karras", ends, FINE - 1)
     costs, spread, targets = _measure(parts, fine, first)
     seen = 1 + torch.tensor(fine, dtype=torch.float64).square() / spread
-    named = {name: _named(name, intervals, ends, schedule) for name in GRIDS}
-    candidates = {name: found for name, found in named.items() if found is not None}
+    candidates = dict(named)
     for q in WEIGHTS:
         path = shortest(costs * seen**-q, intervals)
-        candidates[f"q={q:g}"] = (*ends[:1], *(fine[i] for i in path[1:-1]), *ends[1:])
+        candidates[f"q={q:g}"] = tuple(fine[i] for i in path)
 
     def error(name: str) -> float:
         method, total = student(candidates[name]), 0.0
@@ -92,7 +90,7 @@ def search_grid(
 
     errors = {name: error(name) for name in candidates}
     best = min(candidates, key=errors.__getitem__)
-    usual = min((name for name in candidates if name in GRIDS), key=errors.__getitem__)
+    usual = min(named, key=errors.__getitem__)
     return candidates[best], candidates[usual]
 
 
@@ -141,16 +139,6 @@ def _measure(
     return costs, max(spread, fine[-1] ** 2), targets
 
 
-def _named(
-    name: str, intervals: int, ends: tuple[float, float], schedule: Schedule | None
-) -> tuple[float, ...] | None:
-    """A named grid, or None where it does not go with these ends."""
-    try:
-        return make_grid(name, intervals + 1, *ends, schedule)
-    except ValueError:
-        return None
-
-
 @dataclass(frozen=True, eq=False)
 class OnGrid:
     """A solver of the registry on a grid of its own."""
@@ -186,8 +174,10 @@ class GridKind:
 
     name: str = "grid"
 
-    def recipe(self, base: str | None, nfe: int, first: str | None) -> Recipe:
-        return start_recipe(self.name, base, nfe, first, SEARCH)
+    def recipe(
+        self, base: str | None, nfe: int, first: str | None, end: str | None, own_time: bool
+    ) -> Recipe:
+        return start_recipe(self.name, base, nfe, first, end, own_time, SEARCH)
 
     def fresh(self, setup: Setup) -> Method:
         assert setup.base is not None  # the recipe names one

@@ -19,7 +19,9 @@ from fewstep.learned.teacher import Path
 from fewstep.plan import Plan, Program
 from fewstep.solver import FIRST_STEPS, get, intervals_for
 
-__all__ = ["Kind", "Lesson", "Loss", "Method", "Recipe", "Setup", "start_recipe"]
+__all__ = ["PURE_NOISE", "Kind", "Lesson", "Loss", "Method", "Recipe", "Setup", "start_recipe"]
+
+PURE_NOISE = 1e3  # a start above it stands for infinity (flows, zero terminal SNR)
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,10 @@ class Recipe:
     intervals: how many of them spend the budget
     first: the analytic first step
     grid: by name; "search" has it found
+    end: where a named grid ends: "sigma_min", or "zero"
     teacher, inner: its solver, and how many points it adds inside each interval
-    whole: the teacher has a Karras grid of its own, with `inner` points between the two ends, and
-        only its end is looked at
+    whole: the teacher has a grid of its own, with `inner` points between the two ends, and only its
+        end is looked at
     decay: the learning rate falls to 0 along half a cosine, after WARM_UP updates
     """
 
@@ -40,6 +43,7 @@ class Recipe:
     intervals: int
     first: str
     grid: str
+    end: str
     teacher: str
     inner: int
     lr: float
@@ -47,20 +51,31 @@ class Recipe:
     decay: bool = False
 
 
-def start_recipe(name: str, base: str | None, nfe: int, first: str | None, grid: str) -> Recipe:
+def start_recipe(
+    name: str,
+    base: str | None,
+    nfe: int,
+    first: str | None,
+    end: str | None,
+    own_time: bool,
+    grid: str | None = None,
+) -> Recipe:
     """Of a method that starts from a plan of the base solver, by default the best that is known at
     so few evaluations, and looks at the teacher's end.
 
     Errors: ValueError for a base without a plan, and a budget that it cannot spend.
     """
-    base, first = base or ("ipndm-3" if nfe > 3 else "ipndm-2"), first or "none"
+    usual, named, best = "ipndm-3" if nfe > 3 else "ipndm-2", "time-uniform", "sigma_min"
+    if own_time:  # where guidance is usual, under which ipndm starts far off
+        usual, named, best = "dpmpp-2m", "trailing", "zero"
+    base, first, end = base or usual, first or "none", end or best
     solver = get(base)
     if first not in FIRST_STEPS:
         raise ValueError(f"first must be one of {', '.join(FIRST_STEPS)}, got {first!r}")
     if solver.stochastic or solver.adapts:
         raise ValueError(f"{name} starts from a deterministic solver with a plan, not {base}")
-    intervals = intervals_for(solver, nfe, first)
-    return Recipe(base, intervals, first, grid, "deis-4", 30, 2e-2, True, True)
+    intervals = intervals_for(solver, nfe, first, end=end)
+    return Recipe(base, intervals, first, grid or named, end, "deis-4", 30, 2e-2, True, True)
 
 
 @dataclass(frozen=True)
@@ -144,8 +159,18 @@ class Kind(Protocol):
     @property
     def name(self) -> str: ...
 
-    def recipe(self, base: str | None, nfe: int, first: str | None) -> Recipe:
-        """Defaults for a budget. Errors: ValueError for one that cannot be spent exactly."""
+    def recipe(
+        self, base: str | None, nfe: int, first: str | None, end: str | None, own_time: bool
+    ) -> Recipe:
+        """Defaults for a budget.
+
+        end: where the grid ends, sigmas too; None: where the method likes it best
+        own_time: whether the network has a time of its own, in which grids can be uniform (VP,
+            flow)
+
+        Errors: ValueError for a budget that cannot be spent exactly, and for an end that the method
+        cannot reach.
+        """
         ...
 
     @property

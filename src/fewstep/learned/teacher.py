@@ -30,7 +30,7 @@ from fewstep.plan import Eval, Ops, Program, Seen
 from fewstep.schedule import Schedule
 from fewstep.solver import get
 
-__all__ = ["Frozen", "Kept", "Path", "Recalled", "Teacher", "fine_grid"]
+__all__ = ["Frozen", "Kept", "Path", "Recalled", "Teacher", "fine_grid", "whole_grid"]
 
 
 @dataclass(frozen=True)
@@ -135,10 +135,7 @@ def fine_grid(
     """The student's levels, and `inner` more in each interval.
 
     grid: the name by which `sigmas` were made, or None
-    Errors: ValueError for a negative inner.
     """
-    if inner < 0:
-        raise ValueError(f"inner must be at least 0, got {inner}")
     each = inner + 1
     if grid is not None:
         points = each * (len(sigmas) - 1) + 1
@@ -147,6 +144,25 @@ def fine_grid(
         return check_grid(fine)
     inside = [cur * (nxt / cur) ** (k / each) for cur, nxt in pairwise(sigmas) for k in range(each)]
     return check_grid([*inside, sigmas[-1]])
+
+
+def whole_grid(
+    intervals: int,
+    sigma_max: float,
+    sigma_min: float,
+    end: float,
+    schedule: Schedule | None = None,
+) -> tuple[float, ...]:
+    """From end to end in steps of its own, for a solve that is nearly exact.
+
+    end: sigma_min, or 0: then the last interval goes from sigma_min to 0, and its D is the end
+    schedule: the network's; Karras, or uniform in log sigma where the network has a time of its
+        own, for there sigma_max may stand for infinity (flows), and a Karras grid hardly gets down
+    """
+    own = schedule is not None and schedule.own_time
+    points = intervals + (end > 0)
+    down = make_grid("log-snr" if own else "karras", points, sigma_max, sigma_min)
+    return check_grid(down if end > 0 else (*down, 0.0))
 
 
 @dataclass(frozen=True, eq=False)

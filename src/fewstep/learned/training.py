@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +26,24 @@ from torch import Tensor
 from fewstep import __version__
 from fewstep.denoiser import Denoiser
 from fewstep.files import check_writable, sweep, write_whole
-from fewstep.grid import check_grid, make_grid
+from fewstep.grid import GRIDS, check_grid, make_grid
 from fewstep.interrupts import between_steps
-from fewstep.learned.grid_search import SEARCH, SEARCHED, search_grid
+from fewstep.learned.grid_search import FINE, SEARCH, SEARCHED, search_grid
 from fewstep.learned.kinds import kind_of
 from fewstep.learned.method import Kind, Lesson, Method, Setup
 from fewstep.learned.predictor import feature_count
 from fewstep.learned.solver import PREDICTOR_FILE, SOLVER_FILE, LearnedSolver
-from fewstep.learned.teacher import Frozen, Kept, Teacher, fine_grid
+from fewstep.learned.teacher import Frozen, Kept, Teacher, fine_grid, whole_grid
 from fewstep.loop import DEFAULT_RANGE, solve
 from fewstep.noise import normal
+from fewstep.schedule import Schedule
+from fewstep.solver import end_at
 
 __all__ = ["Progress", "train"]
 
 TRAINING, VALIDATION = 2_000_000, 1_000_000  # first seeds; those below are for final tests
-REFERENCE = ("deis-4", 40)  # within 4e-4 of the exact solution on the built-in network
+# within 4e-4 of the exact solution on the built-in network
+REFERENCE, REFERENCE_INTERVALS = "deis-4", 40
 WARM_UP = 20  # updates of a rate that decays
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
 
@@ -83,6 +87,7 @@ def train(
     conditions: Conditions | None = None,
     out: Path | str | None = None,
     first: str | None = None,
+    end: str | None = None,
     teacher: str | None = None,
     inner: int | None = None,
     lr: float | None = None,
@@ -105,7 +110,8 @@ def train(
     base: the solver that is improved on, the method's own unless given
     nfe: the budget
     trajectories, batch: how many starts the run sees, and how many at a time
-    grid: a name, or sigmas; "search" has it found, see `grid_search`; the method's own unless given
+    grid: a name, or sigmas; "search" has it found, see `grid_search`; the method's own unless
+        given, which depends on whether the network has a time of its own (VP, flow)
     sigma_min, sigma_max: the denoiser's own where left out, else 0.002 and 80
     seed: decides the first weights and the noise
     loss_features: a network for methods with a loss at the end of the path; None is pixels
@@ -113,6 +119,8 @@ def train(
         them; it must be a function of the seeds alone
     out: a folder for checkpoint, log and the result; a run that finds its checkpoint there resumes
     first: the analytic first step: "none", "zero" as published, or "mean"
+    end: where a named grid ends: "sigma_min", or "zero", which tuned can reach, and does unless
+        told otherwise where the network has a time of its own
     teacher, inner: the teacher, a deterministic solver's name, and how many points it adds inside
         each interval ("heun" with 1 is AMED's), or on its whole way where the method looks at its
         end alone
@@ -145,38 +153,64 @@ def train(
     shape = tuple(int(size) for size in shape)
     if not shape or min(shape) < 1:
         raise ValueError(f"shape must be that of one sample, like (1, 32, 32), got {shape}")
-    kind = kind_of(method)
-    recipe = kind.recipe(base, nfe, first)
+    kind, schedule = kind_of(method), getattr(denoiser, "schedule", None)
+    if grid is not None and not isinstance(grid, str):
+        if (end, sigma_min, sigma_max) != (None, None, None):
+            raise ValueError("sigmas have their own ends: leave out end, sigma_min and sigma_max")
+        grid = check_grid(grid)
+        end = "sigma_min" if grid[-1] > 0 else "zero"
+    recipe = kind.recipe(base, nfe, first, end, schedule is not None and schedule.own_time)
     lr = recipe.lr if lr is None else lr
     if not 0 < lr < math.inf:
         raise ValueError(f"lr must be positive, got {lr}")
     named = recipe.grid if grid is None else grid if isinstance(grid, str) else None
-    sigmas = _student_grid(denoiser, grid, named, recipe.intervals, nfe, sigma_min, sigma_max)
+    low = getattr(denoiser, "sigma_min", DEFAULT_RANGE[0]) if sigma_min is None else sigma_min
+    high = getattr(denoiser, "sigma_max", DEFAULT_RANGE[1]) if sigma_max is None else sigma_max
+    points = recipe.intervals + 1
+    if named is None:
+        sigmas = _counted(grid, recipe.intervals, nfe)  # type: ignore[arg-type]
+    else:
+        usual = "karras" if named == SEARCH else named  # until it is found, for its ends
+        sigmas = end_at(make_grid(usual, points, high, low, schedule), recipe.end)
+    whole = partial(
+        whole_grid,
+        sigma_max=sigmas[0],
+        sigma_min=sigmas[-1] or min(low, sigmas[-2]),
+        end=sigmas[-1],
+        schedule=schedule,
+    )
     inner = recipe.inner if inner is None else inner
     begin = TRAINING + seed * trajectories
+    if inner < 0:
+        raise ValueError(f"inner must be at least 0, got {inner}")
 
     place = torch.device(device)
     bound = conditions if conditions is not None else lambda seeds: denoiser
     noise = Noise(shape, sigmas[0], place, prior)
     held_out = range(VALIDATION, VALIDATION + validation)
-    size = _look(bound(held_out[:1]), noise(held_out[:1]), sigmas[0])
+    x = noise(held_out[:1])
+    size = _look(bound(held_out[:1]), x, sigmas[0])
+    if loss_features is not None:
+        with torch.no_grad():
+            loss_features(x)  # speaks up now about a shape that it does not take
     _check_options(kind, options)
 
     def fresh(levels: tuple[float, ...]) -> Method:
         return kind.fresh(Setup(recipe.base, levels, recipe.first, size, seed, place), **options)
 
-    def guided(levels: tuple[float, ...]) -> Teacher:
-        name, known = teacher or recipe.teacher, None if named == SEARCH else named
-        return _teacher(denoiser, name, levels, known, inner, recipe.whole, size)
-
     student = plain = fresh(sigmas)
-    guide = guided(sigmas)
     if named == SEARCH:
         few = range(begin, begin + min(SEARCHED, trajectories))
         parts = [(bound(part), noise(part)) for part in _split(few, batch)]
-        schedule = getattr(denoiser, "schedule", None)
-        sigmas, usual = search_grid(parts, sigmas, recipe.first, fresh, loss_features, schedule)
-        student, plain, guide = fresh(sigmas), fresh(usual), guided(sigmas)
+        known = _named(points, high, low, recipe.end, schedule)
+        found = search_grid(parts, whole(FINE), known, recipe.first, fresh, loss_features)
+        sigmas, student, plain = found[0], *map(fresh, found)
+    mentor = teacher or recipe.teacher
+    if recipe.whole:  # on a grid of its own, from end to end
+        guide = Teacher(mentor, (sigmas[0], sigmas[-1]), whole(inner + 1))
+    else:  # through the student's levels
+        by = None if named == SEARCH else named
+        guide = Teacher(mentor, sigmas, fine_grid(by, sigmas, inner, schedule), size > 0)
     facts = {
         "method": method,
         "base": recipe.base,
@@ -207,7 +241,8 @@ def train(
         kept = Kept(guide, Path(cache) / "teachers", known)
     folder = None if out is None else _open(Path(out), run)
     if run.step < len(run.batches) or not run.measured:
-        ruler = Ruler(bound, noise, held_out, sigmas, batch, loss_features)
+        reference = whole(REFERENCE_INTERVALS)
+        ruler = Ruler(bound, noise, held_out, reference, batch, loss_features)
 
         def lesson(seeds: range) -> Lesson:
             frozen, x_T = Frozen(bound(seeds)), noise(seeds)
@@ -248,20 +283,19 @@ class Ruler:
         bound: Conditions,
         noise: Noise,
         seeds: range,
-        sigmas: tuple[float, ...],
+        reference: tuple[float, ...],
         batch: int,
         features: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.features = features
-        low, high = sigmas[-1], sigmas[0]
         self.parts: list[tuple[Denoiser, Tensor, Tensor]] = []
         for part in _split(seeds, batch):
             denoiser, x_T = bound(part), noise(part)
-            exact = solve(denoiser, x_T, *REFERENCE, sigma_min=low, sigma_max=high)
+            exact = solve(denoiser, x_T, REFERENCE, grid=reference)
             if not torch.isfinite(exact).all():
                 raise FloatingPointError(
-                    f"the denoiser returned NaN or infinity between sigma {high:g} and "
-                    f"{low:g}; try dtype float32, or another guidance"
+                    f"the denoiser returned NaN or infinity between sigma {reference[0]:g} and "
+                    f"{reference[-1]:g}; try dtype float32, or another guidance"
                 )
             self.parts.append((denoiser, x_T, exact))
 
@@ -369,9 +403,10 @@ class Run:
                 metadata = file.metadata() or {}
                 if "run" not in metadata or "state" not in metadata:
                     raise ValueError(f"{path} is not a checkpoint of a solver's training")
-                theirs, ours = json.loads(metadata["run"]), json.loads(json.dumps(self.facts))
-                if other := [key for key in ours if theirs.get(key) != ours[key]]:
-                    how = ", ".join(f"{k}={theirs.get(k)} (now {ours[k]})" for k in other[:3])
+                theirs, ours = _flat(json.loads(metadata["run"])), _flat(self.facts)
+                other = [key for key in {**ours, **theirs} if theirs.get(key) != ours.get(key)]
+                if other:
+                    how = ", ".join(f"{k}={theirs.get(k)} (now {ours.get(k)})" for k in other[:3])
                     raise ValueError(f"{path} is of a run with {how}; give another folder")
                 for name, tensor in self.tensors().items():
                     tensor.copy_(file.get_tensor(name))
@@ -440,52 +475,31 @@ def _train(
                 raise KeyboardInterrupt
 
 
-def _student_grid(
-    denoiser: Denoiser,
-    grid: str | Sequence[float] | None,
-    named: str | None,
-    intervals: int,
-    nfe: int,
-    sigma_min: float | None,
-    sigma_max: float | None,
-) -> tuple[float, ...]:
-    if named is None:
-        assert grid is not None  # a name or sigmas
-        if sigma_min is not None or sigma_max is not None:
-            raise ValueError("sigmas have their own ends: leave out sigma_min and sigma_max")
-        sigmas = check_grid(grid)  # type: ignore[arg-type]
-        if len(sigmas) != intervals + 1:
-            raise ValueError(
-                f"nfe={nfe} is spent on {intervals + 1} sigmas here, got {len(sigmas)}; "
-                "give as many, or another nfe or first"
-            )
-        return sigmas
-    low, high = sigma_min, sigma_max
-    low = getattr(denoiser, "sigma_min", DEFAULT_RANGE[0]) if low is None else low
-    high = getattr(denoiser, "sigma_max", DEFAULT_RANGE[1]) if high is None else high
-    usual = "karras" if named == SEARCH else named  # until it is found, for its ends
-    return make_grid(usual, intervals + 1, high, low, getattr(denoiser, "schedule", None))
+def _named(
+    points: int, high: float, low: float, end: str, schedule: Schedule | None
+) -> dict[str, tuple[float, ...]]:
+    """The grids that go with these ends, by name."""
+    found = {}
+    for name in GRIDS:
+        try:
+            found[name] = end_at(make_grid(name, points, high, low, schedule), end)
+        except ValueError:
+            continue  # one of the network's own time, and it has none
+    return found
+
+
+def _counted(sigmas: tuple[float, ...], intervals: int, nfe: int) -> tuple[float, ...]:
+    """Errors: ValueError where the budget is spent on another number of them."""
+    if len(sigmas) != intervals + 1:
+        raise ValueError(
+            f"nfe={nfe} is spent on {intervals + 1} sigmas here, got {len(sigmas)}; "
+            "give as many, or another nfe or first"
+        )
+    return sigmas
 
 
 def _split(seeds: range, size: int) -> list[range]:
     return [seeds[start : start + size] for start in range(0, len(seeds), size)]
-
-
-def _teacher(
-    denoiser: Denoiser,
-    name: str,
-    sigmas: tuple[float, ...],
-    grid: str | None,
-    inner: int,
-    whole: bool,
-    features: int,
-) -> Teacher:
-    """On a grid through the student's levels, or, `whole`, from end to end on one of its own."""
-    if whole:
-        ends = (sigmas[0], sigmas[-1])
-        return Teacher(name, ends, fine_grid("karras", ends, inner))
-    fine = fine_grid(grid, sigmas, inner, getattr(denoiser, "schedule", None))
-    return Teacher(name, sigmas, fine, features > 0)
 
 
 def _check_options(kind: Kind, options: dict[str, Any]) -> None:
@@ -515,6 +529,13 @@ def _look(denoiser: Denoiser, x: Tensor, sigma: float) -> int:
     if not torch.isfinite(denoised).all():
         raise ValueError(f"the denoiser returns NaN or infinity at sigma {sigma:g}")
     return count
+
+
+def _flat(facts: dict[str, Any]) -> dict[str, Any]:
+    """What tells one run from another, those of its model beside the others."""
+    plain = json.loads(json.dumps(facts))
+    model = plain.pop("model", {})
+    return {**plain, **model}
 
 
 def _name_of(loss_features: Callable[[Tensor], Tensor] | None) -> str:

@@ -35,7 +35,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.learned.method import Lesson, Loss, Method, Recipe, Setup, start_recipe
+from fewstep.learned.method import (
+    PURE_NOISE,
+    Lesson,
+    Loss,
+    Method,
+    Recipe,
+    Setup,
+    start_recipe,
+)
 from fewstep.learned.teacher import Frozen
 from fewstep.loop import solve
 from fewstep.plan import (
@@ -113,7 +121,9 @@ class Tuned:
             moved = torch.exp(inner * self.learned["times"])
             alphas, levels = alphas * moved, levels * moved
         if "told" in self.learned:
-            told = self.learned["told"]
+            # pure noise has no other level than its own, and pipelines of flows give it as it is
+            moves = torch.tensor([float(level < PURE_NOISE) for level in levels[:k]])
+            told = moves * self.learned["told"]
         if "weights" in self.learned:
             weights = weights + torch.einsum("ki,kij->kj", self.learned["weights"], differences(k))
         return alphas, levels, levels[:k] * torch.exp(told), (1 - alphas)[:, None] * weights
@@ -175,8 +185,10 @@ class TunedKind:
 
     name: str = "tuned"
 
-    def recipe(self, base: str | None, nfe: int, first: str | None) -> Recipe:
-        return start_recipe(self.name, base, nfe, first, "time-uniform")
+    def recipe(
+        self, base: str | None, nfe: int, first: str | None, end: str | None, own_time: bool
+    ) -> Recipe:
+        return start_recipe(self.name, base, nfe, first, end, own_time)
 
     def fresh(self, setup: Setup, *, parts: Sequence[str] = PARTS) -> Method:
         """parts: what learns, of times, told and weights."""

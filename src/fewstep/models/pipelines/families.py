@@ -9,7 +9,6 @@ own `encode_prompt`, so a condition is what diffusers would have given the same 
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +24,7 @@ __all__ = [
     "Prompts",
     "Tapped",
     "cut_texts",
+    "on_leaves",
 ]
 
 Condition = dict[str, Any]
@@ -163,8 +163,8 @@ def cut_texts(tokenizer: Any, limit: int, texts: Sequence[str]) -> list[str]:
     return cut
 
 
-def warn_of_cuts(pipe: Any, family: Family, texts: Sequence[str]) -> None:
-    """One warning for each text that some text encoder does not read to the end."""
+def warnings_of_cuts(pipe: Any, family: Family, texts: Sequence[str]) -> list[str]:
+    """One for each text that some text encoder does not read to the end."""
     cuts: dict[tuple[str, str], list[str]] = {}
     for name, limit in family.tokenizers:
         if (tokenizer := getattr(pipe, name)) is None:
@@ -173,11 +173,10 @@ def warn_of_cuts(pipe: Any, family: Family, texts: Sequence[str]) -> None:
             if cut:
                 read = f"{name} ({limit or tokenizer.model_max_length} tokens)"
                 cuts.setdefault((text, cut), []).append(read)
-    for (_, cut), names in cuts.items():
-        warnings.warn(
-            f"the prompt is too long for {' and '.join(names)}: it does not see {cut!r}",
-            stacklevel=4,
-        )
+    return [
+        f"the prompt is too long for {' and '.join(names)}: it does not see {cut!r}"
+        for (_, cut), names in cuts.items()
+    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,13 +234,22 @@ class Tapped:
         return out, features
 
 
-def _rows(condition: Any, count: int) -> Any:
+def on_leaves(change: Callable[..., Tensor], *conditions: Any) -> Any:
+    """A condition of change(leaf of each), for conditions that are alike in structure."""
+    if isinstance(conditions[0], Mapping):
+        return {name: on_leaves(change, *(c[name] for c in conditions)) for name in conditions[0]}
+    return change(*conditions)
+
+
+def _rows(condition: Condition, count: int) -> Condition:
     """The condition with one row for each of `count` samples."""
-    if isinstance(condition, Mapping):
-        return {name: _rows(value, count) for name, value in condition.items()}
-    if condition.shape[0] not in (1, count):
-        raise ValueError(f"{condition.shape[0]} prompts do not go with {count} pictures")
-    return condition.expand(count, *condition.shape[1:])
+
+    def rows(leaf: Tensor) -> Tensor:
+        if leaf.shape[0] not in (1, count):
+            raise ValueError(f"{leaf.shape[0]} prompts do not go with {count} pictures")
+        return leaf.expand(count, *leaf.shape[1:])
+
+    return on_leaves(rows, condition)
 
 
 def guidance_embedding(pipe: Any, net: Any, guidance: Tensor) -> Condition:

@@ -7,6 +7,7 @@ sees them. The pipeline's own loop and scheduler are not used; its components ar
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -27,16 +28,47 @@ from fewstep.models.pipelines.families import (
     Tapped,
     guidance_embedding,
     module_exists,
+    on_leaves,
     told_guidance,
-    warn_of_cuts,
+    warnings_of_cuts,
 )
 from fewstep.models.pipelines.process import Process, Scheduled, betas_of, read_process
 from fewstep.noise import normal
 
-__all__ = ["PipelineModel", "pixels_per_latent", "process_of", "quiet"]
+__all__ = ["MEMORY", "Memory", "PipelineModel", "pixels_per_latent", "process_of", "quiet"]
 
 Text = str | Sequence[str] | None
 Size = tuple[int, int]
+MEMORY = 2**30  # bytes: 9,000 texts of Stable Diffusion 1 in half precision
+
+
+@dataclass
+class Memory:
+    """Encoded texts by what was asked for, on the CPU, in the text encoder's dtype.
+
+    limit: bytes; what would go beyond is not kept, and encoded again when it is asked for again
+    warned: whether a text has been found too long
+    """
+
+    limit: int
+    size: int = 0
+    warned: bool = False
+    kept: dict[Any, Condition] = field(default_factory=dict, repr=False)
+
+    def recall(self, key: Any, encode: Callable[[], Condition]) -> Condition:
+        """What encode() returned when it was first asked for under that key."""
+        if key not in self.kept:
+            sizes: list[int] = []
+
+            def taken(leaf: Tensor) -> Tensor:
+                sizes.append(leaf.nbytes)
+                return leaf.cpu()
+
+            row = on_leaves(taken, encode())
+            if self.size + sum(sizes) > self.limit:
+                return row
+            self.kept[key], self.size = row, self.size + sum(sizes)
+        return self.kept[key]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +78,7 @@ class PipelineModel:
     pipe: the diffusers pipeline; `model.pipe.vae.enable_tiling()` and its like work as ever
     size: height and width of the pictures, in pixels
     forward: the network, compiled or not
+    memory: see `remembering`
     """
 
     card: Card
@@ -54,6 +87,7 @@ class PipelineModel:
     process: Process
     size: Size
     forward: Callable[..., Any] = field(repr=False)
+    memory: Memory | None = None
 
     def __post_init__(self) -> None:
         step = self.scale * self.family.patch(self.net)
@@ -101,6 +135,14 @@ class PipelineModel:
         """The same model for pictures of another size, in pixels."""
         process = process_of(self.pipe, self.family, (height, width))
         return replace(self, size=(height, width), process=process)
+
+    def remembering(self, limit: int = MEMORY) -> PipelineModel:
+        """The same model, which encodes each text once, for callers that come back to texts.
+
+        Each is encoded by itself, so that its condition depends on no other, to the bit. `limit` is
+        in bytes on the CPU; texts beyond it are encoded whenever they are asked for.
+        """
+        return replace(self, memory=Memory(limit))
 
     @torch.no_grad()
     def denoiser(
@@ -183,12 +225,48 @@ class PipelineModel:
                 raise ValueError(
                     f"{name} must be one text or one per picture, got {len(value)} for {count}"
                 )
+        if self.memory is not None:
+            return self._recall(self.memory, texts, negatives or [None], guided, sizes)
         texts = texts * (count // len(texts))
         negatives = negatives and negatives * (count // len(negatives))
-        warn_of_cuts(self.pipe, self.family, list(dict.fromkeys([*texts, *(negatives or [])])))
+        said: list[str] = list(dict.fromkeys([*texts, *(negatives or [])]))
+        for cut in warnings_of_cuts(self.pipe, self.family, said):
+            warnings.warn(cut, stacklevel=4)
+        return self._said(Prompts(texts, negatives, guided, sizes))
+
+    def _said(self, prompts: Prompts) -> tuple[Condition, Condition | None]:
         assert self.family.encode is not None
         with quiet():
-            return self.family.encode(self.pipe, Prompts(texts, negatives, guided, sizes))
+            return self.family.encode(self.pipe, prompts)
+
+    def _recall(
+        self,
+        memory: Memory,
+        texts: Sequence[str],
+        negatives: Sequence[str | None],
+        guided: bool,
+        sizes: dict[str, Size],
+    ) -> tuple[Condition, Condition | None]:
+        """The same from memory, and what is not there text by text; one row for one text."""
+
+        def row(text: str, negative: str | None, half: int) -> Condition:
+            def encode() -> Condition:
+                cuts = warnings_of_cuts(self.pipe, self.family, [text, negative or ""])
+                if cuts and not memory.warned:
+                    memory.warned = True
+                    warnings.warn(f"{cuts[0]} (said of the first such text alone)", stacklevel=8)
+                negatives = None if negative is None else [negative]
+                said = self._said(Prompts([text], negatives, half == 1, sizes))[half]
+                assert said is not None  # the second half is there where it is asked for
+                return said
+
+            return memory.recall((text, negative, half, *sizes.items()), encode)
+
+        def stacked(rows: list[Condition]) -> Condition:
+            return on_leaves(lambda *leaves: torch.cat(leaves).to(self.device), *rows)
+
+        cond = stacked([row(text, None, 0) for text in texts])
+        return cond, stacked([row("", negative, 1) for negative in negatives]) if guided else None
 
     def _network(self) -> Predicted:
         inner = network = Network(self.forward)
