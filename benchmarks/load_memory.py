@@ -53,7 +53,8 @@ def measure(folder: Path, dtype: str = "float32") -> dict[str, float]:
     weights = 0
     for name, channels in {"small": SMALL, "large": LARGE}.items():
         with quiet():
-            pipe = stable_diffusion(channels, side=32).to(getattr(torch, dtype))
+            pipe = stable_diffusion(channels, side=32)
+            pipe.to(dtype=getattr(torch, dtype))
             pipe.save_pretrained(folder / name, safe_serialization=True)
         weights = weight_bytes(pipe)
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.load_memory", "--dtype", dtype]
@@ -70,7 +71,8 @@ def main() -> None:
     parser.add_argument("--load", nargs=2, metavar=("SMALL", "LARGE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.load:
-        print(load(*options.load, options.dtype))
+        small, large = options.load
+        print(load(small, large, options.dtype))
         return
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(Path(folder), options.dtype)

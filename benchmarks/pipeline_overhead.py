@@ -52,14 +52,14 @@ class Clock:
 
 def routes(pipe: Any) -> dict[str, Callable[[], Any]]:
     """What makes one picture of the same prompt, by name."""
-    import diffusers
+    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
     from fewstep.integrations.diffusers import FewstepScheduler
 
     pipe.set_progress_bar_config(disable=True)
     model, config = from_pipe(pipe), pipe.scheduler.config
     mine = FewstepScheduler.from_config(config, solver="dpmpp-2m")
-    other = diffusers.DPMSolverMultistepScheduler.from_config(config)
+    other = DPMSolverMultistepScheduler.from_config(config)
 
     def ours() -> None:
         run = {"prompt": PROMPT, "guidance": GUIDANCE, "seeds": [0]}

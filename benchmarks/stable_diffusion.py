@@ -6,6 +6,7 @@ fetched, the tokenizer included.
 
 from __future__ import annotations
 
+import importlib
 import string
 from typing import Any
 
@@ -14,12 +15,11 @@ TOKENS, HIDDEN = 77, 256
 
 def tokenizer() -> Any:
     """CLIP's, with letters for words."""
-    from transformers import CLIPTokenizer
-
+    transformers: Any = importlib.import_module("transformers")
     symbols = [*string.printable.strip(), *(f"{letter}</w>" for letter in string.printable.strip())]
     names = [*symbols, "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {name: i for i, name in enumerate(names)}
-    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=TOKENS)
+    return transformers.CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=TOKENS)
 
 
 def stable_diffusion(channels: tuple[int, ...], side: int) -> Any:
@@ -28,9 +28,8 @@ def stable_diffusion(channels: tuple[int, ...], side: int) -> Any:
     channels: of the U-Net's levels; the last one has no attention, as in the real one
     side: of the latents
     """
-    import diffusers
-    import transformers
-
+    diffusers: Any = importlib.import_module("diffusers")
+    transformers: Any = importlib.import_module("transformers")
     words = tokenizer()
     text = transformers.CLIPTextConfig(
         vocab_size=len(words),
