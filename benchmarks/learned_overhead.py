@@ -1,7 +1,7 @@
 """What a learned solver adds to sampling, and what a trajectory costs in training.
 
-Sampling: wall time of a learned solver over that of a plain one at the same evaluations, from noise
-to the end, on the same batch: AMED-Solver with features beside dpm-solver-2, AMED-Plugin with
+Sampling: time of a learned solver over that of a plain one at the same evaluations, from noise to
+the end, on the same batch: AMED-Solver with features beside dpm-solver-2, AMED-Plugin with
 features beside its base, `tuned` beside its base. Their numbers do not change what they cost, so
 they are fresh. Each round times both, in turn first; the ratio is the median of the rounds' ratios,
 and of the best times beside it, which a busy machine moves less.
@@ -9,6 +9,8 @@ and of the best times beside it, which a busy machine moves less.
 Training: seconds a trajectory of AMED-Solver with the authors' teacher and with ours, the network
 in bfloat16 as it comes and in float32, over the seconds that a picture takes in one forward pass of
 the network in float32 at the same batch, the unit of the authors' figure.
+
+One thread, and on a CPU the time that this process itself works.
 
     python benchmarks/learned_overhead.py --rounds 40
 """
@@ -55,12 +57,19 @@ def fresh(model: Model, method: str, base: str | None, features: int) -> Method:
     return kind.fresh(setup)
 
 
+def clock(device: torch.device) -> float:
+    """Seconds: of this process's own work on the CPU, where others may take turns with it, and of
+    the wall on a GPU."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def seconds(call: Callable[[], Any], device: torch.device) -> float:
-    begun = time.perf_counter()
+    begun = clock(device)
     call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begun
+    return clock(device) - begun
 
 
 @torch.inference_mode()
@@ -110,7 +119,7 @@ def training(unit: Model, model: Model, batch: int, batches: int) -> list[dict[s
     level = torch.ones(batch, device=x.device)
     rows = []
     for name, teacher in TEACHERS.items():
-        marks, passes = [time.perf_counter()], []
+        marks, passes = [clock(x.device)], []
         starts: list[float] = []
 
         def report(
@@ -119,10 +128,10 @@ def training(unit: Model, model: Model, batch: int, batches: int) -> list[dict[s
             passes: list[float] = passes,
             starts: list[float] = starts,
         ) -> None:
-            marks.append(time.perf_counter())
+            marks.append(clock(x.device))
             with torch.inference_mode():
                 passes.append(seconds(lambda: plain(x, level), x.device))
-            starts.append(time.perf_counter())
+            starts.append(clock(x.device))
 
         train(
             denoiser, model.shape, method="amed", nfe=NFE, first="zero", batch=batch,
@@ -154,11 +163,10 @@ def main() -> bool:
     parser.add_argument("--batches", type=int, default=12)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", help="of sampling")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", choices=("sampling", "training"))
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)
     load = partial(fewstep.load, options.model, device=options.device)
     model, unit = load(dtype=options.dtype), load()
     rows = [] if options.only == "training" else sampling(model, options.batch, options.rounds)
@@ -170,12 +178,12 @@ def main() -> bool:
     else:
         show(rows, runs)
     quick = all([run["passes"] <= AUTHORS / 2 for run in runs if run["teacher"] == "ours"][:1])
-    return quick and all(min(row["ratio"], row["ratio_of_best"]) <= MOST for row in rows)
+    return quick and all(row["ratio"] <= MOST for row in rows)
 
 
 def show(rows: list[dict[str, Any]], runs: list[dict[str, Any]]) -> None:
     for row in rows:
-        verdict = "pass" if min(row["ratio"], row["ratio_of_best"]) <= MOST else "FAIL"
+        verdict = "pass" if row["ratio"] <= MOST else "FAIL"
         print(
             f"{row['learned']:28} {row['ms']:7.3f} ms  {row['beside']:13} "
             f"{row['plain_ms']:7.3f} ms  ratio {row['ratio']:.3f}, of the best times "
