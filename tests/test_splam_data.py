@@ -5,6 +5,7 @@ from __future__ import annotations
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -128,10 +129,9 @@ def test_data_that_cannot_be_used_are_one_line_before_any_work(tmp_path: Path) -
 
 def test_settings_that_a_network_without_classes_cannot_feel_are_refused() -> None:
     images, labels = pictures()
-    for settings, words in (
-        ({"guidance": 3.0}, "guidance=3.0 has no effect, as tiny has no classes"),
-        ({"label_dropout": 0.1}, "label_dropout=0.1 has no effect, as tiny has no classes"),
-    ):
+    for name, value in (("guidance", 3.0), ("label_dropout", 0.1)):
+        settings: dict[str, Any] = {name: value}
+        words = f"{name}={value} has no effect, as tiny has no classes"
         with pytest.raises(ValueError, match=words):
             distill(unconditional(), (images, 0 * labels), points=5, **settings)
     with pytest.raises(ValueError, match="guidance has no effect at label_dropout 1"):

@@ -730,8 +730,9 @@ def test_a_student_stands_beside_solvers_on_its_teacher(
     """The command, against plain sampling: errors to the teacher's reference solves."""
     model_folder, _, out = folders
     model = fewstep.load(model_folder)
-    for name, how in (("kid", {}), ("guided", {"guidance": 3.0})):
-        distill(model, pictures(), out=tmp_path / name, validation_seeds=0, **TINY, **how)
+    for name, scale in (("kid", None), ("guided", 3.0)):
+        settings: dict[str, Any] = {**TINY, "guidance": scale, "validation_seeds": 0}
+        distill(model, pictures(), out=tmp_path / name, **settings)
     names = f"ddim,{tmp_path / 'kid'},{tmp_path / 'guided'}"
     quick = ["--seeds", "0-3", "--features", "none", "--screen", "2", "--reference-nfe", "40"]
     paths = ["--out", str(out), "--cache", str(tmp_path / "cache"), "--no-plots", "--json"]

@@ -425,7 +425,9 @@ def _compiled(subject: Subject) -> Subject:
     return replace(
         subject,
         denoise=torch.compile(subject.denoise, dynamic=False),
-        teacher=torch.compile(lambda *arguments: teacher(*arguments), dynamic=False),
+        teacher=torch.compile(
+            lambda x, sigma, condition: teacher(x, sigma, condition), dynamic=False
+        ),
     )
 
 
