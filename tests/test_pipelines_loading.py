@@ -285,7 +285,7 @@ def test_features_come_at_no_other_denoised_picture_and_leave_no_hook(name, mode
     assert not model.net.get_submodule(model.card.feature_module)._forward_hooks
     # the first picture's features do not depend on the second
     alone = model.denoiser(**text).with_features(x[:1], sigma[:1])[1]
-    # x of the largest sigma makes features of thousands, and float32 sums in another order in a batch
+    # features of thousands at the largest sigma, and float32 sums in another order in a batch
     torch.testing.assert_close(features[:1], alone, rtol=1e-5, atol=1e-4)
 
 

@@ -23,6 +23,7 @@ class Card:
     classes: their names, in order
     feature_module: dotted name of the module whose output feature taps read
     weights_sha256: hash of the weights file
+    grid, end: the usual grid and its end, for a solver that is named without them
     auto: for each budget (as a string) the best known "solver", and "grid", "first" and "end" where
         they are not the usual ones
     distilled: for a network that was distilled, how, and the levels on which it may be sampled
@@ -40,6 +41,8 @@ class Card:
     sigma_data: float = 0.5
     feature_module: str = "middle"
     weights_sha256: str = ""
+    grid: str = "karras"
+    end: str = "sigma_min"
     auto: dict[str, dict[str, Any]] = field(default_factory=dict)
     distilled: dict[str, Any] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
@@ -47,7 +50,7 @@ class Card:
     format: str = FORMAT
 
     def __post_init__(self) -> None:
-        for name in ("name", "summary", "kind", "feature_module", "weights_sha256"):
+        for name in ("name", "summary", "kind", "feature_module", "weights_sha256", "grid", "end"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be text, got {getattr(self, name)!r}")
         for name in ("network", "auto", "distilled", "about"):

@@ -388,7 +388,9 @@ def _card(
         weights_sha256=_weights_hash(source, family, dtype),
         # The network's own time is the usual grid for such networks, and the only sensible one
         # where sigma_max is huge (flows, zero terminal SNR).
-        auto={"1": {"solver": "dpmpp-2m", "grid": "trailing", "end": "zero"}},
+        grid="trailing",
+        end="zero",
+        auto={"1": {"solver": "dpmpp-2m"}},
         about={"pipeline": kind, "prediction": process.prediction, "flow": flow},
         kind="pipeline",
     )

@@ -7,7 +7,7 @@ sees them. The pipeline's own loop and scheduler are not used; its components ar
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,8 +23,8 @@ from fewstep.models.pipelines.families import (
     Condition,
     Family,
     Network,
-    Prompts,
     Tapped,
+    chosen_rows,
     guidance_embedding,
     module_exists,
     told_guidance,
@@ -93,6 +93,12 @@ class PipelineModel:
         return int(self.net.config.in_channels), height // self.scale, width // self.scale
 
     @property
+    def picture(self) -> tuple[int, int, int]:
+        """Shape of one picture, (h, w, c)."""
+        vae = self.autoencoder
+        return *self.size, int(self.shape[0] if vae is None else vae.config.in_channels)
+
+    @property
     def schedule(self) -> Any:
         """The schedule by whose time grids are uniform."""
         return self.process.grid_schedule
@@ -110,6 +116,7 @@ class PipelineModel:
         guidance: float | Sequence[float] | Tensor | None = None,
         *,
         negative: Text = None,
+        encoded: dict[Any, Condition] | None = None,
         original_size: Size | None = None,
         crops_coords_top_left: Size = (0, 0),
         target_size: Size | None = None,
@@ -121,6 +128,8 @@ class PipelineModel:
             and costs one network call, any other costs two. A network that takes the scale as an
             input (LCM) is told it and costs one call.
         negative: what guidance leads away from, in place of the empty text
+        encoded: what the texts of an earlier call became, which need not be encoded again where
+            both halves, or one, are the same; those of this call are left in it
         original_size, crops_coords_top_left, target_size: the size conditioning of SDXL, (height,
             width) each; the picture's own size, uncropped, where left out
 
@@ -151,7 +160,7 @@ class PipelineModel:
             "crops_coords_top_left": crops_coords_top_left,
             "target_size": target_size or self.size,
         }
-        cond, uncond = self._encode(prompt, negative, guided, sizes)
+        cond, uncond = self._encode(prompt, negative, guided, sizes, encoded)
         if told:
             w = torch.ones(1, device=self.device) if scale is None else scale.reshape(-1)
             cond = cond | guidance_embedding(self.pipe, self.net, w)
@@ -173,22 +182,47 @@ class PipelineModel:
         return None if scale.ndim == 0 and float(scale) == 1 else scale
 
     def _encode(
-        self, prompt: Text, negative: Text, guided: bool, sizes: dict[str, Size]
+        self,
+        prompt: Text,
+        negative: Text,
+        guided: bool,
+        sizes: dict[str, Size],
+        encoded: dict[Any, Condition] | None,
     ) -> tuple[Condition, Condition | None]:
-        texts, negatives = _texts("prompt", prompt), _texts("negative", negative)
-        texts = texts or [""]
+        texts, negatives = _texts("prompt", prompt) or [""], _texts("negative", negative)
         count = max(len(texts), len(negatives or []))
         for name, value in (("prompt", texts), ("negative", negatives)):
             if value is not None and len(value) not in (1, count):
                 raise ValueError(
                     f"{name} must be one text or one per picture, got {len(value)} for {count}"
                 )
-        texts = texts * (count // len(texts))
-        negatives = negatives and negatives * (count // len(negatives))
-        warn_of_cuts(self.pipe, self.family, list(dict.fromkeys([*texts, *(negatives or [])])))
-        assert self.family.encode is not None
-        with quiet():
-            return self.family.encode(self.pipe, Prompts(texts, negatives, guided, sizes))
+        before = {} if encoded is None else dict(encoded)
+        now: dict[Any, Condition] = {} if encoded is None else encoded
+        now.clear()
+        cond = self._half(texts, sizes, before, now)
+        return cond, self._half(negatives, sizes, before, now) if guided else None
+
+    def _half(
+        self,
+        texts: list[str] | None,
+        sizes: dict[str, Size],
+        before: Mapping[Any, Condition],
+        now: dict[Any, Condition],
+    ) -> Condition:
+        """The condition of some texts, each of which is encoded once. A half is encoded whole, or
+        known whole: what a text becomes must not depend on what was encoded before."""
+        distinct = None if texts is None else list(dict.fromkeys(texts))
+        key = (None if distinct is None else tuple(distinct), *sizes.values())
+        found = before.get(key, now.get(key))
+        if found is None:
+            assert self.family.encode is not None
+            warn_of_cuts(self.pipe, self.family, distinct or [])
+            with quiet():
+                found = self.family.encode(self.pipe, distinct, sizes)
+        now[key] = found
+        if texts is None or distinct is None or texts == distinct:
+            return found
+        return chosen_rows(found, [distinct.index(text) for text in texts], len(distinct))
 
     def _network(self) -> Predicted:
         inner = network = Network(self.forward)
@@ -233,17 +267,22 @@ class PipelineModel:
 
         Solve on from there: `solve(denoiser, x, ..., sigma_max=sigma)`.
         """
-        schedule = self.process.grid_schedule
-        t = schedule.t_clean + strength * (schedule.t_max - schedule.t_clean)
-        if not 0 < strength <= 1 or t <= schedule.t_min:
-            raise ValueError(f"strength must lie in (0, 1] and not be tiny, got {strength}")
+        sigma = self.level(strength)
         clean = self.encode(images)
         if len(clean) not in (1, len(seeds)):
             raise ValueError(
                 f"images must be one or one per seed, got {len(clean)} for {len(seeds)}"
             )
-        sigma = schedule.sigma(t) if strength < 1 else self.process.sigma_max
         return clean + sigma * self._noise(seeds), sigma
+
+    def level(self, strength: float) -> float:
+        """The noise level at which `start` puts a picture. Errors: ValueError for a strength that
+        is not in (0, 1], or too small for the network's range."""
+        schedule = self.process.grid_schedule
+        t = schedule.t_clean + strength * (schedule.t_max - schedule.t_clean)
+        if not 0 < strength <= 1 or t <= schedule.t_min:
+            raise ValueError(f"strength must lie in (0, 1] and not be tiny, got {strength}")
+        return schedule.sigma(t) if strength < 1 else self.process.sigma_max
 
     def _noise(self, seeds: Sequence[int]) -> Tensor:
         seeds = [operator.index(seed) for seed in seeds]
@@ -257,9 +296,7 @@ class PipelineModel:
         Errors: ValueError where the pictures have another size.
         """
         pictures = torch.as_tensor(images)
-        vae = self.autoencoder
-        channels = self.shape[0] if vae is None else vae.config.in_channels
-        wanted = (*self.size, channels)
+        vae, wanted = self.autoencoder, self.picture
         if (
             pictures.ndim != 4
             or tuple(pictures.shape[1:]) != wanted
