@@ -64,7 +64,7 @@ def sample_to_folder(
     """
     out, run = Path(out), Run.of(model, seeds, **asked)
     size, total = batch or usual_batch(model), len(run.seeds)
-    calls = run.check(size)
+    calls = run.check(size) * run.settings.nfe
     files = [out / f"{name}.png" for name in names or [f"{seed:06d}" for seed in run.seeds]]
     if len(set(files)) != len(files) or len(files) != total:
         raise ValueError(

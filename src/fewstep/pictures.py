@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from fewstep.files import write_whole
 
@@ -177,6 +177,8 @@ def bounded_open(data: bytes) -> Iterator[Image.Image]:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             picture = Image.open(io.BytesIO(data))
+        except UnidentifiedImageError:
+            raise Unreadable("it is of no format that Pillow knows") from None
         except (
             OSError,
             SyntaxError,

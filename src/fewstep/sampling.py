@@ -22,6 +22,7 @@ from fewstep.loop import (
     DEFAULT_NFE,
     Runnable,
     check_mean_start,
+    far_mean,
     find,
     iterate,
     resolve,
@@ -372,6 +373,8 @@ class Run:
         denoiser = self.denoiser(self.part(0, size))
         self.begin(self.part(0, 1), self.seeds[:1])
         resolve(**self.settings.arguments(self.level), denoiser=denoiser)
+        if self.settings.first == "mean":
+            far_mean(denoiser)
         return calls_per_eval(denoiser)
 
     @torch.no_grad()

@@ -112,7 +112,7 @@ def sampling_line(made: int, result: FolderResult, what: dict[str, Any], seconds
             for name, value in (
                 *what.items(),
                 ("strength", settings["strength"]),
-                ("negative", settings["negative"]),
+                ("negative", settings["negative"] and repr(settings["negative"])),
                 ("guidance", settings["guidance"]),
                 ("head start", settings["head_start"]),
             )

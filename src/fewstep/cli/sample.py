@@ -221,7 +221,7 @@ def sample_command(
     if as_json:
         print(json.dumps({**result.to_dict(), "seconds": round(seconds, 3)}))
         return
-    what = {"label": label, "prompt": prompt, "prompts": prompts, "image": image}
+    what = {"label": label, "prompt": prompt and repr(prompt), "prompts": prompts, "image": image}
     print(show.sampling_line(count - result.skipped, result, what, seconds))
     print(f"{result.sheet}")
 

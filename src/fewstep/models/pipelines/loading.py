@@ -215,7 +215,8 @@ def _fetch(name: str) -> Path:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     try:
-        return Path(DiffusionPipeline.download(name))
+        with quiet():
+            return Path(DiffusionPipeline.download(name))
     except Exception as error:  # the client's errors are of many libraries
         raise ValueError(
             f"there is no folder {name!r}, and the hub did not give it ({_line(error)}); "
