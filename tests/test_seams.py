@@ -148,9 +148,9 @@ def test_a_plan_samples_a_model_and_is_known_by_its_numbers(model: NetworkModel)
 
 
 def test_a_grid_that_does_not_start_at_the_prior_is_refused(model: NetworkModel) -> None:
-    with pytest.raises(ValueError, match="starts at sigma 10, but the prior at 80"):
+    with pytest.raises(ValueError, match="starts at sigma 10, but sampling at 80"):
         fewstep.sample(model, seeds=(0,), solver="ddim", grid=(10.0, 1.0, 0.002))
-    with pytest.raises(ValueError, match="the prior at 20"):
+    with pytest.raises(ValueError, match="sampling at 20"):
         fewstep.sample(model, seeds=(0,), solver="ddim", grid=(80.0, 1.0), head_start=20.0)
     made = fewstep.sample(model, seeds=(0,), solver="ddim", grid=(20.0, 1.0, 0.1), head_start=20.0)
     assert made.nfe == made.provenance["nfe"] == 2

@@ -35,6 +35,7 @@ from fewstep.learned.method import Lesson
 from fewstep.learned.teacher import Frozen, whole_grid
 from fewstep.learned.teacher import Path as Way
 from fewstep.learned.tuned import Tuned
+from fewstep.models.memory import Memory
 from fewstep.models.pipelines.process import Shifted
 from fewstep.schedule import VP, Flow
 
@@ -77,9 +78,6 @@ class Listening:
         self.card = SimpleNamespace(kind="pipeline", name="toy")
         self.said: list[str] = []
 
-    def remembering(self) -> Listening:
-        return self
-
     def denoiser(self, prompt: list[str], **more: Any) -> None:
         self.said = prompt
 
@@ -107,10 +105,11 @@ def test_remembered_texts_say_what_texts_say(name, negative, models):
     model = models[name]
     texts, x = ["a cat", "mat", "a cat"], pipelines.noise(3, *model.shape)
     sigma = torch.full((3,), 3.0)
+    memory = Memory()
     for guidance in (None, 4.0):
         asked = {"guidance": guidance, "negative": negative if guidance else None}
         plain = model.denoiser(prompt=texts, **asked)
-        remembered = model.remembering().denoiser(prompt=texts, **asked)
+        remembered = model.denoiser(prompt=texts, encoded=memory, **asked)
         with torch.no_grad():
             # a text alone and texts in a batch differ by the order of float32 sums
             ours, theirs = remembered(x, sigma), plain(x, sigma)
@@ -122,20 +121,21 @@ def test_each_text_is_encoded_once_alone_and_within_the_bound(models):
     hook = model.pipe.text_encoder.register_forward_pre_hook(
         lambda module, inputs: read.append(len(inputs[0]))
     )
-    remembering = model.remembering()
+    memory = Memory()
     try:
-        first = remembering.denoiser(prompt=["a cat", "mat"], guidance=3.0)
+        first = model.denoiser(prompt=["a cat", "mat"], guidance=3.0, encoded=memory)
         assert set(read) == {1}
         once = len(read)
-        second = remembering.denoiser(prompt=["mat", "a cat", "mat"], guidance=3.0)
+        texts = ["mat", "a cat", "mat"]
+        second = model.denoiser(prompt=texts, guidance=3.0, encoded=memory)
         assert len(read) == once
         one = first.cond["encoder_hidden_states"].nbytes // 2
-        assert remembering.memory.size == 3 * one  # the third is the empty text
-        narrow = model.remembering(limit=one)
+        assert memory.size == 3 * one  # the third is the empty text
+        narrow = Memory(limit=one)
         for text in TEXTS:
-            narrow.denoiser(prompt=text)
-        assert (narrow.memory.size, len(narrow.memory.kept)) == (one, 1)
-        again = narrow.denoiser(prompt=["a cat", "mat"], guidance=3.0)
+            model.denoiser(prompt=text, encoded=narrow)
+        assert (narrow.size, len(narrow.kept)) == (one, 1)
+        again = model.denoiser(prompt=["a cat", "mat"], guidance=3.0, encoded=narrow)
     finally:
         hook.remove()
     for name, other in (("cond", again), ("uncond", again), ("uncond", second)):
@@ -147,10 +147,12 @@ def test_each_text_is_encoded_once_alone_and_within_the_bound(models):
 
 
 def test_what_is_too_long_is_said_once(models):
-    model = models["sd"].remembering()
+    model, memory = models["sd"], Memory()
+    texts = [f"a cat sat on a mat and a mat and {i} more mats" for i in range(3)]
     with pytest.warns(UserWarning, match="does not see") as caught:
-        model.denoiser(prompt=[f"a cat sat on a mat and a mat and {i} more mats" for i in range(3)])
-    assert len(caught) == 1
+        model.denoiser(prompt=[*texts, *texts], encoded=memory)
+    assert len(caught) == 3  # one for each text
+    model.denoiser(prompt=texts, encoded=memory)  # and a warning here would fail the test
 
 
 # -- where a grid ends ------------------------------------------------------------------------

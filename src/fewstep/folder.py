@@ -1,33 +1,35 @@
-"""Sampling into a folder: one PNG per seed, whole or not there, and a contact sheet.
+"""Sampling into a folder: one PNG per picture, whole or not there, and a contact sheet.
 
 Each file says in its metadata how it was made, so a second run skips what is there already and
-refuses to mix it with anything made in another way.
+refuses to mix it with anything made in another way. A part of which a picture is missing is made
+again whole, for float32 sums depend on the size of a batch: a run that was killed and run again
+leaves the same bytes as one that was not.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fewstep.denoiser import calls_per_eval
 from fewstep.files import check_writable, sweep_stale
-from fewstep.loop import Runnable, resolve
 from fewstep.models import Model
 from fewstep.pictures import contact_sheet, read_metadata, read_png, write_png
-from fewstep.sampling import Settings, describe, sample
-from fewstep.solver import Solver
+from fewstep.sampling import Run, usual_batch
 
 __all__ = ["FolderResult", "sample_to_folder"]
 
-MOST_ON_SHEET = 400
+SHEET = "sheet.png"
+MOST_ON_SHEET, SHEET_PIXELS = 400, 2**24
+FREE = ("label", "prompt")  # may differ between the pictures of a folder
 
 
 @dataclass(frozen=True)
 class FolderResult:
-    """files: one per seed, in order; sheet: the contact sheet; settings: as in the files'
-    metadata."""
+    """files: one per picture, in order; sheet: the contact sheet; settings: as in the files'
+    metadata; network_calls: of each picture."""
 
     files: tuple[Path, ...]
     sheet: Path
@@ -37,6 +39,7 @@ class FolderResult:
 
     def to_dict(self) -> dict[str, Any]:
         values = asdict(self)
+        values["nfe"] = self.settings["nfe"]
         return {**values, "files": [str(p) for p in self.files], "sheet": str(self.sheet)}
 
 
@@ -45,92 +48,83 @@ def sample_to_folder(
     out: Path | str,
     *,
     seeds: Sequence[int],
-    labels: Sequence[str] | None = None,
-    solver: str | Solver | Runnable = "auto",
-    nfe: int | None = None,
-    grid: str | Sequence[float] | None = None,
-    first: str | None = None,
-    final: bool = False,
-    guidance: float | None = None,
-    head_start: float | None = None,
-    end: str | None = None,
-    batch: int = 64,
+    names: Sequence[str] | None = None,
+    batch: int | None = None,
     report: Callable[[int], None] = lambda done: None,
+    **asked: Any,
 ) -> FolderResult:
-    """`fewstep.sample` with pictures in `out`: 000000.png by seed, and sheet.png of the first 400.
+    """`fewstep.sample` with pictures in `out`, and sheet.png of the first 400, or fewer large ones.
 
-    labels: one per seed, or None
+    names: of the files, without suffix; 000000 and so on by seed where left out
+    asked: what else `fewstep.sample` takes
 
-    Errors: ValueError where a picture of this or another seed is there already that was made
+    Errors: ValueError where a picture of this or another name is there already that was made
     otherwise, and what `fewstep.sample` raises, before anything is written; OSError where the
     folder cannot be written.
     """
-    out = Path(out)
-    settings = Settings.choose(model, solver, nfe, grid, first, final, head_start, end)
-    common = describe(model, settings, guidance=guidance, head_start=head_start)
-    # whatever does not fit speaks up before a folder is made
-    denoiser = model.denoiser(list(dict.fromkeys(labels)) if labels else None, None, guidance)
-    model.prior(seeds[:1], sigma=head_start, label=labels[0] if labels else None)
-    resolve(**settings.arguments(head_start), denoiser=denoiser)
+    out, run = Path(out), Run.of(model, seeds, **asked)
+    size, total = batch or usual_batch(model), len(run.seeds)
+    calls = run.check(size) * run.settings.nfe
+    files = [out / f"{name}.png" for name in names or [f"{seed:06d}" for seed in run.seeds]]
+    if len(set(files)) != len(files) or len(files) != total:
+        raise ValueError(
+            f"each of {total} pictures needs a name of its own; is a seed there twice?"
+        )
     check_writable(out)
     sweep_stale(out, ".png")
-    wanted = {
-        seed: {**common, "seed": seed, "label": labels[i] if labels else None}
-        for i, seed in enumerate(seeds)
-    }
-    paths = {seed: out / f"{seed:06d}.png" for seed in seeds}
-    sheet, shown = out / "sheet.png", seeds[:MOST_ON_SHEET]
+    record = run.record()
+    varying = run.each.union(FREE)
+    common = {name: value for name, value in record.items() if name not in varying}
+
+    def metadata(i: int) -> dict[str, Any]:
+        own = {name: record[name][i] if name in run.each else record[name] for name in varying}
+        return {**common, **own, "seed": run.seeds[i]}
+
+    sheet = out / SHEET
     if sheet.exists() and read_metadata(sheet) is None:
         raise ValueError(
             f"{sheet} is there already and was not made by fewstep; choose another --out"
         )
-    there = [seed for seed in seeds if paths[seed].exists()]
-    for seed in there:
-        if (found := read_metadata(paths[seed])) != wanted[seed]:
-            how = _difference(found, wanted[seed])
-            raise ValueError(f"{paths[seed]} is there already, {how}; choose another --out")
-    for path, found in _others(out, set(paths.values())):
-        if any(found.get(key) != value for key, value in common.items()):
-            how = _difference(found, common)
-            raise ValueError(f"{path} is there already, {how}; choose another --out")
-    images = {seed: read_png(paths[seed])[0] for seed in there if seed in set(shown)}
-    missing = [seed for seed in seeds if seed not in set(there)]
-    report(len(there))
-    for start in range(0, len(missing), batch):
-        part = missing[start : start + batch]
-        made = sample(
-            model,
-            seeds=part,
-            label=[wanted[seed]["label"] for seed in part] if labels else None,
-            guidance=guidance,
-            head_start=head_start,
-            batch=batch,
-            **settings.arguments(),
-        )
-        for seed, image in zip(part, made.images, strict=True):
-            write_png(paths[seed], image, wanted[seed])
-            if len(images) < len(shown):
-                images[seed] = image
-        report(len(there) + start + len(part))
-    pictures = [images[seed] if seed in images else read_png(paths[seed])[0] for seed in shown]
-    write_png(sheet, contact_sheet(pictures), {**common, "seeds": list(shown)})
-    calls = settings.nfe * calls_per_eval(denoiser)
-    return FolderResult(tuple(paths.values()), sheet, len(there), common, calls)
+    there = {i for i, path in enumerate(files) if path.exists()}
+    for i in sorted(there):
+        _check_alike(files[i], read_metadata(files[i]), metadata(i))
+    for path, found in _others(out, set(files)):
+        _check_alike(path, found, common)
+    done = len(there)
+    report(done)
+    for start in range(0, total, size):
+        missing = [i for i in range(start, min(start + size, total)) if i not in there]
+        if not missing:
+            continue
+        images, _, _ = run.make(start, size)
+        for i in missing:
+            write_png(files[i], images[i - start], metadata(i))
+        done += len(missing)
+        report(done)
+    height, width, _ = read_png(files[0])[0].shape
+    shown = files[: max(1, min(MOST_ON_SHEET, SHEET_PIXELS // (height * width)))]
+    tiles = contact_sheet([read_png(path)[0] for path in shown])
+    write_png(sheet, tiles, {**common, "seeds": list(run.seeds[: len(shown)])})
+    return FolderResult(tuple(files), sheet, len(there), common, calls)
 
 
 def _others(out: Path, ours: Collection[Path]) -> list[tuple[Path, dict[str, Any]]]:
     """The contact sheet in a folder and one more picture of fewstep besides `ours`, as far as there
     are any, with their metadata: by induction, all that are there were made alike."""
-    numbered = (path for path in out.glob("*.png") if path.stem.isdecimal() and path not in ours)
-    known = ((path, read_metadata(path)) for path in numbered)
-    others = [next((pair for pair in known if pair[1] is not None), (out, None))]
-    if (sheet := out / "sheet.png").exists():
-        others.insert(0, (sheet, read_metadata(sheet)))
-    return [(path, found) for path, found in others if found is not None]
+    sheet = out / SHEET
+    more = (path for path in out.glob("*.png") if path not in ours and path != sheet)
+    known = ((path, read_metadata(path)) for path in [sheet] * sheet.exists() + [*more])
+    found = ((path, values) for path, values in known if values is not None)
+    return list(itertools.islice(found, 2))
 
 
-def _difference(found: dict[str, Any] | None, wanted: dict[str, Any]) -> str:
+def _check_alike(path: Path, found: dict[str, Any] | None, wanted: dict[str, Any]) -> None:
+    """Errors: ValueError for a picture that is there already and was made otherwise."""
     if found is None:
-        return "and was not made by fewstep"
-    keys = [key for key in wanted if found.get(key) != wanted[key]]
-    return "made with " + ", ".join(f"{k}={found.get(k)} (now {wanted[k]})" for k in keys[:3])
+        how = "and was not made by fewstep"
+    else:
+        keys = [key for key in wanted if found.get(key) != wanted[key]]
+        if not keys:
+            return
+        how = "made with " + ", ".join(f"{k}={found.get(k)} (now {wanted[k]})" for k in keys[:3])
+    raise ValueError(f"{path} is there already, {how}; choose another --out")

@@ -199,6 +199,17 @@ def _iterate(
     return _run(program, denoiser, x_T, seeds, reuse and not program.adapts)
 
 
+def far_mean(denoiser: Denoiser) -> Tensor:
+    """Errors: ValueError where the denoiser does not know it."""
+    mean = getattr(denoiser, "far_mean", None)
+    if mean is None:
+        raise ValueError(
+            "first='mean' needs denoiser.far_mean, the mean of D at sigma_max; "
+            "set it, or use first='zero'"
+        )
+    return mean
+
+
 def check_mean_start(sigma: Level, sigma_max: float | None) -> None:
     """far_mean is the mean of D at sigma_max, and stands for no D below it.
 
@@ -346,12 +357,7 @@ def _evaluate(denoiser: Denoiser, x: Tensor, op: Eval, reuse: bool) -> tuple[Ten
         root = (1 + op.sigma * op.sigma) ** 0.5
         denoised = x * per_sample(1 / (root * (root + op.sigma)), x)
     else:
-        mean = getattr(denoiser, "far_mean", None)
-        if mean is None:
-            raise ValueError(
-                "first='mean' needs denoiser.far_mean, the mean of D at sigma_max; "
-                "set it, or use first='zero'"
-            )
+        mean = far_mean(denoiser)
         check_mean_start(op.sigma, getattr(denoiser, "sigma_max", None))
         denoised = mean.to(x).expand_as(x)
     denoised = denoised.to(x.dtype)

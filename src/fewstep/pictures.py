@@ -1,21 +1,34 @@
-"""PNG files that say how they were made, and contact sheets of them."""
+"""Reading and fitting pictures, PNG files that say how they were made, and contact sheets."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
 import os
-from collections.abc import Sequence
+import warnings
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from fewstep.files import write_whole
 
-__all__ = ["contact_sheet", "read_metadata", "read_png", "write_png"]
+__all__ = [
+    "Unreadable",
+    "bounded_open",
+    "contact_sheet",
+    "decode",
+    "fit_picture",
+    "read_metadata",
+    "read_picture",
+    "read_png",
+    "write_png",
+]
 
 KEY = "fewstep"  # the text chunk that holds the metadata
 END = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk of every PNG
@@ -86,6 +99,96 @@ def _metadata(picture: Image.Image) -> dict[str, Any] | None:
     except json.JSONDecodeError:
         return None
     return found if isinstance(found, dict) else None
+
+
+class Unreadable(ValueError):
+    """A picture that is corrupt, cut short, or not a picture."""
+
+
+def read_picture(path: Path | str) -> np.ndarray:
+    """A picture file of any kind as uint8 [h, w, 1 or 3], turned as its Exif data say.
+
+    Errors: OSError where there is no such file; ValueError where it is not a whole picture, or has
+    transparent pixels or more than 8 bits.
+    """
+    try:
+        return decode(Path(path).read_bytes(), upright=True)
+    except Unreadable as error:
+        raise ValueError(f"{path} cannot be read as a picture ({error})") from None
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from None
+
+
+def fit_picture(
+    image: np.ndarray, height: int, width: int, channels: int | None = None
+) -> np.ndarray:
+    """The largest middle part of a picture with the shape height : width, resized by Pillow's
+    bicubic to that size; uint8 [h, w, c] to uint8 [height, width, c].
+
+    channels: 1 or 3, to make it grey or coloured; its own where left out
+    """
+    tall, wide = image.shape[:2]
+    scale = min(tall / height, wide / width)
+    rows, columns = round(height * scale), round(width * scale)
+    top, left = (tall - rows) // 2, (wide - columns) // 2
+    part = image[top : top + rows, left : left + columns]
+    if part.shape[:2] == (height, width) and channels in (None, part.shape[2]):
+        return part
+    picture = Image.fromarray(part[..., 0] if part.shape[2] == 1 else part)
+    if channels is not None:
+        picture = picture.convert("L" if channels == 1 else "RGB")
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(picture).reshape(height, width, -1)
+
+
+def decode(data: bytes, upright: bool = False) -> np.ndarray:
+    """The picture in a file's bytes, uint8 [h, w, 1] where it is grey and [h, w, 3] where not.
+
+    upright: turn it as its Exif data say
+
+    Palettes, CMYK and the like become RGB. Errors: Unreadable; ValueError for transparency or more
+    than 8 bits, which have no one right way to 8 bits.
+    """
+    with bounded_open(data) as picture:
+        try:
+            picture.load()
+            if upright:
+                ImageOps.exif_transpose(picture, in_place=True)
+        except (OSError, SyntaxError, ValueError, zlib.error) as error:
+            raise Unreadable(str(error)) from None
+        if picture.mode.startswith(("I", "F")):
+            raise ValueError(f"has more than 8 bits ({picture.mode}); convert it to 8 bits")
+        if picture.mode in ("L", "1"):
+            return np.asarray(picture.convert("L"))[..., None]
+        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+            whole = picture.convert("RGBA")
+            if whole.getchannel("A").getextrema() != (255, 255):
+                raise ValueError("has transparent pixels; flatten it first")
+            if picture.mode == "LA":
+                return np.asarray(picture.convert("L"))[..., None]
+        return np.asarray(picture.convert("RGB"))
+
+
+@contextlib.contextmanager
+def bounded_open(data: bytes) -> Iterator[Image.Image]:
+    """Pillow's limit on pixels stays on, and its warning below the limit is an error too."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            picture = Image.open(io.BytesIO(data))
+        except UnidentifiedImageError:
+            raise Unreadable("it is of no format that Pillow knows") from None
+        except (
+            OSError,
+            SyntaxError,
+            ValueError,
+            Image.DecompressionBombError,
+            Image.DecompressionBombWarning,
+        ) as error:
+            raise Unreadable(" ".join(str(error).split())) from None
+    with picture:
+        yield picture
 
 
 def contact_sheet(

@@ -3,39 +3,54 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import operator
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.denoiser import Counted, Denoiser
+from fewstep.denoiser import Counted, Denoiser, calls_per_eval
 from fewstep.grid import check_grid
 from fewstep.loop import (
     DEFAULT_GRID,
     DEFAULT_NFE,
     Runnable,
     check_mean_start,
+    far_mean,
     find,
     iterate,
     resolve,
     solve,
     starts_at,
 )
+from fewstep.models.memory import Memory
+from fewstep.pictures import fit_picture, read_picture
 from fewstep.plan import Plan, Program
 from fewstep.solver import Solver, get, intervals_for
 
 if TYPE_CHECKING:
-    from fewstep.models import Card, Model
+    from fewstep.models import Card, Model, PictureModel
 
-__all__ = ["Samples", "Settings", "describe", "locate", "plan_for", "sample"]
+__all__ = [
+    "Run",
+    "Samples",
+    "Settings",
+    "describe",
+    "locate",
+    "plan_for",
+    "sample",
+    "usual_batch",
+]
 
 AVERAGED = range(1_000_000, 1_000_064)  # seeds behind the plan of a solver that reads features
+DEFAULT_STRENGTH = 0.8  # that of diffusers' image-to-image pipeline for Stable Diffusion
+MOST_AT_A_TIME, NUMBERS_AT_A_TIME = 64, 2**17  # pictures, and numbers of their states, in a batch
 
 
 @dataclass(frozen=True, repr=False)
@@ -95,8 +110,10 @@ class Settings:
         "auto" is the best that the model's card knows for the budget: a learned solver, where one
         comes with the model for it, else a named one. Where the caller names grid, first, final,
         end or a head start it is the named one, with these. Beside sigmas it is a solver alone, one
-        that spends one evaluation on each interval, and first is "none" unless given.
-        Errors: ValueError, also where the grid does not start where the prior does.
+        that spends one evaluation on each interval, and first is "none" unless given. A solver that
+        is named without a grid or an end has those of the card.
+        head_start: the level at which sampling starts; sigma_max where left out
+        Errors: ValueError, also where the grid does not start where sampling does.
         """
         known: dict[str, Any] = {}
         asked, nfe = nfe, DEFAULT_NFE if nfe is None else nfe
@@ -104,7 +121,7 @@ class Settings:
             grid = check_grid(grid)
         if isinstance(solver, str) and solver == "auto":
             top = head_start is None or starts_at(head_start, model.card.sigma_max)
-            known = _known(model.card.auto, nfe, grid, first, final, end, top)
+            known = _known(model.card, nfe, grid, first, final, end, top)
             free = (grid, first, end) == (None, None, None) and not final and top
             learned = model.card.learned(nfe) if free else None
             solver = known.get("solver", "dpmpp-2m") if learned is None else str(learned)
@@ -118,7 +135,7 @@ class Settings:
             _check_start(model, program.sigmas[0], head_start)
             _check_weights(model, program)
             return cls(solver, program.evaluations, None)
-        chosen = known.get("grid", DEFAULT_GRID) if grid is None else grid
+        chosen = known.get("grid", model.card.grid) if grid is None else grid
         start = known.get("first", "none") if first is None else first
         if start == "mean":
             level = model.card.sigma_max if head_start is None else head_start
@@ -128,7 +145,7 @@ class Settings:
             program = resolve(solver, nfe, chosen, start, final, end=end or "sigma_min")
             _check_start(model, chosen[0], head_start)
             return cls(solver, program.evaluations, chosen, start, final)
-        stop = "sigma_min" if final else known.get("end", "sigma_min")
+        stop = "sigma_min" if final else known.get("end", model.card.end)
         return cls(solver, nfe, chosen, start, final, stop if end is None else end)
 
     def arguments(self, head_start: float | None = None) -> dict[str, Any]:
@@ -159,7 +176,7 @@ def locate(model: Model, solver: str | Path, nfe: int | None) -> Solver | Runnab
 
 
 def _known(
-    auto: dict[str, dict[str, Any]],
+    card: Card,
     nfe: int,
     grid: str | tuple[float, ...] | None,
     first: str | None,
@@ -175,12 +192,12 @@ def _known(
     sigmas = None if grid is None or isinstance(grid, str) else grid
     if sigmas is not None:
         nfe = len(sigmas) - 1
-    below = [int(budget) for budget in auto if int(budget) <= nfe]
-    entry = dict(auto[str(max(below))]) if below else {}
+    below = [int(budget) for budget in card.auto if int(budget) <= nfe]
+    entry = dict(card.auto[str(max(below))]) if below else {}
     if not top and entry.get("first") == "mean":
         del entry["first"]
     begin = entry.get("first", "none") if first is None else first
-    stop = end or ("sigma_min" if final else entry.get("end", "sigma_min"))
+    stop = end or ("sigma_min" if final else entry.get("end", card.end))
     try:
         solver = get(entry["solver"])
         if sigmas is not None:
@@ -219,8 +236,8 @@ def _check_start(model: Model, sigma: float, head_start: float | None) -> None:
     start = model.card.sigma_max if head_start is None else head_start
     if not starts_at(sigma, start):
         raise ValueError(
-            f"the grid starts at sigma {sigma:g}, but the prior at {start:g}; "
-            f"start the grid there, or carry the prior down with head_start={sigma:g}"
+            f"the grid starts at sigma {sigma:g}, but sampling at {start:g}; start the grid there, "
+            f"or sampling at the grid's: head_start={sigma:g} of noise, strength of a picture"
         )
 
 
@@ -286,7 +303,134 @@ def describe(
     }
 
 
-@torch.no_grad()
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What `sample` was asked for, checked and filled in; it makes the pictures part by part.
+
+    given: label, prompt, negative, guidance and image (uint8 [n, h, w, c]), as far as there are any
+    each: those of them that have one value per seed
+    level: the noise level at which it starts; None where that is the prior's
+    encoded: texts that have been encoded, within a bound
+    """
+
+    model: Model
+    settings: Settings
+    seeds: tuple[int, ...]
+    given: dict[str, Any]
+    each: frozenset[str]
+    head_start: float | None
+    strength: float | None
+    level: float | None
+    encoded: Memory = field(default_factory=lambda: Memory(2**28))
+
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        seeds: Sequence[int],
+        *,
+        solver: str | Solver | Runnable = "auto",
+        nfe: int | None = None,
+        label: Any = None,
+        prompt: str | Sequence[str] | None = None,
+        negative: str | Sequence[str] | None = None,
+        guidance: float | Sequence[float] | Tensor | None = None,
+        image: Any = None,
+        strength: float | None = None,
+        grid: str | Sequence[float] | None = None,
+        first: str | None = None,
+        final: bool = False,
+        head_start: float | None = None,
+        end: str | None = None,
+    ) -> Run:
+        """Arguments and errors as in `sample`."""
+        if not hasattr(model, "denoiser"):
+            raise ValueError(
+                f"model must be a loaded model, got {model!r:.80}; load it first: fewstep.load(...)"
+            )
+        seeds = _whole_seeds(seeds)
+        given = {"label": label, "prompt": prompt, "negative": negative, "guidance": guidance}
+        given = {name: _plain(value) for name, value in given.items()}
+        each = {name for name, value in given.items() if _one_per_seed(name, value, len(seeds))}
+        level = head_start
+        if image is not None:
+            taken = {"first": first not in (None, "none"), "head_start": head_start is not None}
+            for name in (name for name, is_given in taken.items() if is_given):
+                raise ValueError(
+                    f"{name} is for a start from noise alone, and image starts from a picture; "
+                    "leave one of them out"
+                )
+            if not hasattr(model, "start"):
+                raise ValueError(f"{model.card.name} cannot start from a picture; leave out image")
+            able = cast("PictureModel", model)
+            first, strength = "none", DEFAULT_STRENGTH if strength is None else strength
+            level = able.level(strength)
+            images = given["image"] = load_images(image, *able.picture)
+            if len(images) > 1 and _one_per_seed("image", images, len(seeds)):
+                each.add("image")
+        elif strength is not None:
+            raise ValueError("strength says how far to leave an image; give image too")
+        settings = Settings.choose(model, solver, nfe, grid, first, final, level, end)
+        return cls(model, settings, seeds, given, frozenset(each), head_start, strength, level)
+
+    def part(self, start: int, size: int) -> dict[str, Any]:
+        """What is given for seeds[start : start + size]."""
+        chosen = slice(start, start + size)
+        return {n: v[chosen] if n in self.each else v for n, v in self.given.items()}
+
+    def denoiser(self, given: dict[str, Any]) -> Denoiser:
+        """D for one part, its texts encoded."""
+        text = {"negative": given["negative"], "encoded": self.encoded}
+        has_text = given["prompt"] is not None or given["negative"] is not None
+        conditions = given["label"], given["prompt"], given["guidance"]
+        return self.model.denoiser(*conditions, **(text if has_text else {}))
+
+    def begin(self, given: dict[str, Any], seeds: Sequence[int]) -> Tensor:
+        """x at the first level: noise, carried down or not, or a picture with noise."""
+        if self.strength is not None:
+            able = cast("PictureModel", self.model)
+            return able.start(given["image"], seeds, self.strength)[0]
+        carried = {"sigma": self.head_start, "label": given["label"]}
+        return self.model.prior(seeds, **(carried if self.head_start is not None else {}))
+
+    def check(self, size: int) -> int:
+        """Network calls of an evaluation. Whatever does not fit speaks up, as far as a first part
+        of `size` pictures and all labels tell, before a network is called for a picture."""
+        if "label" in self.each:
+            self.model.denoiser(list(dict.fromkeys(self.given["label"])))
+        denoiser = self.denoiser(self.part(0, size))
+        self.begin(self.part(0, 1), self.seeds[:1])
+        resolve(**self.settings.arguments(self.level), denoiser=denoiser)
+        if self.settings.first == "mean":
+            far_mean(denoiser)
+        return calls_per_eval(denoiser)
+
+    @torch.no_grad()
+    def make(self, start: int, size: int) -> tuple[np.ndarray, int, int]:
+        """The pictures of seeds[start : start + size], uint8 [n, h, w, c], with the evaluations and
+        network calls of each. Errors: FloatingPointError."""
+        given, seeds = self.part(start, size), self.seeds[start : start + size]
+        denoiser = Counted(self.denoiser(given))
+        x_T = self.begin(given, seeds)
+        arguments = {**self.settings.arguments(self.level), "seeds": seeds}
+        x = solve(denoiser, x_T, **arguments)
+        if not torch.isfinite(x).all():
+            raise FloatingPointError(_diagnose(denoiser, x_T, arguments))
+        return self.model.decode(x), denoiser.evaluations, denoiser.network_calls
+
+    def record(self) -> dict[str, Any]:
+        """What makes the pictures besides their seeds, JSON-ready: known before they are made. What
+        is given per seed is a list; a picture stands as the hash of its pixels."""
+        given = dict(self.given)
+        images = [hashlib.sha256(one.tobytes()).hexdigest() for one in given.pop("image", ())]
+        return {
+            **describe(self.model, self.settings, head_start=self.head_start),
+            **given,
+            "image": images if "image" in self.each else images[0] if images else None,
+            "strength": self.strength,
+        }
+
+
 def sample(
     model: Model,
     *,
@@ -294,8 +438,11 @@ def sample(
     nfe: int | None = None,
     seeds: Sequence[int],
     label: Any = None,
-    prompt: Any = None,
+    prompt: str | Sequence[str] | None = None,
+    negative: str | Sequence[str] | None = None,
     guidance: float | Sequence[float] | Tensor | None = None,
+    image: Any = None,
+    strength: float | None = None,
     batch: int | None = None,
     grid: str | Sequence[float] | None = None,
     first: str | None = None,
@@ -313,52 +460,75 @@ def sample(
         Text that is a class's name means that class, other text of digits an index; a number is
         always an index.
     prompt: a text, for models that take one; one for all pictures or one per seed
+    negative: a text that guidance leads away from; one for all pictures or one per seed
     guidance: classifier-free guidance scale, one for all pictures or one per seed; None or 1 is
         none
-    batch: pictures at a time, 64 unless given
-    grid, first, final, end: as in `solve`
+    image: a picture to start from in place of noise alone: a file, or uint8 [h, w, c]; or one per
+        seed. Its largest middle part of the model's shape is resized to the model's size.
+    strength: how far image is left, in (0, 1], 0.8 unless given: the share of the grid's time that
+        is gone through again, all `nfe` evaluations within it
+    batch: pictures at a time; unless given 64, and fewer of large ones (see `usual_batch`)
+    grid, first, final, end: as in `solve`; the card's grid and end where left out
     head_start: a noise level to which the prior is carried analytically, as the flow of a Gaussian,
         at no evaluation
     report: called with the number of pictures done after each batch
 
-    Picture i depends on seed i alone.
+    Picture i depends on seed i alone, and on what is given for it.
     Errors: ValueError for what the model or the solver cannot do; FloatingPointError, with the step
     and the seeds, where the network returns NaN or infinity.
     """
-    if not hasattr(model, "denoiser"):
-        raise ValueError(
-            f"model must be a loaded model, got {model!r:.80}; load it first: fewstep.load(...)"
-        )
-    seeds = _whole_seeds(seeds)
     if batch is not None and batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
-    label, guidance = _plain(label), _plain(guidance)
-    given = {"label": label, "prompt": prompt, "guidance": guidance}
-    many = {name: _one_per_seed(name, value, len(seeds)) for name, value in given.items()}
-    settings = Settings.choose(model, solver, nfe, grid, first, final, head_start, end)
-    run = settings.arguments(head_start)
-    size, images, evals, calls = batch or 64, [], 0, 0
-    for start in range(0, len(seeds), size):
-        part = slice(start, start + size)
-        labels, prompts, scale = (
-            value[part] if many[name] else value for name, value in given.items()
-        )
-        denoiser = Counted(model.denoiser(labels, prompts, scale))
-        carried = {} if head_start is None else {"sigma": head_start, "label": labels}
-        x_T = model.prior(seeds[part], **carried)
-        x = solve(denoiser, x_T, **run, seeds=seeds[part])
-        if not torch.isfinite(x).all():
-            raise FloatingPointError(_diagnose(denoiser, x_T, {**run, "seeds": seeds[part]}))
-        images.append(model.decode(x))
-        evals, calls = denoiser.evaluations, denoiser.network_calls
-        report(min(start + size, len(seeds)))
-    provenance = {
-        **describe(model, settings, head_start=head_start),
-        "nfe": evals,
-        "network_calls": calls,
-        **{name: list(value) if many[name] else value for name, value in given.items()},
-    }
-    return Samples(np.concatenate(images), seeds, evals, calls, provenance)
+    run = Run.of(
+        model,
+        seeds,
+        solver=solver,
+        nfe=nfe,
+        label=label,
+        prompt=prompt,
+        negative=negative,
+        guidance=guidance,
+        image=image,
+        strength=strength,
+        grid=grid,
+        first=first,
+        final=final,
+        head_start=head_start,
+        end=end,
+    )
+    size, images, evals, calls = batch or usual_batch(model), [], 0, 0
+    for start in range(0, len(run.seeds), size):
+        made, evals, calls = run.make(start, size)
+        images.append(made)
+        report(min(start + size, len(run.seeds)))
+    provenance = {**run.record(), "nfe": evals, "network_calls": calls}
+    return Samples(np.concatenate(images), run.seeds, evals, calls, provenance)
+
+
+def usual_batch(model: Model) -> int:
+    """Pictures at a time: 64, or as many as have 2^17 numbers in their states, 8 of Stable
+    Diffusion at 512 pixels."""
+    return max(1, min(MOST_AT_A_TIME, NUMBERS_AT_A_TIME // math.prod(model.shape)))
+
+
+def load_images(image: Any, height: int, width: int, channels: int) -> np.ndarray:
+    """Pictures of one size, uint8 [n, h, w, c], from files or arrays: one, or a sequence of them.
+
+    Errors: ValueError for what is neither; OSError where there is no such file.
+    """
+    if isinstance(image, str | Path):
+        found = [read_picture(image)]
+    elif isinstance(image, list | tuple):
+        return np.concatenate([load_images(one, height, width, channels) for one in image])
+    else:
+        array = np.asarray(image)
+        found = list(array if array.ndim == 4 else array[None])
+        if array.dtype != np.uint8 or array.ndim not in (3, 4) or array.shape[-1] not in (1, 3):
+            raise ValueError(
+                "image must be a file or uint8 [h, w, 1 or 3], or one per seed, got "
+                f"{array.dtype} {list(array.shape)}"
+            )
+    return np.stack([fit_picture(one, height, width, channels) for one in found])
 
 
 def _whole_seeds(seeds: Sequence[int]) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from fewstep.plan import Combine, Plan, flatten, in_numbers, nfe
 from fewstep.solver import ALIASES, Range, get, names
 
 if TYPE_CHECKING:
+    from fewstep.folder import FolderResult
     from fewstep.models.training import Progress as TrainingProgress
 
 __all__ = [
@@ -89,18 +90,12 @@ def weights_line(plan: Plan) -> str:
     return f"end = {row[0]:.6g} x_T  {terms}"
 
 
-def sampling_line(
-    made: int,
-    skipped: int,
-    settings: dict[str, Any],
-    label: str | None,
-    network_calls: int,
-    seconds: float,
-) -> str:
+def sampling_line(made: int, result: FolderResult, what: dict[str, Any], seconds: float) -> str:
     """What a run has made and how, in one line; settings that were left alone are not named.
 
-    settings: as in the files' metadata
+    what: label, prompt, prompts and image, as the user gave them
     """
+    settings, skipped = result.settings, result.skipped
     kept = f", {skipped} {'was' if skipped == 1 else 'were'} there already" if skipped else ""
     grid = settings["grid"]
     on = f" on the {grid} grid" if isinstance(grid, str) else ""
@@ -114,13 +109,16 @@ def sampling_line(
         *(
             f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
             for name, value in (
-                ("label", label),
+                *what.items(),
+                ("strength", settings["strength"]),
+                ("negative", settings["negative"] and repr(settings["negative"])),
                 ("guidance", settings["guidance"]),
                 ("head start", settings["head_start"]),
             )
             if value is not None
         ),
-        f"{_count(settings['nfe'], 'evaluation')} each ({_count(network_calls, 'network call')})",
+        f"{_count(settings['nfe'], 'evaluation')} each "
+        f"({_count(result.network_calls, 'network call')})",
         f"{seconds:.2f} s",
     ]
     return f"{_count(made, 'picture')}{kept}: {', '.join(filter(None, parts))}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -13,6 +13,8 @@ from rich.table import Table
 
 from fewstep.cli.app import app
 from fewstep.cli.options import (
+    MACHINE_PANEL,
+    SOLVER_PANEL,
     BudgetOption,
     DeviceOption,
     DtypeOption,
@@ -22,55 +24,155 @@ from fewstep.cli.options import (
     GridOption,
     JsonOption,
     ModelArgument,
-    SeedsOption,
     SolverOption,
     parse_grid,
     parse_seeds,
+    parse_size,
     progress_bar,
     refuse_beside,
     resumable,
 )
+
+TEXT_PANEL, PICTURE_PANEL = "Text and class", "From a picture"
 
 
 @app.command("sample")
 def sample_command(
     model: ModelArgument = "fashion-mnist",
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
-    solver: SolverOption = "auto",
-    nfe: BudgetOption = None,
-    seeds: SeedsOption = "0-15",
+    seeds: Annotated[
+        str | None,
+        typer.Option(
+            help="Seeds, one per picture: 0-63 or 1,5,7-9. Default: 0-15. Beside --prompts: one "
+            "for all, or one per row; default: those of the file, else the rows' numbers."
+        ),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            help="Size of a pipeline's pictures in pixels, HEIGHTxWIDTH. Default: that of training."
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+    prompt: Annotated[
+        str | None, typer.Option(help="A text, for all pictures.", rich_help_panel=TEXT_PANEL)
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="A picture for each text of this file: csv, tsv, json or jsonl with prompt or "
+            "caption, and perhaps image_id (the picture's name) and seed or evaluation_seed.",
+            rich_help_panel=TEXT_PANEL,
+        ),
+    ] = None,
+    rows: Annotated[
+        str | None,
+        typer.Option(
+            help="Only these rows of --prompts, counted from 0: 0-31 or 7,9.",
+            rich_help_panel=TEXT_PANEL,
+        ),
+    ] = None,
+    negative: Annotated[
+        str | None,
+        typer.Option(help="What guidance leads away from.", rich_help_panel=TEXT_PANEL),
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            help="Scale of classifier-free guidance, with a text or a label; it doubles the "
+            "network calls. Default: none. (Pipelines of diffusers have 7.5, 5 or 7.)",
+            rich_help_panel=TEXT_PANEL,
+        ),
+    ] = None,
     label: Annotated[
         str | None,
         typer.Option(
             help="Class name or index. Several, with commas, are dealt out by position: the first "
-            "to the first seed, and round again."
+            "to the first seed, and round again.",
+            rich_help_panel=TEXT_PANEL,
         ),
     ] = None,
-    guidance: Annotated[
-        float | None, typer.Option(help="Classifier-free guidance scale; needs --label.")
+    image: Annotated[
+        Path | None,
+        typer.Option(
+            help="Start from this picture; its largest middle part of the right shape is resized.",
+            rich_help_panel=PICTURE_PANEL,
+        ),
     ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(
+            help="How far to leave --image, above 0 and up to 1; --nfe is spent within. "
+            "Default: 0.8.",
+            rich_help_panel=PICTURE_PANEL,
+        ),
+    ] = None,
+    solver: SolverOption = "auto",
+    nfe: BudgetOption = None,
     grid: GridOption = None,
     first: FirstOption = None,
     final: FinalOption = False,
     end: EndOption = None,
     head_start: Annotated[
         float | None,
-        typer.Option(help="Carry the noise analytically to this sigma before the first step."),
+        typer.Option(
+            help="Carry the noise analytically to this sigma before the first step.",
+            rich_help_panel=SOLVER_PANEL,
+        ),
     ] = None,
     plan: Annotated[
         Path | None,
-        typer.Option(help="A plan, as `fewstep plan --json` prints it, instead of a solver."),
+        typer.Option(
+            help="A plan, as `fewstep plan --json` prints it, instead of a solver.",
+            rich_help_panel=SOLVER_PANEL,
+        ),
     ] = None,
-    batch: Annotated[int, typer.Option(help="Pictures at a time.", min=1)] = 64,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            help="Pictures at a time. Default: 64, fewer of large ones.",
+            min=1,
+            rich_help_panel=MACHINE_PANEL,
+        ),
+    ] = None,
     compile: Annotated[
         bool,
-        typer.Option("--compile", metavar="", help="torch.compile the network: for many pictures."),
+        typer.Option(
+            "--compile",
+            metavar="",
+            help="torch.compile the network: for many pictures.",
+            rich_help_panel=MACHINE_PANEL,
+        ),
     ] = False,
-    as_json: JsonOption = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="For a Stable Diffusion in one file: a diffusers folder of its class.",
+            rich_help_panel=MACHINE_PANEL,
+        ),
+    ] = None,
+    slicing: Annotated[
+        bool,
+        typer.Option(
+            "--slicing",
+            metavar="",
+            help="Decode latents one picture at a time: less memory.",
+            rich_help_panel=MACHINE_PANEL,
+        ),
+    ] = False,
+    tiling: Annotated[
+        bool,
+        typer.Option(
+            "--tiling",
+            metavar="",
+            help="Decode latents in tiles: less memory still.",
+            rich_help_panel=MACHINE_PANEL,
+        ),
+    ] = False,
 ) -> None:
-    """Sample pictures: one PNG per seed, and a contact sheet.
+    """Sample pictures: one PNG per seed, or per text of a file, and a contact sheet.
 
     Pictures that are there already, made with the same settings, are kept and skipped; with other
     settings, nothing is touched and the command says so.
@@ -80,8 +182,6 @@ def sample_command(
     from fewstep.models import load
     from fewstep.plan import Plan
 
-    chosen = parse_seeds(seeds)
-    names = [name.strip() for name in label.split(",")] if label is not None else None
     levels = parse_grid(grid)
     if plan is not None:
         others = {"--nfe": nfe, "--grid": grid, "--first": first, "--final": final, "--end": end}
@@ -91,15 +191,19 @@ def sample_command(
         refuse_beside(
             "the sigmas decide what is spent, and where it ends", {"--nfe": nfe, "--end": end}
         )
-    loaded = load(model, device=device, dtype=dtype, compile=compile)
-    begun = time.perf_counter()
+    pictures = _asked_for(seeds, prompt, prompts, rows, label)
+    options = {"config": config, "size": parse_size(size) if size else None}
+    options |= {"slicing": slicing, "tiling": tiling}
+    given = {name: value for name, value in options.items() if value}
+    loaded = load(model, device=device, dtype=dtype, compile=compile, **given)
+    begun, count = time.perf_counter(), len(pictures["seeds"])
     with resumable(out), progress_bar(as_json) as bar:
-        task = bar.add_task("sampling", total=len(chosen))
+        task = bar.add_task("sampling", total=count)
         result = sample_to_folder(
             loaded,
             out,
-            seeds=chosen,
-            labels=[names[i % len(names)] for i in range(len(chosen))] if names else None,
+            **pictures,
+            negative=negative,
             solver=solver if plan is None else Plan.read(plan),
             nfe=nfe,
             grid=levels,
@@ -107,6 +211,8 @@ def sample_command(
             final=final,
             end=end,
             guidance=guidance,
+            image=image,
+            strength=strength,
             head_start=head_start,
             batch=batch,
             report=lambda done: bar.update(task, completed=done),
@@ -115,9 +221,46 @@ def sample_command(
     if as_json:
         print(json.dumps({**result.to_dict(), "seconds": round(seconds, 3)}))
         return
-    made, calls = len(chosen) - result.skipped, result.network_calls
-    print(show.sampling_line(made, result.skipped, result.settings, label, calls, seconds))
+    what = {"label": label, "prompt": prompt and repr(prompt), "prompts": prompts, "image": image}
+    print(show.sampling_line(count - result.skipped, result, what, seconds))
     print(f"{result.sheet}")
+
+
+def _asked_for(
+    seeds: str | None, prompt: str | None, prompts: Path | None, rows: str | None, label: str | None
+) -> dict[str, Any]:
+    """The pictures that are wanted, as `sample_to_folder` takes them: seeds, names, label,
+    prompt."""
+    if prompts is None:
+        refuse_beside("there is no --prompts to take rows of", {"--rows": rows})
+        chosen = parse_seeds("0-15" if seeds is None else seeds)
+        names = [name.strip() for name in label.split(",")] if label is not None else None
+        dealt = [names[i % len(names)] for i in range(len(chosen))] if names else None
+        return {"seeds": chosen, "label": dealt, "prompt": prompt}
+    from fewstep.evaluate.captions import read_captions
+
+    refuse_beside("--prompts has the texts", {"--prompt": prompt, "--label": label})
+    captions = read_captions(prompts)
+    picked = range(len(captions)) if rows is None else parse_seeds(rows, "rows")
+    if max(picked) >= len(captions):
+        raise ValueError(
+            f"{prompts} has rows 0 to {len(captions) - 1}, and --rows wants {max(picked)}"
+        )
+    chosen = [(captions.seeds or range(len(captions)))[i] for i in picked]
+    if seeds is not None:
+        chosen = parse_seeds(seeds)
+        if len(chosen) not in (1, len(picked)):
+            raise ValueError(
+                f"--seeds must be one for all {len(picked)} texts, or one for each, got "
+                f"{len(chosen)}"
+            )
+        chosen = chosen * (len(picked) // len(chosen))
+    files, texts = captions.files, captions.texts
+    return {
+        "seeds": chosen,
+        "names": [files[i] for i in picked],
+        "prompt": [texts[i] for i in picked],
+    }
 
 
 @app.command("plan")

@@ -11,6 +11,7 @@ import csv
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -20,6 +21,7 @@ __all__ = ["Captions", "match_captions", "read_captions"]
 
 TEXT = ("prompt", "caption")
 SEED = ("evaluation_seed", "seed")
+FILE_NAME = re.compile(r"[\w-][\w.-]{0,99}")
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,16 @@ class Captions:
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """A file name, without suffix, for the picture of each caption, by which `match_captions`
+        finds the caption again: its `image_id` where these tell all of them apart, else its row,
+        the first being row-000000."""
+        distinct = len({_plain(one).lower() for one in self.ids}) == len(self) > 0
+        if distinct and all(map(FILE_NAME.fullmatch, self.ids)) and "sheet" not in self.ids:
+            return self.ids
+        return tuple(map(_row_name, range(len(self))))
 
     @property
     def digest(self) -> str:
@@ -67,8 +79,9 @@ def read_captions(path: Path | str) -> Captions:
 def match_captions(captions: Captions, names: Sequence[str]) -> tuple[tuple[str, ...], str]:
     """The caption of each picture, and how they were matched.
 
-    By `image_id` where every picture's file name is one (leading zeros apart); else in order, first
-    picture to first caption. Errors: ValueError where there are fewer captions than pictures.
+    By `image_id` where every picture's file name is one (leading zeros apart), by row where it is
+    the row's name in `Captions.files`; else in order, first picture to first caption. Errors:
+    ValueError where there are fewer captions than pictures.
     """
     stems = [_plain(PurePosixPath(name).stem) for name in names]
     by_id = (
@@ -76,12 +89,19 @@ def match_captions(captions: Captions, names: Sequence[str]) -> tuple[tuple[str,
     )
     if len(by_id) == len(captions.ids) and by_id and all(stem in by_id for stem in stems):
         return tuple(by_id[stem] for stem in stems), "image_id"
+    by_row = {_row_name(row): text for row, text in enumerate(captions.texts)}
+    if all(stem in by_row for stem in stems):
+        return tuple(by_row[stem] for stem in stems), "row"
     if len(captions) < len(names):
         raise ValueError(
             f"each picture needs a caption: {captions.name} has {len(captions)} for "
             f"{len(names)} pictures"
         )
     return captions.texts[: len(names)], "order"
+
+
+def _row_name(row: int) -> str:
+    return f"row-{row:06d}"
 
 
 def _plain(name: str) -> str:

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import math
 import os
-import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -24,14 +22,14 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, Protocol
 
 import numpy as np
-from PIL import Image
+
+from fewstep.pictures import Unreadable, bounded_open, decode, fit_picture
 
 __all__ = [
     "MOST_BYTES",
     "Entry",
     "Images",
     "array_images",
-    "middle_square",
     "open_images",
     "picture_shape",
 ]
@@ -42,10 +40,6 @@ SHEET = "sheet.png"
 MOST_BYTES = 1 << 28  # of one member of an archive, unpacked
 
 Read = Callable[[], np.ndarray]
-
-
-class Unreadable(ValueError):
-    """A picture that is corrupt, cut short, or not a picture."""
 
 
 @dataclass(frozen=True)
@@ -205,19 +199,7 @@ class Fitted:
             yield Entry(entry.name, partial(self._fit, entry.read))
 
     def _fit(self, read: Read) -> np.ndarray:
-        return middle_square(read(), self.size)
-
-
-def middle_square(image: np.ndarray, size: int) -> np.ndarray:
-    """The middle square of a picture uint8 [h, w, c], at size x size by Pillow's bicubic."""
-    side = min(image.shape[:2])
-    top, left = ((length - side) // 2 for length in image.shape[:2])
-    square = image[top : top + side, left : left + side]
-    if side == size:
-        return square
-    picture = Image.fromarray(square[..., 0] if square.shape[2] == 1 else square)
-    small = picture.resize((size, size), Image.Resampling.BICUBIC)
-    return np.asarray(small).reshape(size, size, -1)
+        return fit_picture(read(), self.size, self.size)
 
 
 def picture_shape(images: Images) -> tuple[int, int, int] | None:
@@ -388,7 +370,7 @@ def _is_sheet(name: str, read: Callable[[], bytes]) -> bool:
     if PurePosixPath(name).name != SHEET:
         return False
     try:
-        with _bounded_open(read()) as picture:
+        with bounded_open(read()) as picture:
             return "seeds" in json.loads(picture.info.get("fewstep", "{}"))
     except (Unreadable, ValueError, TypeError):
         return False
@@ -401,50 +383,6 @@ def _read_entry(source: str, name: str, bytes_of: Callable[[str], bytes]) -> np.
         raise Unreadable(f"{source}: {name} cannot be read ({error})") from None
     except ValueError as error:
         raise ValueError(f"{source}: {name} {error}") from None
-
-
-def decode(data: bytes) -> np.ndarray:
-    """The picture in a file's bytes, uint8 [h, w, 1] where it is grey and [h, w, 3] where not.
-
-    Palettes, CMYK and the like become RGB. Errors: Unreadable; ValueError for transparency or more
-    than 8 bits, which have no one right way to 8 bits.
-    """
-    with _bounded_open(data) as picture:
-        try:
-            picture.load()
-        except (OSError, SyntaxError, ValueError, zlib.error) as error:
-            raise Unreadable(str(error)) from None
-        if picture.mode.startswith(("I", "F")):
-            raise ValueError(f"has more than 8 bits ({picture.mode}); convert it to 8 bits")
-        if picture.mode in ("L", "1"):
-            return np.asarray(picture.convert("L"))[..., None]
-        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-            whole = picture.convert("RGBA")
-            if whole.getchannel("A").getextrema() != (255, 255):
-                raise ValueError("has transparent pixels; flatten it first")
-            if picture.mode == "LA":
-                return np.asarray(picture.convert("L"))[..., None]
-        return np.asarray(picture.convert("RGB"))
-
-
-@contextlib.contextmanager
-def _bounded_open(data: bytes) -> Iterator[Image.Image]:
-    """Pillow's limit on pixels stays on, and its warning below the limit is an error too."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            picture = Image.open(io.BytesIO(data))
-        except (
-            OSError,
-            SyntaxError,
-            ValueError,
-            Image.DecompressionBombError,
-            Image.DecompressionBombWarning,
-        ) as error:
-            raise Unreadable(" ".join(str(error).split())) from None
-    with picture:
-        yield picture
 
 
 def _digest(value: Any) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from fewstep.denoiser import Denoiser
 from fewstep.learned.training import TRAINING, VALIDATION, Conditions
+from fewstep.models.memory import Memory
 from fewstep.noise import key
 
 __all__ = ["prompted"]
@@ -23,7 +24,7 @@ def prompted(
 ) -> Conditions:
     """Conditions for `train`, of texts.
 
-    model: a pipeline (`PipelineModel`); each text is encoded once, see its `remembering`
+    model: a pipeline (`PipelineModel`); each text is encoded once, within a bound (`Memory`)
     texts: what is drawn from. Every tenth distinct one is for validation alone, where there are
         ten or more.
     negative, guidance: as in `model.denoiser`, the same for all
@@ -37,15 +38,14 @@ def prompted(
     distinct = list(dict.fromkeys(texts))
     held_out = distinct[HELD_OUT - 1 :: HELD_OUT] or distinct
     kept = [text for i, text in enumerate(distinct) if (i + 1) % HELD_OUT]
-    remembering = model.remembering()
+    memory = Memory()
 
     def drawn(seed: int) -> str:
         pool = held_out if VALIDATION <= seed < TRAINING else kept
         return pool[key(seed, "prompt") % len(pool)]
 
     def conditions(seeds: Sequence[int]) -> Denoiser:
-        return remembering.denoiser(
-            prompt=[drawn(seed) for seed in seeds], negative=negative, guidance=guidance
-        )
+        texts = [drawn(seed) for seed in seeds]
+        return model.denoiser(prompt=texts, negative=negative, guidance=guidance, encoded=memory)
 
     return conditions

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from fewstep.denoiser import Denoiser
 
-__all__ = ["Card", "Model", "builtin", "is_model", "load", "read_card"]
+__all__ = ["Card", "Model", "PictureModel", "builtin", "is_model", "load", "read_card"]
 
 BUILTIN = Path(__file__).parent / "builtin"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # owner/name
@@ -29,7 +29,7 @@ LOADERS = {
 
 class Model(Protocol):
     """What sampling needs of a model. `denoiser(...)` gives D(x, sigma) with the conditions filled
-    in."""
+    in; beside text it is also given `negative` and `encoded`, as in `PipelineModel.denoiser`."""
 
     @property
     def card(self) -> Card: ...
@@ -42,6 +42,15 @@ class Model(Protocol):
         self, seeds: Sequence[int], sigma: float | None = None, label: Any = None
     ) -> Tensor: ...
     def decode(self, x: Tensor) -> np.ndarray: ...
+
+
+class PictureModel(Model, Protocol):
+    """What it needs besides to start from pictures of the shape `picture`, (h, w, c)."""
+
+    @property
+    def picture(self) -> tuple[int, int, int]: ...
+    def level(self, strength: float) -> float: ...
+    def start(self, images: Any, seeds: Sequence[int], strength: float) -> tuple[Tensor, float]: ...
 
 
 def builtin() -> list[str]:

@@ -24,6 +24,7 @@ class Card:
     classes: their names, in order
     feature_module: dotted name of the module whose output feature taps read
     weights_sha256: hash of the weights file
+    grid, end: the usual grid and its end, for a solver that is named without them
     auto: for each budget (as a string) the best known "solver" without training, and "grid",
         "first" and "end" where they are not the usual ones; and "learned", the folder of a learned
         solver beside the card that is better at exactly this budget
@@ -43,6 +44,8 @@ class Card:
     sigma_data: float = 0.5
     feature_module: str = "middle"
     weights_sha256: str = ""
+    grid: str = "karras"
+    end: str = "sigma_min"
     auto: dict[str, dict[str, Any]] = field(default_factory=dict)
     distilled: dict[str, Any] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
@@ -51,7 +54,7 @@ class Card:
     folder: Path | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("name", "summary", "kind", "feature_module", "weights_sha256"):
+        for name in ("name", "summary", "kind", "feature_module", "weights_sha256", "grid", "end"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be text, got {getattr(self, name)!r}")
         for name in ("network", "auto", "distilled", "about"):

@@ -108,11 +108,20 @@ class NetworkModel:
         config = self.net.config
         return config.channels, config.size, config.size
 
+    @property
+    def picture(self) -> tuple[int, int, int]:
+        """Shape of one picture, (h, w, c)."""
+        channels, height, width = self.shape
+        return height, width, channels
+
     def denoiser(
         self,
         label: Label = None,
         prompt: str | None = None,
         guidance: float | Sequence[float] | Tensor | None = None,
+        *,
+        negative: str | None = None,
+        encoded: object = None,
     ) -> Wrapper:
         """D(x, sigma) for one label for all pictures, or one per picture; None is the network
         without class.
@@ -122,11 +131,12 @@ class NetworkModel:
         guidance: scale of classifier-free guidance, >= 0, one or one per picture, needs a label;
             None or 1 is none. A network that is told the scale takes it in, at no second pass.
 
-        Errors: ValueError for a prompt, an unknown label, a guidance that is negative or not
-        finite, guidance without a label, or one that a student was not distilled for.
+        Errors: ValueError for a text, an unknown label, a guidance that is negative or not finite,
+        guidance without a label, or one that a student was not distilled for.
         """
-        if prompt is not None:
-            raise ValueError(f"{self.card.name} has no text input; use label instead of prompt")
+        for name, text in (("prompt", prompt), ("negative", negative)):
+            if text is not None:
+                raise ValueError(f"{self.card.name} has no text input; use label instead of {name}")
         scale = torch.as_tensor(1.0 if guidance is None else guidance, dtype=torch.float64)
         if not ((scale >= 0) & (scale < math.inf)).all():
             raise ValueError(f"guidance must be finite and at least 0, got {guidance}")
@@ -214,6 +224,23 @@ class NetworkModel:
                 *(self.stats[name][row] for name in ("mean", "basis", "variances", "rest")),
             ).to(flat)
         return flat.reshape(x.shape)
+
+    def level(self, strength: float) -> float:
+        """The noise level at which `start` puts a picture: strength is the share of the Karras grid
+        that is gone through again. Errors: ValueError where it is not in (0, 1]."""
+        if not 0 < strength <= 1:
+            raise ValueError(f"strength must lie in (0, 1], got {strength}")
+        low, high = self.card.sigma_min ** (1 / 7), self.card.sigma_max ** (1 / 7)
+        return (low + strength * (high - low)) ** 7 if strength < 1 else self.card.sigma_max
+
+    def start(
+        self, images: np.ndarray | Tensor, seeds: Sequence[int], strength: float
+    ) -> tuple[Tensor, float]:
+        """Where image-to-image starts: (x, sigma), pictures uint8 [n, h, w, c], one for all seeds
+        or one per seed, with noise up to sigma."""
+        sigma = self.level(strength)
+        clean = to_unit(torch.as_tensor(images).permute(0, 3, 1, 2))
+        return (clean + sigma * normal(seeds, self.shape, "prior")).to(self.device), sigma
 
     def decode(self, x: Tensor) -> np.ndarray:
         """Pictures uint8 [n, h, w, c] from clean states in [-1, 1]."""

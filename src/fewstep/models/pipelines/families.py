@@ -9,6 +9,7 @@ own `encode_prompt`, so a condition is what diffusers would have given the same 
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,35 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.models.memory import on_leaves
+
 __all__ = [
     "FAMILIES",
     "Condition",
     "Family",
     "Network",
-    "Prompts",
     "Tapped",
     "cut_texts",
-    "on_leaves",
 ]
 
 Condition = dict[str, Any]
 Sizes = Mapping[str, tuple[int, int]]
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """What is to be said to a network.
-
-    texts, negatives: one for all pictures or one per picture, equally many; negatives is None where
-        none were given
-    guided: whether the unconditional half is needed
-    sizes: original_size, crops_coords_top_left and target_size, (height, width) each, for SDXL
-    """
-
-    texts: list[str]
-    negatives: list[str] | None
-    guided: bool
-    sizes: Sizes
 
 
 @dataclass(frozen=True)
@@ -56,7 +41,9 @@ class Family:
     autoencoder: the component that makes pictures of latents; None where the network works on
         pixels
     optional: components that it does without where the folder lacks them
-    encode: (pipeline, prompts) -> (condition, unconditional condition or None); None: no text
+    encode: (pipeline, texts, sizes) -> a condition with one row per text, or one for all; texts are
+        None for what guidance leads away from where no text says it. None: it takes no text.
+        sizes: original_size, crops_coords_top_left and target_size, (height, width) each, for SDXL
     tokenizers: components that read the prompt, with how many tokens are read (0: as many as the
         tokenizer's own model_max_length)
     tap: the module of the network whose output is its features, given the network
@@ -66,61 +53,49 @@ class Family:
     network: str
     needs: tuple[str, ...]
     autoencoder: str | None = None
-    encode: Callable[[Any, Prompts], tuple[Condition, Condition | None]] | None = None
+    encode: Callable[[Any, list[str] | None, Sizes], Condition] | None = None
     optional: tuple[str, ...] = ()
     tokenizers: tuple[tuple[str, int], ...] = ()
     tap: Callable[[Any], str] = lambda net: "mid_block"
     patch: Callable[[Any], int] = lambda net: 1
 
 
-def _encode_sd(pipe: Any, prompts: Prompts) -> tuple[Condition, Condition | None]:
-    cond, uncond = pipe.encode_prompt(
-        prompts.texts, pipe.device, 1, prompts.guided, negative_prompt=prompts.negatives
-    )
-    negative = {"encoder_hidden_states": uncond} if prompts.guided else None
-    return {"encoder_hidden_states": cond}, negative
+def _encode_sd(pipe: Any, texts: list[str] | None, sizes: Sizes) -> Condition:
+    text, _ = pipe.encode_prompt(texts or [""], pipe.device, 1, False)
+    return {"encoder_hidden_states": text}
 
 
-def _encode_sdxl(pipe: Any, prompts: Prompts) -> tuple[Condition, Condition | None]:
-    cond, uncond, pooled, unpooled = pipe.encode_prompt(
-        prompts.texts,
-        device=pipe.device,
-        do_classifier_free_guidance=prompts.guided,
-        negative_prompt=prompts.negatives,
+def _encode_sdxl(pipe: Any, texts: list[str] | None, sizes: Sizes) -> Condition:
+    # its unconditional half is zeros or the empty text, by its configuration
+    found = pipe.encode_prompt(
+        texts or [""], device=pipe.device, do_classifier_free_guidance=texts is None
     )
+    text, summary = (found[0], found[2]) if texts is not None else (found[1], found[3])
     ids = pipe._get_add_time_ids(
-        prompts.sizes["original_size"],
-        prompts.sizes["crops_coords_top_left"],
-        prompts.sizes["target_size"],
-        dtype=cond.dtype,
+        sizes["original_size"],
+        sizes["crops_coords_top_left"],
+        sizes["target_size"],
+        dtype=text.dtype,
         text_encoder_projection_dim=pipe.text_encoder_2.config.projection_dim,
     ).to(pipe.device)
-
-    def condition(text: Tensor, summary: Tensor) -> Condition:
-        added = {"text_embeds": summary, "time_ids": ids}
-        return {"encoder_hidden_states": text, "added_cond_kwargs": added}
-
-    return condition(cond, pooled), condition(uncond, unpooled) if prompts.guided else None
+    added = {"text_embeds": summary, "time_ids": ids}
+    return {"encoder_hidden_states": text, "added_cond_kwargs": added}
 
 
-def _encode_sd3(pipe: Any, prompts: Prompts) -> tuple[Condition, Condition | None]:
-    cond, uncond, pooled, unpooled = pipe.encode_prompt(
-        prompts.texts,
+def _encode_sd3(pipe: Any, texts: list[str] | None, sizes: Sizes) -> Condition:
+    text, _, summary, _ = pipe.encode_prompt(
+        texts or [""],
         None,
         None,
         device=pipe.device,
-        do_classifier_free_guidance=prompts.guided,
-        negative_prompt=prompts.negatives,
+        do_classifier_free_guidance=False,
         max_sequence_length=T5_TOKENS,
     )
-
-    def condition(text: Tensor, summary: Tensor) -> Condition:
-        return {"encoder_hidden_states": text, "pooled_projections": summary}
-
-    return condition(cond, pooled), condition(uncond, unpooled) if prompts.guided else None
+    return {"encoder_hidden_states": text, "pooled_projections": summary}
 
 
 T5_TOKENS = 256  # diffusers' default for Stable Diffusion 3
+SHOWN = 40  # characters by which a warning names a text
 PIXELS = Family("unet", ("unet",))
 CLIP = ("tokenizer", "text_encoder")
 CLIPS = (*CLIP, "tokenizer_2", "text_encoder_2")
@@ -163,8 +138,8 @@ def cut_texts(tokenizer: Any, limit: int, texts: Sequence[str]) -> list[str]:
     return cut
 
 
-def warnings_of_cuts(pipe: Any, family: Family, texts: Sequence[str]) -> list[str]:
-    """One for each text that some text encoder does not read to the end."""
+def warn_of_cuts(pipe: Any, family: Family, texts: Sequence[str]) -> None:
+    """One warning for each text that some text encoder does not read to the end."""
     cuts: dict[tuple[str, str], list[str]] = {}
     for name, limit in family.tokenizers:
         if (tokenizer := getattr(pipe, name)) is None:
@@ -173,10 +148,12 @@ def warnings_of_cuts(pipe: Any, family: Family, texts: Sequence[str]) -> list[st
             if cut:
                 read = f"{name} ({limit or tokenizer.model_max_length} tokens)"
                 cuts.setdefault((text, cut), []).append(read)
-    return [
-        f"the prompt is too long for {' and '.join(names)}: it does not see {cut!r}"
-        for (_, cut), names in cuts.items()
-    ]
+    for (text, cut), names in cuts.items():
+        start = text if len(text) <= SHOWN else text[:SHOWN] + "..."
+        warnings.warn(
+            f"the prompt {start!r} is too long for {' and '.join(names)}: it does not see {cut!r}",
+            stacklevel=4,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,13 +209,6 @@ class Tapped:
             h, w = (side // self.patch for side in x_t.shape[2:])
             features = features.transpose(1, 2).reshape(len(features), -1, h, w)
         return out, features
-
-
-def on_leaves(change: Callable[..., Tensor], *conditions: Any) -> Any:
-    """A condition of change(leaf of each), for conditions that are alike in structure."""
-    if isinstance(conditions[0], Mapping):
-        return {name: on_leaves(change, *(c[name] for c in conditions)) for name in conditions[0]}
-    return change(*conditions)
 
 
 def _rows(condition: Condition, count: int) -> Condition:

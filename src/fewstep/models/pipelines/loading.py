@@ -239,7 +239,8 @@ def _fetch(name: str) -> Path:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     try:
-        return Path(DiffusionPipeline.download(name))
+        with quiet():
+            return Path(DiffusionPipeline.download(name))
     except Exception as error:  # the client's errors are of many libraries
         raise ValueError(
             f"there is no folder {name!r}, and the hub did not give it ({_line(error)}); "
@@ -410,7 +411,9 @@ def _card(name: str, kind: str, family: Family, net: Any, process: Process, dige
         weights_sha256=digest,
         # The network's own time is the usual grid for such networks, and the only sensible one
         # where sigma_max is huge (flows, zero terminal SNR).
-        auto={"1": {"solver": "dpmpp-2m", "grid": "trailing", "end": "zero"}},
+        grid="trailing",
+        end="zero",
+        auto={"1": {"solver": "dpmpp-2m"}},
         about={"pipeline": kind, "prediction": process.prediction, "flow": flow},
         kind="pipeline",
     )

@@ -7,10 +7,10 @@ sees them. The pipeline's own loop and scheduler are not used; its components ar
 from __future__ import annotations
 
 import operator
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,55 +20,24 @@ from torch import Tensor
 from fewstep.denoiser import Bound, Clipped, Guided, Predicted
 from fewstep.models.card import Card
 from fewstep.models.data import to_pixels, to_unit
+from fewstep.models.memory import Memory, on_leaves
 from fewstep.models.pipelines.families import (
     Condition,
     Family,
     Network,
-    Prompts,
     Tapped,
     guidance_embedding,
     module_exists,
-    on_leaves,
     told_guidance,
-    warnings_of_cuts,
+    warn_of_cuts,
 )
 from fewstep.models.pipelines.process import Process, Scheduled, betas_of, read_process
 from fewstep.noise import normal
 
-__all__ = ["MEMORY", "Memory", "PipelineModel", "pixels_per_latent", "process_of", "quiet"]
+__all__ = ["PipelineModel", "pixels_per_latent", "process_of", "quiet"]
 
 Text = str | Sequence[str] | None
 Size = tuple[int, int]
-MEMORY = 2**30  # bytes: 9,000 texts of Stable Diffusion 1 in half precision
-
-
-@dataclass
-class Memory:
-    """Encoded texts by what was asked for, on the CPU, in the text encoder's dtype.
-
-    limit: bytes; what would go beyond is not kept, and encoded again when it is asked for again
-    warned: whether a text has been found too long
-    """
-
-    limit: int
-    size: int = 0
-    warned: bool = False
-    kept: dict[Any, Condition] = field(default_factory=dict, repr=False)
-
-    def recall(self, key: Any, encode: Callable[[], Condition]) -> Condition:
-        """What encode() returned when it was first asked for under that key."""
-        if key not in self.kept:
-            sizes: list[int] = []
-
-            def taken(leaf: Tensor) -> Tensor:
-                sizes.append(leaf.nbytes)
-                return leaf.cpu()
-
-            row = on_leaves(taken, encode())
-            if self.size + sum(sizes) > self.limit:
-                return row
-            self.kept[key], self.size = row, self.size + sum(sizes)
-        return self.kept[key]
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +47,6 @@ class PipelineModel:
     pipe: the diffusers pipeline; `model.pipe.vae.enable_tiling()` and its like work as ever
     size: height and width of the pictures, in pixels
     forward: the network, compiled or not
-    memory: see `remembering`
     """
 
     card: Card
@@ -87,7 +55,6 @@ class PipelineModel:
     process: Process
     size: Size
     forward: Callable[..., Any] = field(repr=False)
-    memory: Memory | None = None
 
     def __post_init__(self) -> None:
         step = self.scale * self.family.patch(self.net)
@@ -127,6 +94,12 @@ class PipelineModel:
         return int(self.net.config.in_channels), height // self.scale, width // self.scale
 
     @property
+    def picture(self) -> tuple[int, int, int]:
+        """Shape of one picture, (h, w, c)."""
+        vae = self.autoencoder
+        return *self.size, int(self.shape[0] if vae is None else vae.config.in_channels)
+
+    @property
     def schedule(self) -> Any:
         """The schedule by whose time grids are uniform."""
         return self.process.grid_schedule
@@ -136,14 +109,6 @@ class PipelineModel:
         process = process_of(self.pipe, self.family, (height, width))
         return replace(self, size=(height, width), process=process)
 
-    def remembering(self, limit: int = MEMORY) -> PipelineModel:
-        """The same model, which encodes each text once, for callers that come back to texts.
-
-        Each is encoded by itself, so that its condition depends on no other, to the bit. `limit` is
-        in bytes on the CPU; texts beyond it are encoded whenever they are asked for.
-        """
-        return replace(self, memory=Memory(limit))
-
     @torch.no_grad()
     def denoiser(
         self,
@@ -152,6 +117,7 @@ class PipelineModel:
         guidance: float | Sequence[float] | Tensor | None = None,
         *,
         negative: Text = None,
+        encoded: Memory | None = None,
         original_size: Size | None = None,
         crops_coords_top_left: Size = (0, 0),
         target_size: Size | None = None,
@@ -163,6 +129,8 @@ class PipelineModel:
             and costs one network call, any other costs two. A network that takes the scale as an
             input (LCM) is told it and costs one call.
         negative: what guidance leads away from, in place of the empty text
+        encoded: what the texts of earlier calls became, which are not encoded again; those of this
+            call join it
         original_size, crops_coords_top_left, target_size: the size conditioning of SDXL, (height,
             width) each; the picture's own size, uncropped, where left out
 
@@ -193,7 +161,7 @@ class PipelineModel:
             "crops_coords_top_left": crops_coords_top_left,
             "target_size": target_size or self.size,
         }
-        cond, uncond = self._encode(prompt, negative, guided, sizes)
+        cond, uncond = self._encode(prompt, negative, guided, sizes, encoded)
         if told:
             w = torch.ones(1, device=self.device) if scale is None else scale.reshape(-1)
             cond = cond | guidance_embedding(self.pipe, self.net, w)
@@ -215,58 +183,42 @@ class PipelineModel:
         return None if scale.ndim == 0 and float(scale) == 1 else scale
 
     def _encode(
-        self, prompt: Text, negative: Text, guided: bool, sizes: dict[str, Size]
+        self,
+        prompt: Text,
+        negative: Text,
+        guided: bool,
+        sizes: dict[str, Size],
+        encoded: Memory | None,
     ) -> tuple[Condition, Condition | None]:
-        texts, negatives = _texts("prompt", prompt), _texts("negative", negative)
-        texts = texts or [""]
+        texts, negatives = _texts("prompt", prompt) or [""], _texts("negative", negative)
         count = max(len(texts), len(negatives or []))
         for name, value in (("prompt", texts), ("negative", negatives)):
             if value is not None and len(value) not in (1, count):
                 raise ValueError(
                     f"{name} must be one text or one per picture, got {len(value)} for {count}"
                 )
-        if self.memory is not None:
-            return self._recall(self.memory, texts, negatives or [None], guided, sizes)
-        texts = texts * (count // len(texts))
-        negatives = negatives and negatives * (count // len(negatives))
-        said: list[str] = list(dict.fromkeys([*texts, *(negatives or [])]))
-        for cut in warnings_of_cuts(self.pipe, self.family, said):
-            warnings.warn(cut, stacklevel=4)
-        return self._said(Prompts(texts, negatives, guided, sizes))
+        memory = Memory() if encoded is None else encoded
+        # what guidance leads away from comes first: that is what later calls will ask for again
+        uncond = self._half(negatives or [None], sizes, memory) if guided else None
+        return self._half(texts, sizes, memory), uncond
 
-    def _said(self, prompts: Prompts) -> tuple[Condition, Condition | None]:
+    def _half(
+        self, texts: Sequence[str | None], sizes: dict[str, Size], memory: Memory
+    ) -> Condition:
+        """The condition of some texts, one row each. Each is encoded by itself, so that what it
+        becomes depends on no other, to the bit."""
+        rows = [
+            memory.recall((text, *sizes.values()), partial(self._said, text, sizes))
+            for text in texts
+        ]
+        return on_leaves(lambda *leaves: torch.cat(leaves).to(self.device), *rows)
+
+    def _said(self, text: str | None, sizes: dict[str, Size]) -> Condition:
+        texts = None if text is None else [text]
+        warn_of_cuts(self.pipe, self.family, texts or [])
         assert self.family.encode is not None
         with quiet():
-            return self.family.encode(self.pipe, prompts)
-
-    def _recall(
-        self,
-        memory: Memory,
-        texts: Sequence[str],
-        negatives: Sequence[str | None],
-        guided: bool,
-        sizes: dict[str, Size],
-    ) -> tuple[Condition, Condition | None]:
-        """The same from memory, and what is not there text by text; one row for one text."""
-
-        def row(text: str, negative: str | None, half: int) -> Condition:
-            def encode() -> Condition:
-                cuts = warnings_of_cuts(self.pipe, self.family, [text, negative or ""])
-                if cuts and not memory.warned:
-                    memory.warned = True
-                    warnings.warn(f"{cuts[0]} (said of the first such text alone)", stacklevel=8)
-                negatives = None if negative is None else [negative]
-                said = self._said(Prompts([text], negatives, half == 1, sizes))[half]
-                assert said is not None  # the second half is there where it is asked for
-                return said
-
-            return memory.recall((text, negative, half, *sizes.items()), encode)
-
-        def stacked(rows: list[Condition]) -> Condition:
-            return on_leaves(lambda *leaves: torch.cat(leaves).to(self.device), *rows)
-
-        cond = stacked([row(text, None, 0) for text in texts])
-        return cond, stacked([row("", negative, 1) for negative in negatives]) if guided else None
+            return self.family.encode(self.pipe, texts, sizes)
 
     def _network(self) -> Predicted:
         inner = network = Network(self.forward)
@@ -311,17 +263,22 @@ class PipelineModel:
 
         Solve on from there: `solve(denoiser, x, ..., sigma_max=sigma)`.
         """
-        schedule = self.process.grid_schedule
-        t = schedule.t_clean + strength * (schedule.t_max - schedule.t_clean)
-        if not 0 < strength <= 1 or t <= schedule.t_min:
-            raise ValueError(f"strength must lie in (0, 1] and not be tiny, got {strength}")
+        sigma = self.level(strength)
         clean = self.encode(images)
         if len(clean) not in (1, len(seeds)):
             raise ValueError(
                 f"images must be one or one per seed, got {len(clean)} for {len(seeds)}"
             )
-        sigma = schedule.sigma(t) if strength < 1 else self.process.sigma_max
         return clean + sigma * self._noise(seeds), sigma
+
+    def level(self, strength: float) -> float:
+        """The noise level at which `start` puts a picture. Errors: ValueError for a strength that
+        is not in (0, 1], or too small for the network's range."""
+        schedule = self.process.grid_schedule
+        t = schedule.t_clean + strength * (schedule.t_max - schedule.t_clean)
+        if not 0 < strength <= 1 or t <= schedule.t_min:
+            raise ValueError(f"strength must lie in (0, 1] and not be tiny, got {strength}")
+        return schedule.sigma(t) if strength < 1 else self.process.sigma_max
 
     def _noise(self, seeds: Sequence[int]) -> Tensor:
         seeds = [operator.index(seed) for seed in seeds]
@@ -335,9 +292,7 @@ class PipelineModel:
         Errors: ValueError where the pictures have another size.
         """
         pictures = torch.as_tensor(images)
-        vae = self.autoencoder
-        channels = self.shape[0] if vae is None else vae.config.in_channels
-        wanted = (*self.size, channels)
+        vae, wanted = self.autoencoder, self.picture
         if (
             pictures.ndim != 4
             or tuple(pictures.shape[1:]) != wanted

@@ -1,0 +1,50 @@
+"""Conditions that have been encoded before, kept within a bound.
+
+A condition is a tree: mappings of mappings of tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["MEMORY", "Memory", "on_leaves"]
+
+MEMORY = 2**30  # bytes: 9,000 texts of Stable Diffusion 1 in half precision
+
+
+def on_leaves(change: Callable[..., Tensor], *conditions: Any) -> Any:
+    """A condition of change(leaf of each), for conditions that are alike in structure."""
+    if isinstance(conditions[0], Mapping):
+        return {name: on_leaves(change, *(c[name] for c in conditions)) for name in conditions[0]}
+    return change(*conditions)
+
+
+@dataclass
+class Memory:
+    """Conditions by what was asked for, on the CPU, in the dtype in which they came.
+
+    limit: bytes; what would go beyond is not kept, and encoded again when it is asked for again
+    """
+
+    limit: int = MEMORY
+    size: int = 0
+    kept: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    def recall(self, key: Hashable, encode: Callable[[], Any]) -> Any:
+        """What encode() returned when it was first asked for under that key."""
+        if key in self.kept:
+            return self.kept[key]
+        sizes: list[int] = []
+
+        def taken(leaf: Tensor) -> Tensor:
+            sizes.append(leaf.nbytes)
+            return leaf.cpu()
+
+        found = on_leaves(taken, encode())
+        if self.size + sum(sizes) <= self.limit:
+            self.kept[key], self.size = found, self.size + sum(sizes)
+        return found
