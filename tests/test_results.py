@@ -36,7 +36,8 @@ def cheapest() -> tuple[dict[str, Any], dict[str, Any], str]:
         record = json.loads(path.read_text())
         for row in record["rows"]:
             dtype = record["sources"][row["source"]]["dtype"]
-            plain = "/" not in row["sampler"] and not row.get("stochastic") and dtype in TOLERANCE
+            named = "/" not in row["sampler"] and row["grid"] is not None  # not a learned one
+            plain = named and not row.get("stochastic") and dtype in TOLERANCE
             if record["model"]["name"] in builtin() and row["nfe"] == 3 and plain:
                 found.append((dtype != "float32", row["seconds"], record, row, dtype))
     assert found, "no stored comparison of a built-in model has a row of 3 evaluations"
