@@ -36,8 +36,9 @@ def cheapest() -> tuple[dict[str, Any], dict[str, Any], str]:
         record = json.loads(path.read_text())
         for row in record["rows"]:
             dtype = record["sources"][row["source"]]["dtype"]
-            plain = "/" not in row["sampler"] and "student" not in row and dtype in TOLERANCE
-            plain = plain and not row.get("stochastic")
+            named = "/" not in row["sampler"] and row["grid"] is not None  # not a learned one
+            plain = named and "student" not in row and not row.get("stochastic")
+            plain = plain and dtype in TOLERANCE
             if record["model"]["name"] in builtin() and row["nfe"] == 3 and plain:
                 found.append((dtype != "float32", row["seconds"], record, row, dtype))
     assert found, "no stored comparison of a built-in model has a row of 3 evaluations"
