@@ -42,7 +42,7 @@ def peak(pipeline: str, captions: Path, nfe: int, trajectories: int, batch: int)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser()
     parser.add_argument("pipeline")
     parser.add_argument("--captions", type=Path, required=True)
     parser.add_argument("--prompts", type=int, nargs="+", default=[100, 30_000])

@@ -29,6 +29,7 @@ from typer.testing import CliRunner
 
 import fewstep
 from fewstep.cli import app
+from fewstep.denoiser import Wrapper
 from fewstep.integrations.diffusers import FewstepScheduler
 from fewstep.learned import LearnedSolver, prompted, train, training
 from fewstep.learned.method import Lesson
@@ -306,11 +307,25 @@ def test_amed_reads_the_middle_of_the_network(name, method, models):
     base = None if method == "amed" else "dpmpp-2m"
     conditions = prompted(model, TEXTS, guidance=2.0)
     solver = learned(model, conditions, method=method, base=base, nfe=4, lr=0.05)
-    assert solver.method.predictor.features == 16  # 4 x 4 places of the middle of 8 x 8 latents
+    found: Any = solver.method
+    assert found.predictor.features == 16  # 4 x 4 places of the middle of 8 x 8 latents
     samples = fewstep.sample(model, solver=solver, seeds=[0, 1], prompt="a cat", guidance=3.0)
     assert samples.nfe == 4
     with pytest.raises(ValueError, match="differ between samples"):
         solver.plan()
+
+
+class Watched(Wrapper):
+    """Notes the dtypes of states, D's and text."""
+
+    def __init__(self, denoiser: Any, seen: list[Any]) -> None:
+        self.denoiser, self.seen = denoiser, seen
+
+    def evaluate(self, inner: Any, x: Tensor, sigma: Tensor) -> tuple[Tensor, Any]:
+        out, features = inner(x, sigma)
+        said = self.denoiser.cond["encoder_hidden_states"]
+        self.seen.append((x.dtype, out.dtype, said.dtype))
+        return out, features
 
 
 @pytest.mark.usefixtures("quick")
@@ -320,23 +335,13 @@ def test_amed_reads_the_middle_of_the_network(name, method, models):
 )
 def test_networks_in_half_precision_keep_states_in_single(dtype, folders):
     model = pipelines.load(folders["sd"], dtype=dtype)
-    seen = []
-    inner = prompted(model, TEXTS, guidance=2.0)
+    seen: list[Any] = []
+    inner: Any = prompted(model, TEXTS, guidance=2.0)
 
     def conditions(seeds: Any) -> Any:
         denoiser = inner(seeds)
 
-        def spied(x: Tensor, sigma: Tensor) -> Tensor:
-            out = denoiser(x, sigma)
-            seen.append((x.dtype, out.dtype, denoiser.cond["encoder_hidden_states"].dtype))
-            return out
-
-        spied.schedule, spied.sigma_min, spied.sigma_max = (
-            denoiser.schedule,
-            denoiser.sigma_min,
-            denoiser.sigma_max,
-        )
-        return spied
+        return Watched(denoiser, seen)
 
     solver = learned(model, conditions, nfe=3)
     assert set(seen) == {(torch.float32, torch.float32, getattr(torch, dtype))}
