@@ -50,7 +50,9 @@ def screen(model: Model, budgets: list[int]) -> Rows:
         for solver in SOLVERS:
             tries = []
             for grid, first, end in itertools.product(GRIDS, FIRSTS, ENDS):
-                run = {"solver": solver, "grid": grid, "first": first, "end": end}
+                run: dict[str, Any] = {
+                    "solver": solver, "grid": grid, "first": first, "end": end,
+                }  # fmt: skip
                 try:
                     x = fewstep.solve(denoiser, x_T, nfe=nfe, **run)
                 except ValueError:  # a budget that this solver cannot spend

@@ -243,7 +243,8 @@ class Run:
     def __init__(self, recipe: Recipe, data: str) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
-            self.net = Student(recipe).to(memory_format=torch.channels_last)
+            self.net = Student(recipe)
+            self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.recipe, self.data, self.step = recipe, data, 0
         named = dict(self.net.named_parameters())
         groups = [

@@ -15,6 +15,7 @@ from fewstep.denoiser import Condition
 from fewstep.models import Model
 from fewstep.models.data import load_idx_folder, to_unit
 from fewstep.models.training import data_hash
+from fewstep.pictures import fit_picture
 
 __all__ = ["Data", "Pictures", "mapped", "read_data"]
 
@@ -126,8 +127,6 @@ def _on_disk(path: Path, model: Model, needed: bool) -> tuple[Tensor, Tensor]:
 def _at_size(picture: np.ndarray, model: Model, name: str) -> np.ndarray:
     """uint8 [h, w, c] as the model takes it. Errors: ValueError for one that is too small, or has
     another number of channels."""
-    from fewstep.evaluate.images import middle_square
-
     channels, height, width = model.shape
     if picture.shape[2] != channels:
         kinds = {1: "grey", 3: "in colour"}
@@ -136,7 +135,7 @@ def _at_size(picture: np.ndarray, model: Model, name: str) -> np.ndarray:
             f"{channels} channels"
         )
     if height == width <= min(picture.shape[:2]):
-        return middle_square(picture, height)
+        return fit_picture(picture, height, width)
     if picture.shape[:2] != (height, width):
         size = "x".join(map(str, picture.shape[:2]))
         raise ValueError(
