@@ -16,6 +16,7 @@ from rich.console import Console
 import fewstep
 from fewstep.demo import FAMILIES, STOCHASTIC, run_demo
 from fewstep.demo_report import render_table
+from fewstep.models import BUILTIN
 from fewstep.pictures import read_png
 from fewstep.solver import names
 
@@ -51,6 +52,8 @@ def solved(solver, nfe):
         if solver == "auto":
             known = dict(model.card.auto["5"])
             solver = known.pop("solver")
+            if "learned" in known:  # it comes with a grid of its own
+                solver, known = BUILTIN / "fashion-mnist" / known["learned"], {}
         return fewstep.solve(model.denoiser(), start, solver, nfe, **known).double().numpy()
 
 
