@@ -414,3 +414,21 @@ def test_little_of_a_run_is_spent_outside_the_networks():
     rows = pipeline_overhead.measure(rounds=3)
     assert rows[0]["route"] == "fewstep.sample"
     assert rows[0]["outside"] < pipeline_overhead.MOST
+
+
+@pytest.mark.parametrize("part", ["unet", "scheduler"])
+def test_code_beside_weights_is_refused_and_not_run(part, tmp_path):
+    folder = pipelines.saved("sd", tmp_path / "sd")
+    (folder / part / "diffusers.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(ValueError, match="is code beside weights, which is not executed"):
+        fewstep.load(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_pipeline_for_a_component_is_refused(tmp_path):
+    folder = pipelines.saved("sd", tmp_path / "sd")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["unet"] = ["diffusers", "StableDiffusionPipeline"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="unet is a pipeline of its own"):
+        fewstep.load(folder)

@@ -62,6 +62,8 @@ def sample_to_folder(
     otherwise, and what `fewstep.sample` raises, before anything is written; OSError where the
     folder cannot be written.
     """
+    if batch is not None and batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
     out, run = Path(out), Run.of(model, seeds, **asked)
     size, total = batch or usual_batch(model), len(run.seeds)
     calls = run.check(size) * run.settings.nfe

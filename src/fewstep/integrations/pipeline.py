@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fewstep.denoiser import Denoiser, per_sample
-from fewstep.loop import Runnable, find, iterate
+from fewstep.loop import Runnable, find, iterate, starts_at
 from fewstep.models.pipelines import PipelineModel, from_pipe
 from fewstep.plan import Program
 from fewstep.solver import Solver
@@ -112,6 +112,11 @@ class FewstepPipeline:
             raise ValueError(
                 f"{program.name} goes its own {intervals} intervals; leave num_inference_steps "
                 f"out, got {num_inference_steps}"
+            )
+        if not starts_at(program.sigmas[0], model.process.sigma_max):
+            raise ValueError(
+                f"{program.name} starts at sigma {program.sigmas[0]:g}, and the pipeline at "
+                f"{model.process.sigma_max:g}; train a solver on this pipeline"
             )
         if output_type not in OUTPUTS:
             raise ValueError(

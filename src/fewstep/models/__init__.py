@@ -29,7 +29,7 @@ LOADERS = {
 
 class Model(Protocol):
     """What sampling needs of a model. `denoiser(...)` gives D(x, sigma) with the conditions filled
-    in; beside text it is also given `negative` and `encoded`, as in `PipelineModel.denoiser`."""
+    in, `negative` and `encoded` as in `PipelineModel.denoiser`."""
 
     @property
     def card(self) -> Card: ...
@@ -37,7 +37,15 @@ class Model(Protocol):
     def shape(self) -> tuple[int, ...]: ...
     @property
     def dtype(self) -> torch.dtype: ...
-    def denoiser(self, label: Any = None, prompt: Any = None, guidance: Any = None) -> Denoiser: ...
+    def denoiser(
+        self,
+        label: Any = None,
+        prompt: Any = None,
+        guidance: Any = None,
+        *,
+        negative: Any = None,
+        encoded: Any = None,
+    ) -> Denoiser: ...
     def prior(
         self, seeds: Sequence[int], sigma: float | None = None, label: Any = None
     ) -> Tensor: ...

@@ -196,6 +196,13 @@ def read_index(source: Source) -> tuple[dict[str, Any], Family]:
                 f"{path}: {part} is of module {entry[0]!r}, and fewstep takes classes from "
                 "diffusers and transformers alone, since code beside weights is not executed"
             )
+        if str(entry[1]).endswith("Pipeline"):
+            raise ValueError(
+                f"{path}: {part} is a pipeline of its own, {entry[1]!r}, and is not read"
+            )
+        # some releases of diffusers take a file <part>/<library>.py for the library itself
+        if code := next((source.folder / part).glob("*.py"), None):
+            raise ValueError(f"{code} is code beside weights, which is not executed; remove it")
     return index, FAMILIES[name]
 
 

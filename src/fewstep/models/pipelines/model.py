@@ -157,9 +157,9 @@ class PipelineModel:
                 else f"{self.card.name} is told its guidance and takes no negative prompt"
             )
         sizes = {
-            "original_size": original_size or self.size,
-            "crops_coords_top_left": crops_coords_top_left,
-            "target_size": target_size or self.size,
+            "original_size": tuple(original_size or self.size),
+            "crops_coords_top_left": tuple(crops_coords_top_left),
+            "target_size": tuple(target_size or self.size),
         }
         cond, uncond = self._encode(prompt, negative, guided, sizes, encoded)
         if told:
