@@ -38,7 +38,7 @@ from fewstep.solver import get
 __all__ = ["GRID", "SEARCH", "SEARCHED", "GridKind", "OnGrid", "search_grid", "shortest"]
 
 SEARCH = "search"  # the name of a grid that is to be found
-SEARCHED = 64  # trajectories; on the built-in network twice as many find the same grids
+SEARCHED = 64  # trajectories
 TEACHER, FINE = "deis-3", 60  # its intervals
 WEIGHTS = (0.0, 0.0625, 0.125, 0.1875, 0.25, 0.375, 0.5)  # q
 
