@@ -279,3 +279,9 @@ def test_a_solver_file_that_cannot_be_read_is_one_line(tmp_path):
             assert not (tmp_path / "x").exists()
         with pytest.raises(ValueError, match=message):
             run("plan", tmp_path)
+
+
+def test_a_long_name_leaves_room_for_the_pictures(folder, tmp_path):
+    told = run_demo(str(folder), tmp_path, nfe=3, seeds=[0], solvers=("auto", "ddim"))
+    page = next(path for path in told.files if path.suffix == ".html").read_text()
+    assert re.search(r'<span class="about figure">tuned, error 0\.\d+', page)

@@ -142,7 +142,9 @@ def _caption(result: DemoResult, row: Row) -> str:
     if row.errors is None:
         return f"{count(row.nfe, 'evaluation')}, stochastic"
     error = f"error {_error(row)[0]}"
-    return f"{row.about.partition(',')[0]}, {error}" if row.solver == "auto" else error
+    # of a learned solver's name, "tuned from ipndm-3 5ac1e314215b", the first word has room
+    called = row.about.partition(",")[0].partition(" ")[0]
+    return f"{called}, {error}" if row.solver == "auto" else error
 
 
 def _full_bar(result: DemoResult) -> float:
