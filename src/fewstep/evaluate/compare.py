@@ -9,6 +9,8 @@ seeds; the chosen one runs on the test seeds. A row of the result has
                 network from other seeds, in each feature network's space
     excess      fd less that of the reference solves of the same seeds: 0 is a perfect sampler
     fd_data     Frechet distance to the statistics of data that come with the feature network
+    seconds     wall time per picture, sampling and decoding, in batches; median of ROUNDS rounds
+                in which every row has its turn, so that all are taken in the same minutes
 
 A student, distilled from the model, is one more sampler: it runs by its own network, and is held to
 the references and the population of its teacher.
@@ -68,6 +70,7 @@ __all__ = [
 FORMAT = "fewstep-comparison/1"
 CHECKED = 32  # seeds whose error stands in the row by itself, for a quick recomputation
 SHOWN = 16  # pictures of each sampler that are kept for the report
+ROUNDS = 3  # of timing
 FINALISTS = 2  # settings that the first round of screening leaves
 VALIDATION, POPULATION = 1_000_000, 100_000  # where their seeds start
 STUDENT_SAMPLERS = ("consistency", "consistency-ode")  # what is screened for a student
@@ -168,13 +171,11 @@ class Run:
 
     images: uint8 [n, h, w, c]
     mse: mean squared distance of each to its reference, [n], [-1, 1] pixel units
-    seconds: wall time per picture, the median over chunks
     digest: of everything that they depend on
     """
 
     images: np.ndarray
     mse: np.ndarray
-    seconds: float
     digest: str
 
 
@@ -222,7 +223,7 @@ class Workbench:
         for start in range(0, len(seeds), CHUNK):
             part = tuple(seeds[start : start + CHUNK])
             path = self.folder / "runs" / name / f"{_digest(part)}.npz"
-            found = _read(path, ("images", "mse", "seconds"))
+            found = _read(path, ("images", "mse"))
             if found is None:
                 found = self._sample(settings, part)
                 _write(path, found)
@@ -231,7 +232,6 @@ class Workbench:
         return Run(
             np.concatenate([part["images"] for part in parts]),
             np.concatenate([part["mse"] for part in parts]),
-            float(np.median([part["seconds"] for part in parts])),
             _digest((key, tuple(seeds))),
         )
 
@@ -241,27 +241,36 @@ class Workbench:
         program = resolve(**settings.arguments(), denoiser=denoiser)
         to_zero = settings.final or program.sigmas[-1] == 0
         exact = self.references.endpoints(seeds)
-        images, mse, seconds = [], [], 0.0
+        images, mse = [], []
         for start in range(0, len(seeds), self.batch):
             part = seeds[start : start + self.batch]
-            begun = time.perf_counter()
-            x = solve(denoiser, self.model.prior(part), **settings.arguments(), seeds=part)
-            finite = torch.isfinite(x).flatten(1).all(1)
-            if not finite.all():
-                raise FloatingPointError(
-                    f"{settings.record()['solver']} at {settings.nfe} evaluations gave NaN or "
-                    f"infinity for seed {part[int(finite.int().argmin())]}; leave it out, or take "
-                    "another dtype"
-                )
-            images.append(self.model.decode(x))
-            seconds += time.perf_counter() - begun
+            x, pictures = self._batch(denoiser, settings, part)
+            images.append(pictures)
             gap = x.double().cpu().numpy() - exact[start : start + self.batch, int(to_zero)]
             mse.append(np.square(gap).reshape(len(part), -1).mean(1))
-        return {
-            "images": np.concatenate(images),
-            "mse": np.concatenate(mse),
-            "seconds": np.array(seconds / len(seeds)),
-        }
+        return {"images": np.concatenate(images), "mse": np.concatenate(mse)}
+
+    @torch.inference_mode()
+    def seconds(self, settings: Settings, seeds: Sequence[int]) -> float:
+        """Wall time per picture of the seeds in one batch."""
+        denoiser = self.denoiser()
+        begun = time.perf_counter()
+        self._batch(denoiser, settings, tuple(seeds))
+        return (time.perf_counter() - begun) / len(seeds)
+
+    def _batch(
+        self, denoiser: Any, settings: Settings, seeds: tuple[int, ...]
+    ) -> tuple[torch.Tensor, np.ndarray]:
+        """Endpoints and their pictures. Errors: FloatingPointError, naming the seed."""
+        x = solve(denoiser, self.model.prior(seeds), **settings.arguments(), seeds=seeds)
+        finite = torch.isfinite(x).flatten(1).all(1)
+        if not finite.all():
+            raise FloatingPointError(
+                f"{settings.record()['solver']} at {settings.nfe} evaluations gave NaN or "
+                f"infinity for seed {seeds[int(finite.int().argmin())]}; leave it out, or take "
+                "another dtype"
+            )
+        return x, self.model.decode(x)
 
     def features(self, judge: Judge, images: np.ndarray, digest: str) -> np.ndarray:
         """float32 [n, d]; digest: what the pictures are known by."""
@@ -333,7 +342,7 @@ def compare(
     seconds = {
         judge.label: workbench.features(judge, *workbench.exact(design.seeds)) for judge in judges
     }
-    rows, strips = [], {"": workbench.exact(design.seeds[:CHUNK])[0][:SHOWN]}
+    rows, ran, strips = [], [], {"": workbench.exact(design.seeds[:CHUNK])[0][:SHOWN]}
     for (nfe, solver), settings in candidates.items():
         own = workbench.of(solver)
         chosen, screened = _choose(own, design, by_label, settings)
@@ -349,7 +358,10 @@ def compare(
                 ours = Statistics.of(features, extractor=judge.name)
                 row["fd_data"][judge.label] = ours.frechet(judge.data)
         rows.append(row)
+        ran.append((own, chosen))
         strips[f"{solver}@{nfe}"] = run.images[:SHOWN]
+    for row, spent in zip(rows, _times(ran, design.seeds[: workbench.batch]), strict=True):
+        row["seconds"] = spent
     floor = {}
     for judge in judges:
         ours = Statistics.of(seconds[judge.label], extractor=judge.name)
@@ -484,11 +496,23 @@ def _row(
         "error_se": float(error.std(ddof=1) / len(error) ** 0.5) if len(error) > 1 else None,
         "psnr": float(10 * np.log10(4 / max(run.mse.mean(), 1e-30))),
         "check": {"seeds": _span(design.seeds[:CHECKED]), "error": float(error[:CHECKED].mean())},
-        "seconds": run.seconds,
         "source": 0,
         "fd": {},
         "fd_data": {},
     }
+
+
+def _times(
+    ran: Sequence[tuple[Workbench, Settings]], seeds: Sequence[int], rounds: int = ROUNDS
+) -> list[float]:
+    """Seconds per picture of each, the median over rounds that go through all of them."""
+    taken = []
+    for i in range(rounds):
+        taken.append([])
+        for workbench, settings in ran:
+            taken[-1].append(workbench.seconds(settings, seeds))
+            workbench.report("times", i * len(ran) + len(taken[-1]), rounds * len(ran))
+    return np.median(taken, axis=0).tolist()
 
 
 def _choose(
