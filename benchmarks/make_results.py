@@ -1,6 +1,6 @@
-"""Write docs/results.md and the README's table from the comparisons stored in results/.
+"""Write docs/results.md, its figure and the README's table from the comparisons in results/.
 
-    make results                                    rewrites both from the stored numbers
+    make results                                    rewrites all of them from the stored numbers
     python benchmarks/make_results.py --check       says whether they are what the numbers give
 
 Nothing here computes a number: `fewstep compare` made them, and each file says with which command.
@@ -9,12 +9,15 @@ Nothing here computes a number: `fewstep compare` made them, and each file says 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import textwrap
 from pathlib import Path
 from typing import Any
 
+from fewstep.evaluate.comparison_html import deciding, draw_curves
+from fewstep.evaluate.geometry_report import LIGHT
 from fewstep.evaluate.report import ordered, setting_words, short_names, students_table
 
 ROOT = Path(__file__).parents[1]
@@ -100,6 +103,8 @@ def results_page(records: dict[str, Record]) -> str:
             + "; ".join(f"FD-{name} {record['floor'][name]['fd']:.3f}" for name in names)
             + ".",
             f"Numbers: `results/{stem}.json`.",
+            f"![The distance of every sampler against its evaluations and time]({stem}.svg)",
+            "Bars reach two standard errors to either side.",
         ]
         for nfe in sorted({row["nfe"] for row in record["rows"]}):
             head = ["sampler", "setting", "error", "PSNR"]
@@ -134,6 +139,17 @@ def results_page(records: dict[str, Record]) -> str:
     return "\n\n".join(wrapped(part) for part in parts) + "\n"
 
 
+def figure(record: Record) -> bytes:
+    """The judge's distance against evaluations and wall time, as SVG; its last line says which
+    numbers it was drawn from, for its other bytes change with matplotlib."""
+    return draw_curves(record, deciding(record), LIGHT) + mark(record)
+
+
+def mark(record: Record) -> bytes:
+    stored = json.dumps(record, sort_keys=True).encode()
+    return f"<!-- {hashlib.sha256(stored).hexdigest()} -->\n".encode()
+
+
 def wrapped(part: str) -> str:
     """A paragraph in lines of 100; headings and tables as they are."""
     if part.startswith(("#", "|")):
@@ -160,11 +176,17 @@ def main(check: bool = False) -> int:
         ROOT / "README.md": with_table((ROOT / "README.md").read_text(), readme_table(first)),
     }
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
-    for path in stale:
+    drawn = {ROOT / "docs" / f"{stem}.svg": record for stem, record in records.items()}
+    old = [
+        path
+        for path, record in drawn.items()
+        if not path.exists() or not path.read_bytes().endswith(mark(record))
+    ]
+    for path in stale + old:
         print(f"{path.relative_to(ROOT)} {'is out of date: make results' if check else 'written'}")
         if not check:
-            path.write_text(wanted[path])
-    return int(check and bool(stale))
+            path.write_bytes(figure(drawn[path]) if path in drawn else wanted[path].encode())
+    return int(check and bool(stale + old))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["comparison_html"]
+__all__ = ["comparison_html", "deciding", "draw_curves"]
 
 Row = dict[str, Any]
 Record = dict[str, Any]
@@ -104,7 +104,7 @@ def _scales(record: Record) -> list[Scale]:
     return [*(excess(judge) for judge in record["floor"]), Scale("error", error)]
 
 
-def _deciding(record: Record) -> Scale:
+def deciding(record: Record) -> Scale:
     """The last feature network; the error where there is none."""
     return _scales(record)[max(len(record["floor"]) - 1, 0)]
 
@@ -156,7 +156,7 @@ def _level(rows: Sequence[Row], scale: Scale) -> list[Row]:
 def _chosen(record: Record) -> list[str]:
     """Samplers in the order in which they deserve a colour: the best of each budget, the main one
     first, then by their places over all of them."""
-    scale, budgets = _deciding(record), _budgets(record)
+    scale, budgets = deciding(record), _budgets(record)
     main = _main_budget(record)
     order = [main, *(nfe for nfe in budgets if nfe != main)]
     lists = {nfe: [row["sampler"] for row in _ranked(record, nfe, scale)] for nfe in order}
@@ -184,7 +184,7 @@ def _headline(record: Record) -> str:
 
 
 def _who_leads(record: Record, budgets: Sequence[int]) -> str:
-    scale, called = _deciding(record), short_names(record)
+    scale, called = deciding(record), short_names(record)
     if len(called) == 1:
         return f"{next(iter(called.values()))} at {_evaluations(budgets)}"
     shared: dict[tuple[str, ...], list[int]] = {}
@@ -217,7 +217,7 @@ def _evaluations(budgets: Sequence[int]) -> str:
 
 def _lead(record: Record) -> Iterator[str]:
     """What the headline rests on, in figures."""
-    scale, called, nfe = _deciding(record), short_names(record), _main_budget(record)
+    scale, called, nfe = deciding(record), short_names(record), _main_budget(record)
     pictures, judges = count_of(record["pictures"], "picture"), list(record["floor"])
     if judges:
         how = (
@@ -284,9 +284,9 @@ def _ms(row: Row) -> str:
 
 
 def _figures(record: Record) -> Iterator[str]:
-    nfe, deciding = _main_budget(record), _deciding(record)
+    nfe, main = _main_budget(record), deciding(record)
     several = len(_budgets(record)) > 1
-    scales = sorted(_scales(record), key=lambda scale: scale.title != deciding.title)
+    scales = sorted(_scales(record), key=lambda scale: scale.title != main.title)
     for scale in scales if several else ():
         if any(_ranked(record, budget, scale) for budget in _budgets(record)):
             yield _figure(
@@ -305,7 +305,7 @@ def _figures(record: Record) -> Iterator[str]:
 def _curve_caption(record: Record, scale: Scale) -> str:
     lower = "Lower is better. "
     bars = "Bars reach two standard errors to either side. "
-    colour = "The colours are those of the best by " + _deciding(record).title + "."
+    colour = "The colours are those of the best by " + deciding(record).title + "."
     kinds = {(str(s["machine"]), s["dtype"]) for s in record["sources"]}
     mixed = "" if len(kinds) == 1 else " Times are from unlike runs, so compare them with care."
     return lower + bars + colour + mixed
@@ -369,11 +369,16 @@ def draw_curves(record: Record, scale: Scale, colours: dict[str, Any]) -> bytes:
                 )  # fmt: skip
             axes.grid(axis="y", which="major")
         _limits(left, [_of(scale, row) for rows in lines.values() for row in rows])
-        left.set_xticks(_budgets(record))
+        _budget_ticks(left, _budgets(record))
         left.set_xlabel("evaluations")
         left.set_ylabel(scale.title)
         _log_ticks(right, 1000 * np.array([r["seconds"] for rows in lines.values() for r in rows]))
         right.set_xlabel("wall time, ms a picture")
+        last = _budgets(record)[-1]
+        for name in paint.keys() & lines.keys():  # from a line that ends early to its label
+            row = lines[name][-1]
+            y = _of(scale, row)[0]
+            left.plot([row["nfe"], last], [y, y], ":", color=paint[name], lw=1, alpha=0.6)
         ends = {called[name]: _of(scale, rows[-1])[0] for name, rows in lines.items()}
         tints = {called[name]: paint.get(name) or colours["faint"] for name in lines}
         _end_labels(figure, left, ends, tints, [called[name] for name in paint])
@@ -420,6 +425,14 @@ def _tick_marks(axis: Any, limits: tuple[float, float], least: int = 4, apart: f
     axis.set_major_locator(FixedLocator(spaced))
     axis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_minor_locator(FixedLocator([]))
+
+
+def _budget_ticks(axes: Axes, budgets: list[int]) -> None:
+    """A tick at each; on a log axis where few of them would crowd the many."""
+    if budgets[-1] > 4 * budgets[0]:
+        axes.set_xscale("log")
+        axes.minorticks_off()
+    axes.set_xticks(budgets, [*map(str, budgets)])
 
 
 def _log_ticks(axes: Axes, x: np.ndarray) -> None:
@@ -484,10 +497,10 @@ def draw_ranking(record: Record, nfe: int, colours: dict[str, Any]) -> bytes:
     import matplotlib
     from matplotlib.figure import Figure
 
-    called, paint, deciding = short_names(record), _paint(record, colours), _deciding(record)
-    rows = _ranked(record, nfe, deciding)
+    called, paint, main = short_names(record), _paint(record, colours), deciding(record)
+    rows = _ranked(record, nfe, main)
     scales = [scale for scale in _scales(record) if _ranked(record, nfe, scale)]
-    scales.sort(key=lambda scale: scale.title != deciding.title)
+    scales.sort(key=lambda scale: scale.title != main.title)
     high = 0.85 + 0.33 * len(rows)
     with matplotlib.rc_context(_style(colours)):
         figure = Figure(figsize=(WIDTH, high))
@@ -569,7 +582,7 @@ def _pictures(record: Record, strips: dict[str, np.ndarray]) -> Iterator[str]:
     text = "Hold the pointer over a row to see the exact solution in its place."
     yield f'<p class="hint"><span class="pointer">{text}</span></p>'
     called = short_names(record)
-    scales = dict.fromkeys((_deciding(record).title, "error"))
+    scales = dict.fromkeys((deciding(record).title, "error"))
     shown = count_of(len(exact), "picture")
     yield '<table class="strips">'
     for nfe in _budgets(record):
