@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -35,6 +36,7 @@ from fewstep.evaluate.compare import (
     read_comparison,
 )
 from fewstep.evaluate.comparison_html import comparison_html, spread_out, with_error
+from fewstep.evaluate.memo import Memo, Remembering
 from fewstep.evaluate.references import Fine, References
 from fewstep.evaluate.report import comparison_csv, comparison_table, write_comparison
 from fewstep.evaluate.statistics import Statistics
@@ -113,7 +115,9 @@ class Toy:
     shape: tuple[int, ...] = SHAPE
     dtype: torch.dtype = torch.float32
 
-    def denoiser(self, label: Any = None, prompt: Any = None, guidance: Any = None) -> Any:
+    def denoiser(
+        self, label: Any = None, prompt: Any = None, guidance: Any = None, **more: Any
+    ) -> Any:
         return Bed(self)
 
     def prior(self, seeds: Sequence[int], sigma: Any = None, label: Any = None) -> torch.Tensor:
@@ -356,7 +360,8 @@ def test_a_learned_solver_stands_beside_names_at_its_own_budget(tmp_path):
 
 def whole(folder: Path, toy: Toy | None = None, **changes: Any) -> dict[str, Any]:
     plan = design(**{"solvers": ("ddim", "heun"), "screen": 16, "screen_first": 8, **changes})
-    return timeless(compare(bench(folder, toy), plan, [Patches()]).record)
+    forgetful = replace(bench(folder, toy), memo=Memo(room=0))  # so that calls can be counted
+    return timeless(compare(forgetful, plan, [Patches()]).record)
 
 
 @pytest.fixture(scope="module")
@@ -412,6 +417,73 @@ def test_a_solver_added_later_runs_nothing_again(tmp_path):
     toy = Toy()
     assert whole(tmp_path, toy, screen=0) == record
     assert toy.calls == timing(record)
+
+
+@pytest.mark.parametrize(
+    ("solvers", "saved"),
+    [
+        (("ddim",), 4),  # two ends, one way there
+        # and of ipndm-2: one end, the first two of the other, and of the three files of the test
+        (("ddim", "ipndm-2"), 4 + 4 + 2 + 3 * 2),
+    ],
+)
+def test_what_settings_and_solvers_share_is_evaluated_once(tmp_path, solvers, saved):
+    plan = design(
+        solvers=solvers, screen=8, screen_first=8, grids=("karras",), firsts=("none",)
+    )  # fmt: skip
+    records, calls = [], []
+    for memo in (Memo(room=0), Memo()):
+        toy = Toy()
+        one = replace(bench(tmp_path / str(memo.room), toy), memo=memo)
+        records.append(timeless(compare(one, plan, []).record))
+        calls.append(toy.calls)
+    assert records[0] == records[1]
+    assert calls[0] - calls[1] == saved
+
+
+def test_a_memo_hands_out_what_may_be_changed_and_forgets_the_oldest():
+    asked = []
+
+    def ask(value):
+        asked.append(value)
+        return torch.full((4,), float(value))
+
+    memo = Memo(room=2 * 16)
+    for value in (1, 2, 1, 3, 1, 2):  # 3 pushes out 2, which was longest not asked for
+        found = memo.recall(bytes([value]), partial(ask, value))
+        assert found.tolist() == [value] * 4
+        found.zero_()
+    assert asked == [1, 2, 3, 2]
+    assert memo.size == 32
+
+
+def test_a_remembering_denoiser_tells_questions_apart():
+    class Counting:
+        sigma_min = 0.1
+
+        def __init__(self):
+            self.calls = 0
+
+        def __call__(self, x, sigma, *conditions):
+            self.calls += 1
+            return x / (1 + sigma[:, None] ** 2) + sum(conditions)
+
+        def with_features(self, x, sigma):
+            return self(x, sigma), x
+
+    inner = Counting()
+    denoiser = Remembering(inner, Memo())
+    x, sigma = torch.arange(6.0).reshape(2, 3), torch.ones(2)
+    for _ in range(2):
+        for asked in (x, x.double(), x + 1, -0.0 * x):
+            for level in (sigma, 2 * sigma):
+                want = asked / (1 + level[:, None] ** 2)
+                assert torch.equal(denoiser(asked, level), want)
+    assert inner.calls == 8
+    assert torch.equal(denoiser(x, sigma, torch.tensor(1.0)), x / 2 + 1)
+    assert torch.equal(denoiser.with_features(x, sigma)[1], x)
+    assert inner.calls == 10
+    assert denoiser.sigma_min == 0.1
 
 
 def test_a_feature_network_added_later_samples_nothing(tmp_path, undisturbed):

@@ -221,7 +221,9 @@ class Exact:
     def __init__(self, bed: Any) -> None:
         self.bed, self.drawn = bed, []
 
-    def denoiser(self, label: Any = None, prompt: Any = None, guidance: Any = None) -> Any:
+    def denoiser(
+        self, label: Any = None, prompt: Any = None, guidance: Any = None, **more: Any
+    ) -> Any:
         return self.bed
 
     def prior(self, seeds: Any, sigma: Any = None, label: Any = None) -> Tensor:

@@ -18,7 +18,8 @@ the references and the population of its teacher.
 Everything slow is kept in a folder as it is made, under names that have a hash of all that it
 depends on: pictures and errors of each run by CHUNK seeds, features of each run. So an interrupted
 comparison goes on where it stopped, and a new solver or feature network is added to an old one at
-its own cost alone.
+its own cost alone. What is quick to keep, the evaluations that settings and solvers share, is kept
+in memory.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ import numpy as np
 import torch
 
 from fewstep.denoiser import calls_per_eval
+from fewstep.evaluate.memo import Memo, Remembering
 from fewstep.evaluate.references import CHUNK, References
 from fewstep.evaluate.statistics import Statistics, paired_frechet
 from fewstep.files import write_whole
@@ -187,6 +189,7 @@ class Workbench:
     batch: pictures at a time
     report: called with what is being done, how much of it is done, and how much there is
     students: those of the design's solvers that are models, as `load_students` returns them
+    memo: evaluations of this model that samplers share
     """
 
     model: Model
@@ -195,10 +198,12 @@ class Workbench:
     batch: int = 50
     report: Report = field(default=lambda what, done, total: None)
     students: Mapping[str, Model] = field(default_factory=dict)
+    memo: Memo = field(default_factory=Memo)
 
     def of(self, solver: str) -> Workbench:
         """The one that runs this solver: itself, or the same with a student for its model."""
-        return replace(self, model=self.students.get(solver, self.model))
+        student = self.students.get(solver)
+        return self if student is None else replace(self, model=student, memo=Memo())
 
     @property
     def guidance(self) -> float | None:
@@ -237,7 +242,7 @@ class Workbench:
 
     @torch.inference_mode()
     def _sample(self, settings: Settings, seeds: tuple[int, ...]) -> dict[str, np.ndarray]:
-        denoiser = self.denoiser()
+        denoiser = Remembering(self.denoiser(), self.memo)
         program = resolve(**settings.arguments(), denoiser=denoiser)
         to_zero = settings.final or program.sigmas[-1] == 0
         exact = self.references.endpoints(seeds)
