@@ -1,7 +1,8 @@
 """Write docs/results.md, its figure and the README's table from the comparisons in results/.
 
     make results                                    rewrites all of them from the stored numbers
-    python benchmarks/make_results.py --check       says whether they are what the numbers give
+    python benchmarks/make_results.py --check       says whether they are what the numbers give; of
+                                                    the figure, whether it was drawn from these
 
 Nothing here computes a number: `fewstep compare` made them, and each file says with which command.
 """

@@ -41,7 +41,10 @@ from fewstep.evaluate.references import Fine, References
 from fewstep.evaluate.report import comparison_csv, comparison_table, write_comparison
 from fewstep.evaluate.statistics import Statistics
 from fewstep.learned import LearnedSolver
+from fewstep.learned.amed import AMED
+from fewstep.learned.method import Setup
 from fewstep.learned.tuned import Tuned
+from fewstep.loop import solve
 from fewstep.models import Card
 from fewstep.sampling import Settings
 
@@ -336,6 +339,19 @@ def test_a_model_without_a_mean_has_no_mean_first(tmp_path):
     assert (row["first"], row["screened"]["of"]) == ("none", 2)
 
 
+@pytest.mark.parametrize("first", ["none", "zero"])
+def test_amed_runs_as_it_does_by_itself(tmp_path, first):
+    levels, nfe = tuple(float(sigma) for sigma in grid("karras", 4)), 6 - (first != "none")
+    setup = Setup(None, levels, first, 0, 0, torch.device("cpu"))
+    LearnedSolver(AMED.fresh(setup)).save(tmp_path / "amed")
+    name = str(tmp_path / "amed")
+    row = compare(bench(tmp_path), design(solvers=(name,), budgets=(nfe,)), []).record["rows"][0]
+    x = solve(Bed(Toy()), torch.from_numpy(start(SEEDS)), solver=name, nfe=nfe)
+    gap = x.double().numpy() - exact(SEEDS)
+    want = np.sqrt(np.square(gap).reshape(20, -1).mean(1)).mean()
+    assert row["error"] == pytest.approx(want, abs=5e-5)
+
+
 def test_a_learned_solver_stands_beside_names_at_its_own_budget(tmp_path):
     levels = tuple(float(sigma) for sigma in grid("karras", 5))
     LearnedSolver(Tuned.start("ddim", levels, "none")).save(tmp_path / "solvers" / "mine")
@@ -407,7 +423,7 @@ def test_damaged_files_are_made_again(tmp_path, undisturbed, harm):
     assert 0 < toy.calls < calls
 
 
-def test_a_solver_added_later_runs_nothing_again(tmp_path):
+def test_a_solver_added_later_runs_nothing_again_but_the_times(tmp_path):
     record = whole(tmp_path, screen=0)
     toy = Toy()
     more = whole(tmp_path, toy, screen=0, solvers=("ddim", "heun", "dpmpp-2m"))
@@ -441,6 +457,47 @@ def test_what_settings_and_solvers_share_is_evaluated_once(tmp_path, solvers, sa
     assert calls[0] - calls[1] == saved
 
 
+def test_a_students_evaluations_are_not_its_teachers(tmp_path):
+    """At sigma_max both are asked the same."""
+
+    class Other(Toy):
+        def denoiser(self, *asked: Any, **more: Any) -> Any:
+            return lambda x, sigma: Bed(self)(x, sigma) + 0.5
+
+    def with_student(solvers: Sequence[str], folder: Path) -> Any:
+        one = bench(folder, Toy(card=replace(Toy().card, weights_sha256="teacher")))
+        other = Other(card=replace(Toy().card, weights_sha256="student"))
+        one = replace(one, students={"student": other})
+        runs = {}
+        for solver in solvers:
+            runs[solver] = one.of(solver).run(Settings.choose(other, "ddim", 3), SEEDS)
+        return runs["student"].mse
+
+    both, alone = (
+        with_student(solvers, tmp_path / str(len(solvers)))
+        for solvers in (("ddim", "student"), ("student",))
+    )
+    assert np.array_equal(both, alone)
+
+
+def test_times_are_the_median_of_three_rounds():
+    class Clock:
+        def __init__(self, *times: float) -> None:
+            self.times, self.order = iter(times), []
+
+        def seconds(self, settings: Any, seeds: Sequence[int]) -> float:
+            order.append(settings)
+            return next(self.times)
+
+        def report(self, what: str, done: int, total: int) -> None:
+            assert (done, total) == (len(order), 6)
+
+    order: list[str] = []
+    ran: Any = [(Clock(9.0, 1.0, 2.0), "a"), (Clock(5.0, 7.0, 60.0), "b")]
+    assert module._times(ran, SEEDS) == [2.0, 7.0]
+    assert order == ["a", "b"] * 3
+
+
 def test_a_memo_hands_out_what_may_be_changed_and_forgets_the_oldest():
     asked = []
 
@@ -472,21 +529,24 @@ def test_a_remembering_denoiser_tells_questions_apart():
             return self(x, sigma), x
 
     inner = Counting()
-    denoiser = Remembering(inner, Memo())
-    x, sigma = torch.arange(6.0).reshape(2, 3), torch.ones(2)
+    memo = Memo()
+    denoiser, other = Remembering(inner, memo, "one"), Remembering(inner, memo, "other")
+    x, sigma = torch.arange(6.0).reshape(2, 3), torch.ones(1).expand(2)
     for _ in range(2):
-        for asked in (x, x.double(), x + 1, -0.0 * x):
+        for asked in (x, x.double(), x + 1, -0.0 * x, x.reshape(3, 2).T, x[:, :2]):
             for level in (sigma, 2 * sigma):
                 want = asked / (1 + level[:, None] ** 2)
                 assert torch.equal(denoiser(asked, level), want)
-    assert inner.calls == 8
+    assert inner.calls == 12
+    assert torch.equal(other(x, sigma), x / 2)
+    assert inner.calls == 13
     assert torch.equal(denoiser(x, sigma, torch.tensor(1.0)), x / 2 + 1)
     assert torch.equal(denoiser.with_features(x, sigma)[1], x)
-    assert inner.calls == 10
+    assert inner.calls == 15
     assert denoiser.sigma_min == 0.1
 
 
-def test_a_feature_network_added_later_samples_nothing(tmp_path, undisturbed):
+def test_a_feature_network_added_later_samples_nothing_but_the_times(tmp_path, undisturbed):
     before, record, _ = undisturbed
     folder, toy = tmp_path / "copy", Toy()
     shutil.copytree(before, folder)

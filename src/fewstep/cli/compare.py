@@ -109,7 +109,7 @@ def compare_command(
 
     An interrupted comparison goes on where it stopped.
 
-    New solvers join an old one in the same folder at their own cost alone.
+    New solvers join an old one in the same folder at their own cost.
     """
     from fewstep.evaluate.compare import (
         Comparison,

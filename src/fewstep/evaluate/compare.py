@@ -9,7 +9,7 @@ seeds; the chosen one runs on the test seeds. A row of the result has
                 network from other seeds, in each feature network's space
     excess      fd less that of the reference solves of the same seeds: 0 is a perfect sampler
     fd_data     Frechet distance to the statistics of data that come with the feature network
-    seconds     wall time per picture, sampling and decoding, in batches; median of ROUNDS rounds
+    seconds     wall time per picture, sampling and decoding, of one batch; median of ROUNDS rounds
                 in which every row has its turn, so that all are taken in the same minutes
 
 A student, distilled from the model, is one more sampler: it runs by its own network, and is held to
@@ -18,7 +18,7 @@ the references and the population of its teacher.
 Everything slow is kept in a folder as it is made, under names that have a hash of all that it
 depends on: pictures and errors of each run by CHUNK seeds, features of each run. So an interrupted
 comparison goes on where it stopped, and a new solver or feature network is added to an old one at
-its own cost alone. What is quick to keep, the evaluations that settings and solvers share, is kept
+its own cost; only the times of all rows are taken again. Evaluations that samplers share are kept
 in memory.
 """
 
@@ -189,7 +189,7 @@ class Workbench:
     batch: pictures at a time
     report: called with what is being done, how much of it is done, and how much there is
     students: those of the design's solvers that are models, as `load_students` returns them
-    memo: evaluations of this model that samplers share
+    memo: evaluations that samplers share
     """
 
     model: Model
@@ -202,8 +202,7 @@ class Workbench:
 
     def of(self, solver: str) -> Workbench:
         """The one that runs this solver: itself, or the same with a student for its model."""
-        student = self.students.get(solver)
-        return self if student is None else replace(self, model=student, memo=Memo())
+        return replace(self, model=self.students.get(solver, self.model))
 
     @property
     def guidance(self) -> float | None:
@@ -242,7 +241,8 @@ class Workbench:
 
     @torch.inference_mode()
     def _sample(self, settings: Settings, seeds: tuple[int, ...]) -> dict[str, np.ndarray]:
-        denoiser = Remembering(self.denoiser(), self.memo)
+        network = f"{self.model.card.weights_sha256} {self.model.dtype}"
+        denoiser = Remembering(self.denoiser(), self.memo, network)
         program = resolve(**settings.arguments(), denoiser=denoiser)
         to_zero = settings.final or program.sigmas[-1] == 0
         exact = self.references.endpoints(seeds)
@@ -344,7 +344,7 @@ def compare(
         raise ValueError("a distance needs at least 2 seeds and a population of 2, got 1")
     candidates, left_out = _all_candidates(workbench, design)
     populations = {judge.label: workbench.population(judge, design) for judge in judges}
-    seconds = {
+    exact = {
         judge.label: workbench.features(judge, *workbench.exact(design.seeds)) for judge in judges
     }
     rows, ran, strips = [], [], {"": workbench.exact(design.seeds[:CHUNK])[0][:SHOWN]}
@@ -357,7 +357,7 @@ def compare(
         for judge in judges:
             features = workbench.features(judge, run.images, run.digest)
             row["fd"][judge.label] = paired_frechet(
-                features, seconds[judge.label], populations[judge.label], design.resamples
+                features, exact[judge.label], populations[judge.label], design.resamples
             )
             if judge.data is not None:
                 ours = Statistics.of(features, extractor=judge.name)
@@ -369,7 +369,7 @@ def compare(
         row["seconds"] = spent
     floor = {}
     for judge in judges:
-        ours = Statistics.of(seconds[judge.label], extractor=judge.name)
+        ours = Statistics.of(exact[judge.label], extractor=judge.name)
         floor[judge.label] = {"fd": ours.frechet(populations[judge.label])}
         if judge.data is not None:
             floor[judge.label]["fd_data"] = ours.frechet(judge.data)
@@ -507,17 +507,13 @@ def _row(
     }
 
 
-def _times(
-    ran: Sequence[tuple[Workbench, Settings]], seeds: Sequence[int], rounds: int = ROUNDS
-) -> list[float]:
+def _times(ran: Sequence[tuple[Workbench, Settings]], seeds: Sequence[int]) -> list[float]:
     """Seconds per picture of each, the median over rounds that go through all of them."""
     taken = []
-    for i in range(rounds):
-        taken.append([])
-        for workbench, settings in ran:
-            taken[-1].append(workbench.seconds(settings, seeds))
-            workbench.report("times", i * len(ran) + len(taken[-1]), rounds * len(ran))
-    return np.median(taken, axis=0).tolist()
+    for i, (workbench, settings) in enumerate([*ran] * ROUNDS):
+        taken.append(workbench.seconds(settings, seeds))
+        workbench.report("times", i + 1, ROUNDS * len(ran))
+    return np.median(np.reshape(taken, (ROUNDS, len(ran))), axis=0).tolist()
 
 
 def _choose(

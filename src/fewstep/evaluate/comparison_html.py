@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from fewstep.demo_report import SHOWN, STYLE, WIDE, _data_url, _strip, count
+from fewstep.evaluate.compare import FINALISTS
 from fewstep.evaluate.geometry_report import DARK, LIGHT, _style
 from fewstep.evaluate.report import ordered, setting_words, short_names
 
@@ -306,8 +307,8 @@ def _curve_caption(record: Record, scale: Scale) -> str:
     lower = "Lower is better. "
     bars = "Bars reach two standard errors to either side. "
     colour = "The colours are those of the best by " + deciding(record).title + "."
-    kinds = {(str(s["machine"]), s["dtype"]) for s in record["sources"]}
-    mixed = "" if len(kinds) == 1 else " Times are from unlike runs, so compare them with care."
+    several = len(record["sources"]) > 1
+    mixed = " Times are from several runs, so compare them with care." if several else ""
     return lower + bars + colour + mixed
 
 
@@ -375,10 +376,11 @@ def draw_curves(record: Record, scale: Scale, colours: dict[str, Any]) -> bytes:
         _log_ticks(right, 1000 * np.array([r["seconds"] for rows in lines.values() for r in rows]))
         right.set_xlabel("wall time, ms a picture")
         last = _budgets(record)[-1]
-        for name in paint.keys() & lines.keys():  # from a line that ends early to its label
-            row = lines[name][-1]
-            y = _of(scale, row)[0]
-            left.plot([row["nfe"], last], [y, y], ":", color=paint[name], lw=1, alpha=0.6)
+        for name, rows in lines.items():  # from a line that ends early to its label
+            if name in paint and rows[-1]["nfe"] < last:
+                y = _of(scale, rows[-1])[0]
+                ends_at = [rows[-1]["nfe"], last]
+                left.plot(ends_at, [y, y], ":", color=paint[name], lw=1, alpha=0.6)
         ends = {called[name]: _of(scale, rows[-1])[0] for name, rows in lines.items()}
         tints = {called[name]: paint.get(name) or colours["faint"] for name in lines}
         _end_labels(figure, left, ends, tints, [called[name] for name in paint])
@@ -738,8 +740,8 @@ def _notes(record: Record) -> Iterator[str]:
         )
     yield (
         "Bold is the best of a budget, and what is within two standard errors of it. ms/picture "
-        "is wall time from noise to uint8, in batches, the median over blocks of seeds; it has "
-        "whatever else the machine did in it."
+        "is wall time from noise to uint8, of one batch, the median of three rounds through all "
+        "rows; it has whatever else the machine did in it."
     )
     for why in record.get("left_out", {}).values():
         yield f"Left out: {why}"
@@ -770,7 +772,7 @@ def _protocol_items(record: Record) -> Iterator[str]:
     if screen["seeds"]:
         chosen = (
             f"on seeds {screen['seeds']} by {screen['by']}; all on the first "
-            f"{screen['first_round']} of them, the best 3 on all. Grids "
+            f"{screen['first_round']} of them, the best {FINALISTS} on all. Grids "
             f"{', '.join(screen['grids'])}; first step {', '.join(screen['firsts'])}; end "
             f"{', '.join(screen['ends'])}"
         )

@@ -1,8 +1,8 @@
 """Evaluations that several samplers share, done once.
 
-Solvers ask the same of a network more often than one would think: two settings that differ in their
-end alone share every evaluation, all solvers share that at sigma_max, and the orders of a multistep
-solver share the first few.
+Samplers ask the same of a network more often than one would think: two settings of a multistep
+solver that differ in their end alone share every evaluation, all that start without an analytic
+step share the first, and multistep solvers of one family, on one grid, the first few.
 """
 
 from __future__ import annotations
@@ -50,15 +50,18 @@ class Remembering(Wrapper):
     """A denoiser that is asked the same but once: the same bytes of x and sigma.
 
     Calls with conditions of their own, or for features, go through.
+
+    name: tells the denoiser from others with the same memo
     """
 
     denoiser: Any
     memo: Memo
+    name: str
 
     def __call__(self, x: Tensor, sigma: Tensor, /, *conditions: Any) -> Tensor:
         if conditions:
             return self.denoiser(x, sigma, *conditions)
-        asked = hashlib.blake2b(f"{x.dtype} {list(x.shape)}".encode(), digest_size=16)
+        asked = hashlib.blake2b(f"{self.name} {x.dtype} {list(x.shape)}".encode(), digest_size=16)
         for part in (x, sigma):
-            asked.update(part.detach().cpu().flatten().view(torch.uint8).numpy().data)
+            asked.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return self.memo.recall(asked.digest(), lambda: self.denoiser(x, sigma)).to(x.device)

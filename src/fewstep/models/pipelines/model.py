@@ -156,12 +156,12 @@ class PipelineModel:
                 if not told
                 else f"{self.card.name} is told its guidance and takes no negative prompt"
             )
-        given = {
+        wanted = {
             "original_size": original_size or self.size,
             "crops_coords_top_left": crops_coords_top_left,
             "target_size": target_size or self.size,
         }
-        sizes = {name: (size[0], size[1]) for name, size in given.items()}  # from lists too
+        sizes = {name: (high, wide) for name, (high, wide) in wanted.items()}  # from lists too
         cond, uncond = self._encode(prompt, negative, guided, sizes, encoded)
         if told:
             w = torch.ones(1, device=self.device) if scale is None else scale.reshape(-1)
