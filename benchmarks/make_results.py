@@ -24,7 +24,7 @@ from fewstep.evaluate.report import ordered, setting_words, short_names, student
 ROOT = Path(__file__).parents[1]
 STORED = ROOT / "results"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
-SHOWN = (3, 5, 7)  # budgets of the README's table
+SHOWN = (3, 5, 7, 10)  # budgets of the README's table
 Record = dict[str, Any]
 
 
@@ -43,7 +43,7 @@ def readme_table(record: Record) -> str:
     """Samplers down, budgets across: excess distance and error, the best of each budget bold."""
     name = judge(record)
     budgets = [nfe for nfe in SHOWN if any(row["nfe"] == nfe for row in record["rows"])]
-    middle = budgets[len(budgets) // 2]
+    middle = budgets[(len(budgets) - 1) // 2]
     cells: dict[str, dict[int, str]] = {}
     scores: dict[str, float] = {}
     for nfe in budgets:
