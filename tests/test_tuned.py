@@ -183,6 +183,22 @@ def test_kept_teacher_ends_are_not_solved_again(tmp_path, mixture):
         train(spy, SHAPE, **short(cache=tmp_path))
 
 
+def test_without_checkpoints_the_same_comes_of_fewer_calls(mixture):
+    calls, solvers = [], []
+    for checkpointed in (True, False):
+        seen = []
+
+        def spy(x, sigma, seen=seen):
+            seen.append(len(x))
+            return mixture(x, sigma)
+
+        solvers.append(train(spy, SHAPE, **short(checkpointed=checkpointed)))
+        calls.append(len(seen))
+    batches, nfe = 4, 3
+    assert calls[0] - calls[1] == batches * nfe
+    assert solvers[0].digest == solvers[1].digest
+
+
 def test_loss_in_features_keeps_the_best_in_features(mixture):
     def features(x):
         return x[:, :1]  # all that this network sees is the first number

@@ -113,6 +113,13 @@ def train_solver_command(
     dtype: Annotated[
         str, typer.Option(help="The network's arithmetic: bfloat16, float32, float16.")
     ] = "bfloat16",
+    checkpointed: Annotated[
+        bool,
+        typer.Option(
+            "--checkpointed/--not-checkpointed",
+            help="tuned's gradients for a third more time, in the memory of one call.",
+        ),
+    ] = True,
     compile: Annotated[
         bool, typer.Option("--compile", help="torch.compile the network: for long runs.")
     ] = False,
@@ -191,6 +198,7 @@ def train_solver_command(
             validation=validation_seeds,
             checkpoint_every=checkpoint_every,
             validate_every=validate_every,
+            checkpointed=checkpointed,
             out=out,
             report=bar.report,
             **{name: value for name, value in options.items() if value is not None},

@@ -101,12 +101,14 @@ class Lesson:
     x_T: the start, [b, ...]
     path: the teacher's states from there, at the student's levels or at the end alone
     loss_features: a network for a loss at the end of the path, or None for pixels
+    checkpointed: as `Frozen`'s, for a loss that spans several calls
     """
 
     denoiser: Denoiser
     x_T: Tensor
     path: Path
     loss_features: Callable[[Tensor], Tensor] | None
+    checkpointed: bool = True
 
 
 class Loss(NamedTuple):

@@ -98,6 +98,7 @@ def train(
     validation: int = 64,
     validate_every: int = 10,
     checkpoint_every: int = 5,
+    checkpointed: bool = True,
     report: Callable[[Progress], None] = lambda progress: None,
     **options: Any,
 ) -> LearnedSolver:
@@ -132,6 +133,8 @@ def train(
         depend on, for that and the seeds are what an end is known by
     validation: how many validation seeds
     validate_every, checkpoint_every: in batches
+    checkpointed: of a loss that spans several calls of the denoiser, compute each call again for
+        its gradient, so that memory does not grow with nfe; without, the same numbers come sooner
     report: called after each batch
     options: of the method: scale_dir (0.01), scale_time (0), features (True where there are any)
 
@@ -247,7 +250,7 @@ def train(
         def lesson(seeds: range) -> Lesson:
             frozen, x_T = Frozen(bound(seeds)), noise(seeds)
             path = kept.path(frozen, x_T, seeds) if kept else guide.path(frozen, x_T)
-            return Lesson(frozen, x_T, path, loss_features)
+            return Lesson(frozen, x_T, path, loss_features, checkpointed)
 
         _train(run, plain, lesson, ruler, folder, checkpoint_every, report)
     solver = run.solver(kind)

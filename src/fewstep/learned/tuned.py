@@ -164,7 +164,7 @@ class Tuned:
     def losses(self, lesson: Lesson) -> Iterator[Loss]:
         sigmas, count = self.sigmas, sum(source == "net" for source in self.sources)
         program = Program(self.ops, "x0", len(self.sources), sigmas, count, adapts=True)
-        denoiser = Frozen(lesson.denoiser, checkpointed=True)
+        denoiser = Frozen(lesson.denoiser, lesson.checkpointed)
         x, target = solve(denoiser, lesson.x_T, program), lesson.path.states[-1]
         if lesson.loss_features is not None:
             with torch.no_grad():
