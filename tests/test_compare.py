@@ -218,6 +218,22 @@ def test_errors_are_those_of_plain_numpy(result):
     assert row["network_calls"] == 4
 
 
+def test_population_that_comes_with_the_model_is_not_solved_again(tmp_path):
+    """Only where it is of just these reference solves; of others it is not looked at."""
+    card = replace(Toy().card, folder=tmp_path / "model")
+
+    def measured(name: str, **changes: Any) -> tuple[dict[str, Any], bool]:
+        toy = Toy(card=card)
+        result = compare(bench(tmp_path / name, toy), design(**changes), [Patches()])
+        return timeless(result.record), 100_000 in toy.drawn
+
+    ours, solved = measured("first")
+    assert solved
+    shutil.copytree(tmp_path / "first" / "population", tmp_path / "model" / "population")
+    assert measured("second") == (ours, False)
+    assert measured("third", population=50)[1]
+
+
 def test_distances_are_those_of_scipy(result):
     population = Patches()(pixels(exact(range(100_000, 100_060))))
     ours, second = (Patches()(pixels(x)) for x in (ddim(SEEDS, 4), exact(SEEDS)))

@@ -49,6 +49,7 @@ from fewstep.files import write_whole
 from fewstep.grid import GRIDS
 from fewstep.loop import resolve, solve
 from fewstep.models import Model, is_model, load, read_card
+from fewstep.models.card import POPULATION as POPULATION_FOLDER
 from fewstep.sampling import Settings, describe, locate
 from fewstep.solver import ENDS, FIRST_STEPS, Solver, get
 from fewstep.solver.registry import MOST_EVALUATIONS
@@ -296,12 +297,14 @@ class Workbench:
         return np.concatenate(blocks), _digest((self.references.facts(), tuple(seeds), end))
 
     def population(self, judge: Judge, design: Design) -> Statistics:
-        """Statistics of the reference solves from other seeds."""
-        path = self.folder / "population"
+        """Statistics of the reference solves from other seeds: those that come with the model, if
+        they are of just these, else from a file in the folder or made now."""
         key = _digest((self.references.facts(), judge.name, design.population))
-        path = path / f"{_slug(judge.name)}-{key}.npz"
-        if path.is_file():
-            return Statistics.load(path)
+        name = Path(POPULATION_FOLDER) / f"{_slug(judge.name)}-{key}.npz"
+        path, beside = self.folder / name, self.references.model.card.folder
+        for known in (path, *([beside / name] if beside else [])):
+            if known.is_file():
+                return Statistics.load(known)
         features = self.features(judge, *self.exact(design.others))
         stats = Statistics.of(features, extractor=judge.name)
         stats.save(path)
