@@ -38,7 +38,7 @@ from fewstep.cli.options import resumable
 from fewstep.evaluate.compare import Design, Workbench, compare, load_students
 from fewstep.evaluate.features import own_features, resolve_features
 from fewstep.evaluate.references import Fine, References
-from fewstep.evaluate.report import comparison_table, students_table, write_comparison
+from fewstep.evaluate.report import comparison_table, seeds_table, write_comparison
 from fewstep.files import write_json
 from fewstep.splam import Recipe
 from fewstep.splam.data import read_data
@@ -231,7 +231,7 @@ def measure(
     result = compare(bench, design, judges, command=shlex.join(["python", *sys.argv]))
     write_comparison(result, out, options.plots)
     Console().print(comparison_table(result.record))
-    print(students_table(result.record))
+    print(seeds_table(result.record))
     print(f"{out / 'comparison.json'}", flush=True)
 
 

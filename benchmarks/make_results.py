@@ -19,7 +19,7 @@ from typing import Any
 
 from fewstep.evaluate.comparison_html import deciding, draw_curves
 from fewstep.evaluate.geometry_report import LIGHT
-from fewstep.evaluate.report import ordered, setting_words, short_names, students_table
+from fewstep.evaluate.report import ordered, seeds_table, setting_words, short_names
 
 ROOT = Path(__file__).parents[1]
 STORED = ROOT / "results"
@@ -33,6 +33,11 @@ def judge(record: Record) -> str:
     if not record["floor"]:
         raise ValueError("a stored comparison needs a feature network; see fewstep compare -h")
     return list(record["floor"])[-1]
+
+
+def named(record: Record) -> Record:
+    """Without the samplers that only a folder of somebody's runs has."""
+    return {**record, "rows": [row for row in record["rows"] if "/" not in row["sampler"]]}
 
 
 def excess(row: Record, name: str) -> str:
@@ -121,9 +126,9 @@ def results_page(records: dict[str, Record]) -> str:
                 cells += [f"{row['fd_data'][name]:.2f}" for name in data]
                 lines.append(f"| {' | '.join(cells)} |")
             parts += [f"### {nfe} evaluations", "\n".join(lines)]
-        if table := students_table(record):
+        if table := seeds_table(record):
             parts += [
-                "### Students over their training seeds",
+                "### Over training seeds",
                 "Mean ± standard error over training seeds, and their number.",
                 *table.split("\n\n"),
             ]
@@ -143,7 +148,8 @@ def results_page(records: dict[str, Record]) -> str:
 def figure(record: Record) -> bytes:
     """The judge's distance against evaluations and wall time, as SVG; its last line says which
     numbers it was drawn from, for its other bytes change with matplotlib."""
-    return draw_curves(record, deciding(record), LIGHT) + mark(record)
+    shown = named(record)
+    return draw_curves(shown, deciding(shown), LIGHT) + mark(record)
 
 
 def mark(record: Record) -> bytes:
@@ -171,7 +177,7 @@ def main(check: bool = False) -> int:
     records = {path.stem: json.loads(path.read_text()) for path in sorted(STORED.glob("*.json"))}
     if not records:
         raise ValueError(f"there is no comparison in {STORED}")
-    first = next(iter(records.values()))
+    first = named(next(iter(records.values())))
     wanted = {
         ROOT / "docs" / "results.md": results_page(records),
         ROOT / "README.md": with_table((ROOT / "README.md").read_text(), readme_table(first)),

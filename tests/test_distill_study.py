@@ -14,7 +14,7 @@ from test_splam_training import TINY, pictures, tiny_model, write_idx
 import fewstep
 from benchmarks import distill_study, make_results
 from fewstep import models
-from fewstep.evaluate.report import students_table
+from fewstep.evaluate.report import seeds_table
 from fewstep.models.network import save_folder
 from fewstep.splam import distill
 from recipes.ship_student import ship
@@ -124,31 +124,36 @@ def test_its_comparisons_are_what_the_results_are_made_of(done: Path) -> None:
         row["fd"] = {"j": {"excess": row["error"], "excess_se": 0.0}}
     record["floor"] = {"j": {"fd": 1.0}}
     page = make_results.results_page({"students": record})
-    assert "### Students over their training seeds" in page
+    assert "### Over training seeds" in page
     assert "splam-direct less lcm, by seed" in page
 
 
-def test_the_table_of_students_by_hand() -> None:
+def test_the_table_over_training_seeds_by_hand() -> None:
     def row(sampler: str, nfe: int, excess: float, seed: int | None = None) -> dict[str, Any]:
         how = {} if seed is None else {"student": {"recipe": {"seed": seed}}}
         fd = {"a": {"excess": excess}, "b": {"excess": 10 * excess}}
-        return {"sampler": sampler, "nfe": nfe, "error": 0.0, "fd": fd, **how}
+        grid = None if "tuned" in sampler else "karras"
+        return {"sampler": sampler, "nfe": nfe, "grid": grid, "error": 9 - excess, "fd": fd, **how}
 
     rows = [row(f"runs/lcm-{i}", 2, x, i) for i, x in enumerate((1.0, 2.0, 6.0))]
     rows += [row(f"runs/splam-{i}", 2, x, i) for i, x in enumerate((0.5, 1.0, 5.5))]
+    rows += [row("runs/tuned-s0", 4, 1.0), row("runs/tuned-s1", 4, 2.0), row("tuned", 4, 0.0)]
     rows += [row("ddim", 2, 9.0), row("heun", 2, 8.0), row("heun", 4, 7.0)]
-    text = students_table({"rows": rows, "floor": {"a": {}, "b": {}}})
-    first, second = text.split("\n\n")
+    text = seeds_table({"rows": rows, "floor": {"a": {}, "b": {}}})
+    first, second, third = text.split("\n\n")
     assert first.splitlines() == [
         "| excess FD-a | 2 NFE | 4 NFE |",
         "|---|---|---|",
         "| lcm | 3.000 ± 1.528 (3) | - |",
         "| splam | 2.333 ± 1.590 (3) | - |",
+        "| tuned | - | 1.500 ± 0.500 (2) |",
         "| splam less lcm, by seed | -0.667 ± 0.167 (3) | - |",
         "| best solver of the frozen network | 8.000 (heun) | 7.000 (heun) |",
     ]
     assert "| lcm | 30.000 ± 15.275 (3) | - |" in second
-    assert students_table({"rows": rows[-3:], "floor": {}}) == ""
+    assert third.splitlines()[0] == "| error | 2 NFE | 4 NFE |"
+    assert "| best solver of the frozen network | 0.000 (ddim) | 2.000 (heun) |" in third
+    assert seeds_table({"rows": rows[-3:], "floor": {}}) == ""
 
 
 def test_a_student_ships_with_its_figures_under_a_name(place: Path) -> None:

@@ -20,7 +20,7 @@ __all__ = [
     "ordered",
     "setting_words",
     "short_names",
-    "students_table",
+    "seeds_table",
     "write_comparison",
 ]
 
@@ -98,40 +98,44 @@ def ordered(record: dict[str, Any]) -> list[dict[str, Any]]:
     return sorted(record["rows"], key=key)
 
 
-def students_table(record: dict[str, Any]) -> str:
-    """Students over their training seeds, in Markdown: for each feature network (or the error,
-    without any) and budget the mean of the excess with its standard error over training seeds, and
-    the same of the difference to LCM with the same seed where there is one. Below them the frozen
-    network's sampler that the first feature network prefers. Empty without students."""
+def seeds_table(record: dict[str, Any]) -> str:
+    """What was trained, over its training seeds, in Markdown: for each feature network, and for the
+    error, the mean of the excess by budget with its standard error over training seeds, and for
+    students the same of the difference to LCM with the same seed where there is one. Below them the
+    training-free sampler of the frozen network that the first feature network prefers, or the
+    error. Empty where nothing says its training seed: students do by their recipe, learned solvers
+    by folders called NAME-sSEED."""
     called, judges = short_names(record), list(record["floor"])
-    students: dict[str, dict[int, dict[int, dict[str, Any]]]] = {}  # by name, training seed, budget
+    trained: dict[str, dict[int, dict[int, dict[str, Any]]]] = {}  # by name, training seed, budget
+    students, plain = set(), []
     for row in record["rows"]:
-        if "student" in row:
-            seed = row["student"]["recipe"].get("seed", 0)
-            name = called[row["sampler"]].removesuffix(f"-{seed}")
-            students.setdefault(name, {}).setdefault(seed, {})[row["nfe"]] = row
-    if not students:
+        if found := _training_seed(row, called[row["sampler"]]):
+            name, seed = found
+            trained.setdefault(name, {}).setdefault(seed, {})[row["nfe"]] = row
+            students |= {name} if "student" in row else set()
+        elif row["grid"] is not None:
+            plain.append(row)
+    if not trained:
         return ""
-    plain = [row for row in record["rows"] if "student" not in row]
     budgets = sorted({row["nfe"] for row in record["rows"]})
+    base = trained["lcm"] if "lcm" in students else {}
 
     def value(row: dict[str, Any], judge: str) -> float:
-        return row["fd"][judge]["excess"] if judges else row["error"]
+        return row["fd"][judge]["excess"] if judge else row["error"]
 
     tables = []
-    for judge in judges or [""]:
-        table = {name: _over_seeds(runs, budgets, judge, value) for name, runs in students.items()}
-        base = students.get("lcm", {})
-        for name, runs in students.items():
-            paired = {seed: runs[seed] for seed in runs if seed in base and name != "lcm"}
-            if paired:
+    for judge in [*judges, ""]:
+        table = {name: _over_seeds(runs, budgets, judge, value) for name, runs in trained.items()}
+        for name in trained:
+            paired = {seed: rows for seed, rows in trained[name].items() if seed in base}
+            if paired and name in students - {"lcm"}:
                 cells = _over_seeds(paired, budgets, judge, value, base)
                 table[f"{name} less lcm, by seed"] = cells
         best = {}
         for nfe in budgets:
             rows = [row for row in plain if row["nfe"] == nfe]
             if rows:
-                row = min(rows, key=lambda row: value(row, judges[0] if judges else ""))
+                row = min(rows, key=lambda row: value(row, judges[0] if judge else ""))
                 best[nfe] = f"{value(row, judge):.3f} ({called[row['sampler']]})"
         table |= {"best solver of the frozen network": best} if best else {}
         what = f"excess FD-{judge}" if judge else "error"
@@ -141,6 +145,15 @@ def students_table(record: dict[str, Any]) -> str:
             lines.append(f"| {name} | {' | '.join(cells.get(nfe, '-') for nfe in budgets)} |")
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
+
+
+def _training_seed(row: dict[str, Any], name: str) -> tuple[str, int] | None:
+    """What is trained without its seed, and the seed; None for what does not say one."""
+    if "student" in row:
+        seed = row["student"]["recipe"].get("seed", 0)
+        return name.removesuffix(f"-{seed}"), seed
+    stem, found, seed = name.rpartition("-s")
+    return (stem, int(seed)) if found and seed.isdecimal() and row["grid"] is None else None
 
 
 def _over_seeds(
