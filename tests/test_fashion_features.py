@@ -24,6 +24,7 @@ from scipy.special import erf, expit
 from torch import Tensor
 
 from fewstep.evaluate.fashion import (
+    Clamped,
     feature_networks,
     load_feature_folder,
     load_feature_network,
@@ -205,6 +206,20 @@ def test_the_gradient_in_x_is_the_slope(name):
         slope = ((net(x + h * towards) - net(x - h * towards)) @ mix).sum() / (2 * h)
     assert gradient.isfinite().all()
     torch.testing.assert_close((gradient * towards).sum(), slope, rtol=1e-6, atol=1e-6)
+
+
+def test_a_loss_sees_of_endpoints_what_a_picture_shows():
+    net, x = load_feature_network("fashion-a"), 1.5 * unit(pictures(4)[0])
+    inside = x.abs() <= 1
+    assert 0.05 < inside.float().mean() < 0.95  # both kinds of pixel are there
+    x.requires_grad_()
+    seen = Clamped(net)(x)
+    assert torch.equal(seen, net(torch.from_numpy(np.clip(x.detach().numpy(), -1, 1))))
+    assert Clamped(net).name == "fashion-a"
+    seen.square().sum().backward()
+    assert x.grad is not None
+    assert x.grad[inside].abs().sum() > 0
+    assert not x.grad[~inside].any()
 
 
 @pytest.mark.parametrize(

@@ -148,9 +148,9 @@ def train_solver_command(
     options["parts"] = None if parts is None else tuple(part.strip() for part in parts.split(","))
     network = None
     if loss != "pixels":
-        from fewstep.evaluate.fashion import load_feature_network
+        from fewstep.evaluate.fashion import Clamped, load_feature_network
 
-        network = load_feature_network(loss, device)
+        network = Clamped(load_feature_network(loss, device))
     about = {
         "name": loaded.card.name,
         "weights": loaded.card.weights_sha256,

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from fewstep.files import file_hash
 from fewstep.models.network import check_device
 
 __all__ = [
+    "Clamped",
     "FeatureNetwork",
     "feature_networks",
     "load_feature_folder",
@@ -184,6 +186,21 @@ class FeatureNetwork(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """Class scores [n, 10], in the order of Fashion-MNIST's labels."""
         return self.head(self(x))
+
+
+@dataclass(frozen=True)
+class Clamped:
+    """A feature network on endpoints, of which it sees what a picture will show of them: pixels
+    are clamped to [-1, 1]."""
+
+    network: FeatureNetwork
+
+    @property
+    def name(self) -> str:
+        return self.network.name
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.network(x.clamp(-1, 1))
 
 
 def feature_networks() -> list[str]:
