@@ -42,8 +42,8 @@ def candidates(runs: Path, card: Card, method: str, loss: str | None) -> list[Le
 def best(solvers: list[LearnedSolver]) -> dict[int, LearnedSolver]:
     """For each budget the one with the least validation error that is better than its start."""
     chosen: dict[int, LearnedSolver] = {}
-    for solver in sorted(solvers, key=lambda one: one.validation["rmse"]):
-        if solver.validation["rmse"] < solver.validation["rmse_untrained"]:
+    for solver in sorted(solvers, key=lambda one: one.validation["error"]):
+        if solver.validation["error"] < solver.validation["error_untrained"]:
             chosen.setdefault(solver.nfe, solver)
     return dict(sorted(chosen.items()))
 
@@ -61,8 +61,8 @@ def main(
     chosen = best(candidates(runs, card, method, loss))
     values = json.loads((folder / CARD_FILE).read_text())
     for nfe, solver in chosen.items():
-        rmse, before = (solver.validation[key] for key in ("rmse", "rmse_untrained"))
-        print(f"{nfe}: {solver.program().name}, rmse {rmse:.4f} (untrained {before:.4f})")
+        error, before = (solver.validation[key] for key in ("error", "error_untrained"))
+        print(f"{nfe}: {solver.program().name}, error {error:.4f} (untrained {before:.4f})")
         if str(nfe) not in values["auto"]:
             raise ValueError(f"the card's auto has no entry for {nfe}; screen_solvers.py makes one")
         values["auto"][str(nfe)]["learned"] = f"{SOLVERS}/{name}/{nfe}"

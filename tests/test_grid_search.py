@@ -88,7 +88,7 @@ def test_it_is_the_base_on_a_grid_no_worse_than_any_named(base, first, mixture):
 
 def test_it_is_better_where_a_grid_matters(mixture):
     found = train(mixture, SHAPE, **{**SHORT, "trajectories": 64, "nfe": 6}).validation
-    assert found["rmse"] < 0.9 * found["rmse_untrained"]
+    assert found["error"] < 0.9 * found["error_untrained"]
 
 
 def test_it_is_the_same_every_time_and_its_folder_is_a_solver(mixture, tmp_path):
@@ -107,7 +107,7 @@ def test_other_methods_start_from_a_searched_grid(mixture):
     tuned = train(mixture, SHAPE, **short, method="tuned", grid="search")
     assert tuned.sigmas == grid.sigmas
     assert tuned.training["grid"] == "search"
-    assert tuned.validation["rmse"] <= grid.validation["rmse"]
+    assert tuned.validation["error"] <= grid.validation["error"]
     amed = train(mixture, SHAPE, **{**short, "inner": 1}, method="amed", grid="search")
     assert (amed.nfe, len(amed.sigmas)) == (4, 3)
 

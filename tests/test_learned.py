@@ -349,15 +349,15 @@ def test_training_lowers_the_error_and_keeps_the_best(base):
         base=base,
         trajectories=640,
         lr=0.02,
-        report=lambda p: measured.append(p.validation and p.validation["rmse"]),
+        report=lambda p: measured.append(p.validation and p.validation["error"]),
     )
-    reported = [rmse for rmse in measured if rmse] + [found.validation["rmse_untrained"]]
-    assert found.validation["rmse"] == min(reported) < 0.9 * found.validation["rmse_untrained"]
+    reported = [one for one in measured if one] + [found.validation["error_untrained"]]
+    assert found.validation["error"] == min(reported) < 0.9 * found.validation["error_untrained"]
     seeds = range(*found.validation["seeds"])
     x = 20.0 * fewstep.noise.normal(seeds, (3,), "prior")
     exact = fewstep.solve(TOY, x, "deis-4", 40)
-    rmse = (fewstep.solve(TOY, x, found) - exact).square().mean().sqrt().item()
-    assert math.isclose(rmse, found.validation["rmse"], rel_tol=1e-5)
+    error = (fewstep.solve(TOY, x, found) - exact).square().mean(1).sqrt().mean().item()
+    assert math.isclose(error, found.validation["error"], rel_tol=1e-5)
 
 
 def test_conditions_see_training_and_validation_seeds_alone():
@@ -587,7 +587,7 @@ def test_the_command_trains_and_its_folder_is_a_solver(tmp_path):
         *("train", "solver", "fashion-mnist", "--out", out, "--method", "amed-plugin"),
         *("--base", "ipndm-2", "--label", "all", "--guidance", 1.5, *short_run),
     )
-    assert re.search(r"amed-plugin on ipndm-2 \w+, 3 evaluations, rmse 0\.\d+", told)
+    assert re.search(r"amed-plugin on ipndm-2 \w+, 3 evaluations, error 0\.\d+", told)
     assert "3 evaluations each" in run(
         *("sample", "--solver", out, "--out", pictures, "--seeds", "0-1", "--json")[:-1]
     )

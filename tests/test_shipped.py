@@ -163,9 +163,9 @@ def test_shipping_takes_the_best_of_each_budget(folder, tmp_path):
     shutil.rmtree(folder / "solvers")
     weights = fewstep.models.read_card(folder).weights_sha256
 
-    def trained(path: str, nfe: int, rmse: float, label: str | None = None) -> None:
+    def trained(path: str, nfe: int, error: float, label: str | None = None) -> None:
         found = tuned(nfe, weights)
-        figures = {"rmse": rmse, "rmse_untrained": 0.1}
+        figures = {"error": error, "error_untrained": 0.1}
         made = replace(found, validation=figures, training={"loss": "pixels"})
         replace(made, model={**made.model, "label": label}).save(tmp_path / "runs" / path)
 
@@ -177,11 +177,11 @@ def test_shipping_takes_the_best_of_each_budget(folder, tmp_path):
     chosen = ship_solvers.main(tmp_path / "runs", str(folder))
     assert (folder / "card.json").read_text() == before
     assert not (folder / "solvers").exists()
-    assert {nfe: one.validation["rmse"] for nfe, one in chosen.items()} == {3: 0.07}
+    assert {nfe: one.validation["error"] for nfe, one in chosen.items()} == {3: 0.07}
     ship_solvers.main(tmp_path / "runs", str(folder), write=True)
     assert [path.name for path in (folder / "solvers" / "tuned" / "3").iterdir()] == ["solver.json"]
     found = Settings.choose(fewstep.load(folder), "auto", 3).solver
-    assert found.validation["rmse"] == 0.07  # type: ignore[union-attr]
+    assert found.validation["error"] == 0.07  # type: ignore[union-attr]
     with pytest.raises(ValueError, match="no solver of method amed"):
         ship_solvers.main(tmp_path / "runs", str(folder), method="amed")
 

@@ -12,6 +12,8 @@ from conftest import Mixture, noise
 
 import fewstep
 from fewstep.learned import LearnedSolver, train
+from fewstep.learned.method import Lesson
+from fewstep.learned.teacher import Path
 from fewstep.learned.tuned import PARTS, TUNED, Tuned
 from fewstep.plan import flatten, stages
 from fewstep.solver import get, names
@@ -112,7 +114,7 @@ def test_gradients_through_the_chain(mixture):
 def test_training_lowers_the_error_by_half(mixture):
     solver = train(mixture, SHAPE, **short(trajectories=1600, lr=0.05, validate_every=20))
     found = solver.validation
-    assert found["rmse"] < 0.5 * found["rmse_untrained"]
+    assert found["error"] < 0.5 * found["error_untrained"]
     x = noise(64, 10.0, seed=5)
     exact = fewstep.solve(mixture, x, "exp-adams-4", 200, sigma_min=0.05, sigma_max=10.0)
 
@@ -181,6 +183,19 @@ def test_kept_teacher_ends_are_not_solved_again(tmp_path, mixture):
     assert second.plan() == first.plan()
     with pytest.raises(ValueError, match="weights"):
         train(spy, SHAPE, **short(cache=tmp_path))
+
+
+@pytest.mark.parametrize("squared", [False, True])
+def test_the_loss_is_the_distance_at_the_end(squared, mixture):
+    """Of each sample, root mean square, and then the mean; or its square's mean."""
+    table = moved(Tuned.start("ddim", SIGMAS, "none", squared=squared))
+    x = noise(5, SIGMAS[0])
+    end = 3 * noise(5, 1.0, seed=1)
+    (loss,) = table.losses(Lesson(mixture, x, Path((x, end), ()), None))
+    gap = (fewstep.solve(mixture, x, table.plan()) - end).numpy()
+    distances = np.sqrt(np.square(gap).mean(1))
+    wanted = np.square(distances).mean() if squared else distances.mean()
+    np.testing.assert_allclose(loss.value.item() / 3, wanted, rtol=1e-9)
 
 
 def test_without_checkpoints_the_same_comes_of_fewer_calls(mixture):

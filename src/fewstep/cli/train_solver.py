@@ -102,6 +102,10 @@ def train_solver_command(
     parts: Annotated[
         str | None, typer.Option(help="What of tuned learns. [default: times,told,weights]")
     ] = None,
+    squared: Annotated[
+        bool | None,
+        typer.Option("--squared", help="tuned's loss is the squared distance."),
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate of Adam.")] = None,
     seed: Annotated[int, typer.Option(help="Decides first weights and noise.", min=0)] = 0,
     validation_seeds: Annotated[
@@ -145,6 +149,7 @@ def train_solver_command(
     captions = None if prompts is None else read_captions(prompts)
     loaded = load(model, device=device, dtype=dtype, compile=compile)
     options = {"scale_dir": scale_dir, "scale_time": scale_time, "features": features}
+    options["squared"] = squared
     options["parts"] = None if parts is None else tuple(part.strip() for part in parts.split(","))
     network = None
     if loss != "pixels":
@@ -207,9 +212,9 @@ def train_solver_command(
     searched = solver.training["grid"] == "search"
     before = "untrained, on the best named grid" if searched else "untrained"
     print(
-        f"{out}: {solver.program().name}, {solver.nfe} evaluations, rmse {found['rmse']:.4f} to "
+        f"{out}: {solver.program().name}, {solver.nfe} evaluations, error {found['error']:.4f} to "
         f"fine solves of {validation_seeds} validation seeds ({before}: "
-        f"{found['rmse_untrained']:.4f}); try: fewstep sample {model} --solver {out}"
+        f"{found['error_untrained']:.4f}); try: fewstep sample {model} --solver {out}"
         + (f" --prompt {shlex.quote(texts[0])}" if texts else "")
         + (f" --guidance {guidance:g}" if texts and guidance is not None else "")
     )
@@ -273,8 +278,9 @@ class SolverBar:
             learned=learned,
         )
         if batch.validation:
+            error, left = batch.validation["error"], batch.seconds_left
             self.console.print(
                 f"batch {batch.step}/{batch.total_steps}  loss {batch.loss:.3g}  "
-                f"rmse {batch.validation['rmse']:.4f}  {learned}  {batch.seconds_left:.0f} s left",
+                f"error {error:.4f}  {learned}  {left:.0f} s left",
                 highlight=False,
             )

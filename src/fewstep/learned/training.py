@@ -58,7 +58,7 @@ class Progress:
     loss: mean over the batch's losses, per number of a sample
     learned: what the method has to show of its numbers
     seconds_left: an estimate
-    validation: after a batch that was followed by one, "rmse" and what else was measured
+    validation: after a batch that was followed by one, "error" and what else was measured
     """
 
     step: int
@@ -304,20 +304,17 @@ class Ruler:
 
     @torch.no_grad()
     def measure(self, method: Method) -> dict[str, float]:
-        """Root mean square over all seeds and numbers, "rmse", and, where the loss is taken in
-        features, "features", the same there; infinite where it is not a number."""
-        spaces = {"rmse": lambda x: x, **({"features": self.features} if self.features else {})}
-        square, count = dict.fromkeys(spaces, 0.0), dict.fromkeys(spaces, 0)
+        """Mean over the seeds of each one's root mean square distance, "error", and, where the loss
+        is taken in features, "features", the same there; infinite where it is not a number."""
+        spaces = {"error": lambda x: x, **({"features": self.features} if self.features else {})}
+        found = {name: [] for name in spaces}
         for denoiser, x_T, exact in self.parts:
             x = solve(denoiser, x_T, method)
             for name, space in spaces.items():
-                error = (space(x) - space(exact)).double()
-                square[name] += error.square().sum().item()
-                count[name] += error.numel()
-        return {
-            name: math.sqrt(total / count[name]) if math.isfinite(total) else math.inf
-            for name, total in square.items()
-        }
+                gap = (space(x) - space(exact)).double().square().flatten(1)
+                found[name].append(gap.mean(1).sqrt())
+        means = {name: torch.cat(each).mean().item() for name, each in found.items()}
+        return {name: mean if math.isfinite(mean) else math.inf for name, mean in means.items()}
 
 
 class Run:
@@ -454,9 +451,9 @@ def _train(
     if not run.measured:
         found = ruler.measure(run.method)
         run.measure(found)
-        _log(folder, lines, {"step": 0, "rmse": run.measured["rmse"]})
+        _log(folder, lines, {"step": 0, "error": run.measured["error"]})
         usual = found if untrained is run.method else ruler.measure(untrained)
-        run.measured["rmse_untrained"] = usual["rmse"]
+        run.measured["error_untrained"] = usual["error"]
         if folder is not None:
             run.save(folder / CHECKPOINT)
     begun, since = time.perf_counter(), run.step

@@ -17,8 +17,9 @@ than weights on themselves; and since an analytic first step is a D that costs n
 weight of its own in all later steps. All states are linear in x_T and the D's, so a table over the
 whole history loses nothing against any rule with learned steps, weights or scales.
 
-The loss is the squared distance at the end of the chain to a fine solve, in pixels or in a feature
-network's space. What is learned is the same for every sample, so the result is a plan.
+The loss is the distance at the end of the chain to a fine solve, in pixels or in a feature
+network's space: not its square, for where trajectories part, a few samples end far off whatever the
+table, and would decide it. What is learned is the same for every sample, so the result is a plan.
 
 Sources: learning a solver's coefficients and levels from a teacher's end is S4S-Alt's (Frankel et
 al. 2025, arXiv:2502.17423), learning what the network is told AMED's (Zhou et al. 2023,
@@ -63,6 +64,7 @@ from fewstep.solver import get
 __all__ = ["PARTS", "TUNED", "Tuned", "TunedKind"]
 
 PARTS = ("times", "told", "weights")
+TINY = 1e-6  # where the distance's slope at 0 bends
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +76,7 @@ class Tuned:
     alphas, levels: of each evaluation's state and of the end, [k + 1]
     weights: n, [k + 1, k], strictly lower triangular
     learned: p [k + 1], r [k] and q [k + 1, k], of the parts that learn
+    squared: whether the loss is the squared distance
     """
 
     base: str
@@ -84,12 +87,18 @@ class Tuned:
     levels: Tensor
     weights: Tensor
     learned: dict[str, Tensor]
+    squared: bool = False
 
     kind: str = "tuned"
 
     @classmethod
     def start(
-        cls, base: str, sigmas: tuple[float, ...], first: str, parts: Sequence[str] = PARTS
+        cls,
+        base: str,
+        sigmas: tuple[float, ...],
+        first: str,
+        parts: Sequence[str] = PARTS,
+        squared: bool = False,
     ) -> Tuned:
         """The base solver's own table, to learn from there."""
         plan = get(base).plan(sigmas, first)
@@ -106,7 +115,8 @@ class Tuned:
         sources: tuple[Source, ...] = tuple(op.source for op in plan.ops if isinstance(op, Eval))
         seen = [float(op.sigma) for op in plan.ops if isinstance(op, Eval)]
         levels = torch.tensor([*seen, sigmas[-1]], dtype=torch.float64)
-        return cls(base, sigmas, first, sources, alphas, levels, weights / rest[:, None], learned)
+        weights = weights / rest[:, None]
+        return cls(base, sigmas, first, sources, alphas, levels, weights, learned, squared)
 
     def table(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(alpha [k + 1], sigma [k + 1], told level [k], weights on the D's [k + 1, k]),
@@ -156,6 +166,7 @@ class Tuned:
             "levels": self.levels.tolist(),
             "weights": self.weights.tolist(),
             "learned": {name: value.detach().tolist() for name, value in self.learned.items()},
+            "squared": self.squared,
         }
 
     def tensors(self) -> dict[str, Tensor]:
@@ -170,7 +181,11 @@ class Tuned:
             with torch.no_grad():
                 target = lesson.loss_features(target)
             x = lesson.loss_features(x)
-        value = (x - target).square().flatten(1).sum(1).mean()
+        gap = (x - target).square().flatten(1)
+        if self.squared:
+            value = gap.sum(1).mean()
+        else:
+            value = gap.shape[1] * (gap.mean(1) + TINY**2).sqrt().mean()
         yield Loss(value, self._shown())
 
     @torch.no_grad()
@@ -190,12 +205,13 @@ class TunedKind:
     ) -> Recipe:
         return start_recipe(self.name, base, nfe, first, end, own_time)
 
-    def fresh(self, setup: Setup, *, parts: Sequence[str] = PARTS) -> Method:
-        """parts: what learns, of times, told and weights."""
+    def fresh(self, setup: Setup, *, parts: Sequence[str] = PARTS, squared: bool = False) -> Method:
+        """parts: what learns, of times, told and weights; squared: the loss is the squared
+        distance, which a few samples decide."""
         if unknown := [part for part in parts if part not in PARTS] or not parts:
             raise ValueError(f"parts must be some of {', '.join(PARTS)}, got {unknown or 'none'}")
         assert setup.base is not None  # the recipe names one
-        return Tuned.start(setup.base, setup.sigmas, setup.first, parts)
+        return Tuned.start(setup.base, setup.sigmas, setup.first, parts, squared)
 
     def read(
         self,
@@ -224,7 +240,8 @@ class TunedKind:
         if unknown := [source for source in sources if source not in SOURCES]:
             raise ValueError(f"sources must be some of {', '.join(SOURCES)}, got {unknown[0]!r}")
         alphas, levels, weights = values.values()
-        return Tuned(str(base), sigmas, first, sources, alphas, levels, weights, learned)
+        squared = bool(settings.get("squared", True))  # as it was before there was a choice
+        return Tuned(str(base), sigmas, first, sources, alphas, levels, weights, learned, squared)
 
 
 TUNED = TunedKind()
