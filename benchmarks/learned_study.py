@@ -33,31 +33,34 @@ from fewstep.learned.tuned import PARTS
 
 BASES = ("ddim", "ipndm-2", "ipndm-3", "ipndm-4", "dpm-solver-2", "dpmpp-2m", "dpmpp-3m")
 SEVERAL = ("heun", "dpm-solver-2")  # training-free solvers of two evaluations a step
-PLUGIN, OURS = "--method amed-plugin", "--first mean --grid time-uniform"
+AUTHORS = "--trajectories 10000 --batch 128"  # theirs, whatever the others get
+PLUGIN, OURS = "--method amed-plugin", "--first mean --grid time-uniform --batch 32"
+TUNED = "--method tuned --batch 32 --validation-seeds 256 --validate-every 32"
 # name -> options of `fewstep train solver`
 VARIANTS = {
-    "amed-authors": "--method amed --first zero --teacher heun --inner 1",
-    "amed": "--method amed --first mean",
-    "plugin-authors": f"{PLUGIN} --base ipndm-4 --first zero --teacher ipndm-4 --inner 2",
+    "amed-authors": f"--method amed --first zero --teacher heun --inner 1 {AUTHORS}",
+    "amed": "--method amed --first mean --batch 32",
+    "plugin-authors": f"{PLUGIN} --base ipndm-4 --first zero --teacher ipndm-4 --inner 2 {AUTHORS}",
     **{f"plugin-{base}": f"{PLUGIN} --base {base} {OURS}" for base in BASES},
     **{
-        f"plugin-{base}-zero": f"{PLUGIN} --base {base} --first zero"
+        f"plugin-{base}-zero": f"{PLUGIN} --base {base} --first zero --batch 32"
         for base in ("ipndm-2", "ipndm-3", "ipndm-4")
     },
     "grid": "--method grid",
-    "tuned": "--method tuned",
-    "tuned-fashion-a": "--method tuned --loss fashion-a",
+    "tuned": TUNED,
+    "tuned-fashion-a": f"{TUNED} --loss fashion-a",
 }
 # what each part of `tuned` is worth, at one budget
 ABLATION = {
-    **{f"only-{part}": f"--method tuned --parts {part}" for part in PARTS},
+    **{f"only-{part}": f"{TUNED} --parts {part}" for part in PARTS},
     **{
-        f"without-{part}": f"--method tuned --parts {','.join(p for p in PARTS if p != part)}"
+        f"without-{part}": f"{TUNED} --parts {','.join(p for p in PARTS if p != part)}"
         for part in PARTS
     },
-    **{f"first-{first}": f"--method tuned --first {first}" for first in ("none", "zero")},
-    **{f"base-{base}": f"--method tuned --base {base}" for base in ("ddim", "ipndm-2", "dpmpp-2m")},
-    **{f"grid-{grid}": f"--method tuned --grid {grid}" for grid in ("karras", "log-snr", "search")},
+    "squared": f"{TUNED} --squared",
+    **{f"first-{first}": f"{TUNED} --first {first}" for first in ("none", "zero")},
+    **{f"base-{base}": f"{TUNED} --base {base}" for base in ("ddim", "ipndm-2", "dpmpp-2m")},
+    **{f"grid-{grid}": f"{TUNED} --grid {grid}" for grid in ("karras", "log-snr", "search")},
 }
 PARTS_OF_STUDY = ("compare", "ablation", "judge")
 
@@ -76,8 +79,9 @@ class Training:
     def name(self) -> str:
         return f"{self.variant}-s{self.seed} at {self.nfe}"
 
-    def done(self, trajectories: int) -> bool:
+    def done(self) -> bool:
         """Errors: ValueError where the folder has a run of another length."""
+        trajectories = int(self.command[self.command.index("--trajectories") + 1])
         try:
             found = json.loads((self.folder / SOLVER_FILE).read_text())["training"]["trajectories"]
         except (OSError, ValueError, KeyError):
@@ -110,9 +114,11 @@ def train_command(options: argparse.Namespace, variant: str, nfe: int) -> tuple[
     words = shlex.split(variant)
     if nfe % 2 == 0 and "--first" in words:
         words[words.index("--first") + 1] = "none"
+    for name in ("trajectories", "batch"):
+        if f"--{name}" not in words:
+            words += [f"--{name}", str(getattr(options, name))]
     return (
         *("fewstep", "train", "solver", options.model, *words, "--nfe", str(nfe)),
-        *("--trajectories", str(options.trajectories), "--batch", str(options.batch)),
         *("--device", options.device, "--dtype", options.dtype),
         *(["--compile"] if options.compile else []),
     )
@@ -247,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     every = [*VARIANTS, *ABLATION, *PARTS_OF_STUDY]
     chosen = [name for name in every if not options.only or name in options.only]
     planned = trainings(options, [name for name in chosen if name not in PARTS_OF_STUDY])
-    left = [one for one in planned if not one.done(options.trajectories)]
+    left = [one for one in planned if not one.done()]
     print(f"{len(planned) - len(left)} of {len(planned)} solvers are trained")
     if options.list:
         for one in planned:
@@ -275,8 +281,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--budgets", type=parse_budgets, default=(3, 5, 7, 9), help="such as 5, or 3,5,7")
     add("--ablation-budget", type=int, default=5)
     add("--training-seeds", type=int, default=2, help="how many of each variant")
-    add("--trajectories", type=int, default=10_000)
-    add("--batch", type=int, default=128)
+    add("--trajectories", type=int, default=10_000, help="where the variant does not say")
+    add("--batch", type=int, default=128, help="where the variant does not say")
     add("--device", default="cpu")
     add("--dtype", default="bfloat16", help="of training")
     add("--compile", action="store_true")
