@@ -4,6 +4,7 @@ expectations say pass and fail where they should."""
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,10 @@ def test_all_that_is_planned_can_be_trained(tmp_path):
     assert len(planned) == 2 * (7 * len(VARIANTS) + len(ABLATION))
     assert len({one.folder for one in planned}) == len(planned)
     for one in planned:
-        given = dict(zip(one.command[4::2], one.command[5::2], strict=True))
+        words = one.command[4:]
+        names = [word for word in words if word.startswith("--")]
+        assert len(set(names)) == len(names)
+        given = dict(pairwise(words))
         kind = kind_of(given["--method"])
         first = given.get("--first")
         recipe = kind.recipe(given.get("--base"), int(given["--nfe"]), first, None, False)
