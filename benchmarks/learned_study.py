@@ -60,7 +60,7 @@ ABLATION = {
     "squared": f"{TUNED} --squared",
     **{f"first-{first}": f"{TUNED} --first {first}" for first in ("none", "zero")},
     **{f"base-{base}": f"{TUNED} --base {base}" for base in ("ddim", "ipndm-2", "dpmpp-2m")},
-    **{f"grid-{grid}": f"{TUNED} --grid {grid}" for grid in ("karras", "log-snr", "search")},
+    **{f"grid-{grid}": f"{TUNED} --grid {grid}" for grid in ("karras", "log-snr", "time-uniform")},
 }
 PARTS_OF_STUDY = ("compare", "ablation", "judge")
 

@@ -176,7 +176,9 @@ def train_solver_command(
     if method in ("tuned", "grid") and first is None:
         first = "mean" if getattr(conditions([0]), "far_mean", None) is not None else "none"
     with resumable(out), SolverBar() as bar:
-        if grid == "search" or (method == "grid" and grid is None):
+        own_time = getattr(getattr(conditions([0]), "schedule", None), "own_time", False)
+        searches = ("grid",) if own_time else ("grid", "tuned")
+        if grid == "search" or (grid is None and method in searches):
             bar.console.print("searching for the grid")
         solver = train(
             conditions([0]),

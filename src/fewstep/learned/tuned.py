@@ -203,7 +203,8 @@ class TunedKind:
     def recipe(
         self, base: str | None, nfe: int, first: str | None, end: str | None, own_time: bool
     ) -> Recipe:
-        return start_recipe(self.name, base, nfe, first, end, own_time)
+        grid = None if own_time else "search"
+        return start_recipe(self.name, base, nfe, first, end, own_time, grid)
 
     def fresh(self, setup: Setup, *, parts: Sequence[str] = PARTS, squared: bool = False) -> Method:
         """parts: what learns, of times, told and weights; squared: the loss is the squared
