@@ -31,17 +31,21 @@ from fewstep.cli.compare import parse_budgets
 from fewstep.learned.solver import SOLVER_FILE
 from fewstep.learned.tuned import PARTS
 
-BASES = ("ddim", "ipndm-2", "ipndm-3", "ipndm-4", "dpm-solver-2", "dpmpp-2m", "dpmpp-3m")
+# the bases of the plugin, each with the grid that suits it best without learning at few evaluations
+BASES = {
+    **dict.fromkeys(("ddim", "ipndm-2", "ipndm-3", "ipndm-4"), "time-uniform"),
+    **dict.fromkeys(("dpm-solver-2", "dpmpp-2m", "dpmpp-3m"), "karras"),
+}
 SEVERAL = ("heun", "dpm-solver-2")  # training-free solvers of two evaluations a step
 AUTHORS = "--trajectories 10000 --batch 128"  # theirs, whatever the others get
-PLUGIN, OURS = "--method amed-plugin", "--first mean --grid time-uniform --batch 32"
+PLUGIN, OURS = "--method amed-plugin", "--first mean --batch 32"
 TUNED = "--method tuned --batch 32 --validation-seeds 256 --validate-every 32"
 # name -> options of `fewstep train solver`
 VARIANTS = {
     "amed-authors": f"--method amed --first zero --teacher heun --inner 1 {AUTHORS}",
     "amed": "--method amed --first mean --batch 32",
     "plugin-authors": f"{PLUGIN} --base ipndm-4 --first zero --teacher ipndm-4 --inner 2 {AUTHORS}",
-    **{f"plugin-{base}": f"{PLUGIN} --base {base} {OURS}" for base in BASES},
+    **{f"plugin-{base}": f"{PLUGIN} --base {base} {OURS} --grid {BASES[base]}" for base in BASES},
     **{
         f"plugin-{base}-zero": f"{PLUGIN} --base {base} --first zero --batch 32"
         for base in ("ipndm-2", "ipndm-3", "ipndm-4")
