@@ -37,20 +37,23 @@ BASES = {
     **dict.fromkeys(("dpm-solver-2", "dpmpp-2m", "dpmpp-3m"), "karras"),
 }
 SEVERAL = ("heun", "dpm-solver-2")  # training-free solvers of two evaluations a step
-AUTHORS = "--trajectories 10000 --batch 128"  # theirs, whatever the others get
-PLUGIN, OURS = "--method amed-plugin", "--first mean --batch 32"
-TUNED = "--method tuned --batch 32 --validation-seeds 256 --validate-every 32"
+AUTHORS = "--batch 128"
+OURS = "--batch 32 --validation-seeds 256 --validate-every 32"
+PLUGIN, TUNED = "--method amed-plugin", f"--method tuned {OURS}"
 # name -> options of `fewstep train solver`
 VARIANTS = {
     "amed-authors": f"--method amed --first zero --teacher heun --inner 1 {AUTHORS}",
-    "amed": "--method amed --first mean --batch 32",
+    "amed": f"--method amed --first mean {OURS}",
     "plugin-authors": f"{PLUGIN} --base ipndm-4 --first zero --teacher ipndm-4 --inner 2 {AUTHORS}",
-    **{f"plugin-{base}": f"{PLUGIN} --base {base} {OURS} --grid {BASES[base]}" for base in BASES},
     **{
-        f"plugin-{base}-zero": f"{PLUGIN} --base {base} --first zero --batch 32"
+        f"plugin-{base}": f"{PLUGIN} --base {base} --grid {grid} --first mean {OURS}"
+        for base, grid in BASES.items()
+    },
+    **{
+        f"plugin-{base}-zero": f"{PLUGIN} --base {base} --grid {BASES[base]} --first zero {OURS}"
         for base in ("ipndm-2", "ipndm-3", "ipndm-4")
     },
-    "grid": "--method grid",
+    "grid": f"--method grid {OURS}",
     "tuned": TUNED,
     "tuned-fashion-a": f"{TUNED} --loss fashion-a",
 }
@@ -69,6 +72,10 @@ ABLATION = {
 PARTS_OF_STUDY = ("compare", "ablation", "judge")
 
 
+class Other(ValueError):
+    """What is there is of another run."""
+
+
 @dataclass(frozen=True)
 class Training:
     """One solver to be trained: its variant, seed and budget, and the command."""
@@ -84,17 +91,20 @@ class Training:
         return f"{self.variant}-s{self.seed} at {self.nfe}"
 
     def done(self) -> bool:
-        """Errors: ValueError where the folder has a run of another length."""
-        trajectories = int(self.command[self.command.index("--trajectories") + 1])
+        """Errors: ValueError where the folder has a run of another length or batch."""
         try:
-            found = json.loads((self.folder / SOLVER_FILE).read_text())["training"]["trajectories"]
+            found = json.loads((self.folder / SOLVER_FILE).read_text())["training"]
+            for name in ("trajectories", "batch"):
+                asked = int(self.command[self.command.index(f"--{name}") + 1])
+                if found[name] != asked:
+                    raise Other(
+                        f"{self.folder} was trained with {name} {found[name]}, now {asked}; give "
+                        "another --out"
+                    )
+        except Other:
+            raise
         except (OSError, ValueError, KeyError):
             return False
-        if found != trajectories:
-            raise ValueError(
-                f"{self.folder} was trained on {found} trajectories, now {trajectories}; give "
-                "another --out"
-            )
         return True
 
 
@@ -118,11 +128,9 @@ def train_command(options: argparse.Namespace, variant: str, nfe: int) -> tuple[
     words = shlex.split(variant)
     if nfe % 2 == 0 and "--first" in words:
         words[words.index("--first") + 1] = "none"
-    for name in ("trajectories", "batch"):
-        if f"--{name}" not in words:
-            words += [f"--{name}", str(getattr(options, name))]
     return (
         *("fewstep", "train", "solver", options.model, *words, "--nfe", str(nfe)),
+        *("--trajectories", str(options.trajectories)),
         *("--device", options.device, "--dtype", options.dtype),
         *(["--compile"] if options.compile else []),
     )
@@ -285,8 +293,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--budgets", type=parse_budgets, default=(3, 5, 7, 9), help="such as 5, or 3,5,7")
     add("--ablation-budget", type=int, default=5)
     add("--training-seeds", type=int, default=2, help="how many of each variant")
-    add("--trajectories", type=int, default=10_000, help="where the variant does not say")
-    add("--batch", type=int, default=128, help="where the variant does not say")
+    add("--trajectories", type=int, default=10_000)
     add("--device", default="cpu")
     add("--dtype", default="bfloat16", help="of training")
     add("--compile", action="store_true")

@@ -2,8 +2,9 @@
 
 Below the folder of runs, every solver that was trained on this model without label or guidance is
 a candidate, of the method, loss and teacher that it says. For each budget, the one with the least
-validation error is taken, where that is below the error of what it started from. In the model's
-folder they are NAME/3, NAME/4, ..., and the card's `auto` names them.
+validation error is taken (in features, where it was trained in them), where that is below the error
+of its base on the best named grid. In the model's folder they are NAME/3, NAME/4, ..., and the
+card's `auto` names them.
 
     python benchmarks/ship_solvers.py runs --loss pixels            says what it would do
     python benchmarks/ship_solvers.py runs --loss pixels --write
@@ -40,9 +41,19 @@ def candidates(runs: Path, card: Card, method: str, loss: str | None) -> list[Le
 
 
 def best(solvers: list[LearnedSolver]) -> dict[int, LearnedSolver]:
-    """For each budget the one with the least validation error that is better than its start."""
+    """For each budget the one with the least validation error that is better than its base.
+
+    Errors: ValueError where they were validated on different seeds.
+    """
+    seeds = {tuple(solver.validation["seeds"]) for solver in solvers}
+    if len(seeds) > 1:
+        raise ValueError(f"solvers of different validation seeds cannot be ranked: {sorted(seeds)}")
+
+    def score(solver: LearnedSolver) -> float:
+        return solver.validation.get("features", solver.validation["error"])
+
     chosen: dict[int, LearnedSolver] = {}
-    for solver in sorted(solvers, key=lambda one: one.validation["error"]):
+    for solver in sorted(solvers, key=score):
         if solver.validation["error"] < solver.validation["error_untrained"]:
             chosen.setdefault(solver.nfe, solver)
     return dict(sorted(chosen.items()))

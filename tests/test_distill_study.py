@@ -130,7 +130,8 @@ def test_its_comparisons_are_what_the_results_are_made_of(done: Path) -> None:
 
 def test_the_table_over_training_seeds_by_hand() -> None:
     def row(sampler: str, nfe: int, excess: float, seed: int | None = None) -> dict[str, Any]:
-        how = {} if seed is None else {"student": {"recipe": {"seed": seed}}}
+        how: dict[str, Any] = {} if seed is None else {"student": {"recipe": {"seed": seed}}}
+        how["stochastic"] = "splam" in sampler
         fd = {"a": {"excess": excess}, "b": {"excess": 10 * excess}}
         grid = None if "tuned" in sampler else "karras"
         return {"sampler": sampler, "nfe": nfe, "grid": grid, "error": 9 - excess, "fd": fd, **how}
@@ -148,11 +149,11 @@ def test_the_table_over_training_seeds_by_hand() -> None:
         "| splam | 2.333 ± 1.590 (3) | - |",
         "| tuned | - | 1.500 ± 0.500 (2) |",
         "| splam less lcm, by seed | -0.667 ± 0.167 (3) | - |",
-        "| best solver of the frozen network | 8.000 (heun) | 7.000 (heun) |",
+        "| best training-free solver | 8.000 (heun) | 7.000 (heun) |",
     ]
     assert "| lcm | 30.000 ± 15.275 (3) | - |" in second
     assert third.splitlines()[0] == "| error | 2 NFE | 4 NFE |"
-    assert "| best solver of the frozen network | 0.000 (ddim) | 2.000 (heun) |" in third
+    assert "| best training-free solver | 0.000 (ddim) | 2.000 (heun) |" in third
     assert seeds_table({"rows": rows[-3:], "floor": {}}) == ""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -101,10 +102,27 @@ def test_it_is_the_same_every_time_and_its_folder_is_a_solver(mixture, tmp_path)
     assert again.plan().sigmas == again.sigmas
 
 
+def test_a_resumed_run_does_not_search_again(mixture, tmp_path, monkeypatch):
+    short = {**SHORT, "method": "tuned", "trajectories": 24, "batch": 8, "out": tmp_path}
+
+    def stop(progress: Any) -> None:
+        if progress.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(mixture, SHAPE, **short, report=stop, checkpoint_every=1)
+    monkeypatch.setattr("fewstep.learned.training.search_grid", None)  # cannot be called
+    found = train(mixture, SHAPE, **short, checkpoint_every=1)
+    monkeypatch.undo()
+    assert train(mixture, SHAPE, **{**short, "out": None}).digest == found.digest
+    with pytest.raises(ValueError, match="is of a run with"):
+        train(mixture, SHAPE, **short, lr=0.1)
+
+
 def test_other_methods_start_from_a_searched_grid(mixture):
     short = {"nfe": 4, "trajectories": 24, "batch": 8, "inner": 9, "validation": 8, "base": None}
     grid = train(mixture, SHAPE, **{**SHORT, **short, "first": "none"})
-    tuned = train(mixture, SHAPE, **short, method="tuned", grid="search")
+    tuned = train(mixture, SHAPE, **short, method="tuned")  # as it does unless told otherwise
     assert tuned.sigmas == grid.sigmas
     assert tuned.training["grid"] == "search"
     assert tuned.validation["error"] <= grid.validation["error"]

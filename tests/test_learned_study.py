@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 
 import fewstep
 from benchmarks import learned_overhead, learned_study
 from benchmarks.learned_study import ABLATION, VARIANTS, Rows, expectations, parse, trainings
+from fewstep.cli.app import train_app
 from fewstep.learned.kinds import kind_of
 
 
@@ -36,17 +38,29 @@ def test_all_that_is_planned_can_be_trained(tmp_path):
         assert recipe.intervals >= 1
 
 
+def test_the_command_knows_every_planned_option(tmp_path):
+    solver = typer.main.get_command(train_app).commands["solver"]  # type: ignore[attr-defined]
+    for one in trainings(options(tmp_path), [*VARIANTS, *ABLATION]):
+        assert one.command[:3] == ("fewstep", "train", "solver")
+        given = solver.make_context("solver", list(one.command[3:])).params
+        assert given["out"] == one.folder
+        assert given["batch"] == (128 if "authors" in one.variant else 32)
+        assert given["trajectories"] == 10_000
+
+
 def test_what_is_done_is_known_and_other_lengths_are_refused(tmp_path, capsys):
     only = ("--only", "amed", "--budgets", "5", "--trajectories", "100", "--list")
     first = trainings(options(tmp_path, *only), ["amed"])[0]
     first.folder.mkdir(parents=True)
-    (first.folder / "solver.json").write_text(json.dumps({"training": {"trajectories": 100}}))
+    (first.folder / "solver.json").write_text(
+        json.dumps({"training": {"trajectories": 100, "batch": 32}})
+    )
     learned_study.main(["--out", str(tmp_path), *only])
     told = capsys.readouterr().out
     assert "1 of 2 solvers are trained" in told
     assert "done  amed-s0 at 5" in told
     assert "left  amed-s1 at 5" in told
-    with pytest.raises(ValueError, match="was trained on 100 trajectories, now 200"):
+    with pytest.raises(ValueError, match="was trained with trajectories 100, now 200"):
         learned_study.main(["--out", str(tmp_path), *only[:-2], "200", "--list"])
 
 

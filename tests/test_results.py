@@ -69,3 +69,19 @@ def test_a_stored_row_is_made_again():
     gap = (x.double() - reference.double()).numpy()
     error = np.sqrt(np.square(gap).reshape(len(seeds), -1).mean(1)).mean()
     assert error == pytest.approx(row["check"]["error"], abs=TOLERANCE[dtype])
+
+
+def test_a_record_of_folders_alone_has_its_page_and_figure():
+    """As a study writes it: learned solvers of somebody's runs, two training seeds of each."""
+    record = json.loads(next(iter(RECORDS.values())).read_text())
+    rows = [row for row in record["rows"] if row["nfe"] in (3, 5) and row["solver"] == "ddim"]
+    rows = [
+        {**row, "sampler": f"study/{name}-s{seed}", "grid": None}
+        for row in rows for name in ("tuned", "amed") for seed in (0, 1)
+    ]  # fmt: skip
+    record = {**record, "rows": rows}
+    assert make_results.named(record)["rows"] == rows
+    assert make_results.figure(record).endswith(make_results.mark(record))
+    assert "| tuned-s1 |" in make_results.results_page({"study": record})
+    with_others = {**record, "rows": [*rows, {**rows[0], "sampler": "ddim", "grid": "karras"}]}
+    assert [row["sampler"] for row in make_results.named(with_others)["rows"]] == ["ddim"]

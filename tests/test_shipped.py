@@ -163,9 +163,11 @@ def test_shipping_takes_the_best_of_each_budget(folder, tmp_path):
     shutil.rmtree(folder / "solvers")
     weights = fewstep.models.read_card(folder).weights_sha256
 
-    def trained(path: str, nfe: int, error: float, label: str | None = None) -> None:
+    def trained(
+        path: str, nfe: int, error: float, label: str | None = None, until: int = 1_000_064
+    ) -> None:
         found = tuned(nfe, weights)
-        figures = {"error": error, "error_untrained": 0.1}
+        figures = {"error": error, "error_untrained": 0.1, "seeds": [1_000_000, until]}
         made = replace(found, validation=figures, training={"loss": "pixels"})
         replace(made, model={**made.model, "label": label}).save(tmp_path / "runs" / path)
 
@@ -184,6 +186,9 @@ def test_shipping_takes_the_best_of_each_budget(folder, tmp_path):
     assert found.validation["error"] == 0.07  # type: ignore[union-attr]
     with pytest.raises(ValueError, match="no solver of method amed"):
         ship_solvers.main(tmp_path / "runs", str(folder), method="amed")
+    trained("c/3", 3, 0.05, until=1_000_256)
+    with pytest.raises(ValueError, match="different validation seeds"):
+        ship_solvers.main(tmp_path / "runs", str(folder))
 
 
 def test_what_the_built_in_models_name_is_there():

@@ -197,6 +197,23 @@ def test_the_loss_is_the_distance_at_the_end(squared, mixture):
     wanted = np.square(distances).mean() if squared else distances.mean()
     np.testing.assert_allclose(loss.value.item() / 3, wanted, rtol=1e-9)
 
+    def first(x):
+        return x[:, :1]
+
+    (loss,) = table.losses(Lesson(mixture, x, Path((x, end), ()), first))
+    wanted = (gap[:, 0] ** 2 if squared else np.abs(gap[:, 0])).mean()
+    np.testing.assert_allclose(loss.value.item() / 3, wanted, rtol=1e-9)
+
+
+def test_at_no_distance_there_is_no_slope(mixture):
+    table = Tuned.start("ddim", SIGMAS, "none")
+    weights = [value.requires_grad_() for value in table.learned.values()]
+    x = noise(2, SIGMAS[0])
+    end = fewstep.solve(mixture, x, table)
+    (loss,) = table.losses(Lesson(mixture, x, Path((x, end.detach()), ()), None))
+    loss.value.backward(inputs=weights)
+    assert all(torch.isfinite(w.grad).all() for w in weights)
+
 
 def test_without_checkpoints_the_same_comes_of_fewer_calls(mixture):
     calls, solvers = [], []

@@ -104,7 +104,7 @@ def train_solver_command(
     ] = None,
     squared: Annotated[
         bool | None,
-        typer.Option("--squared", help="tuned's loss is the squared distance."),
+        typer.Option("--squared", help="tuned's loss is the squared distance, not the distance."),
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate of Adam.")] = None,
     seed: Annotated[int, typer.Option(help="Decides first weights and noise.", min=0)] = 0,
@@ -121,7 +121,7 @@ def train_solver_command(
         bool,
         typer.Option(
             "--checkpointed/--not-checkpointed",
-            help="tuned's gradients for a third more time, in the memory of one call.",
+            help="tuned's gradients in the memory of one call, for half more of its time.",
         ),
     ] = True,
     compile: Annotated[
@@ -176,9 +176,7 @@ def train_solver_command(
     if method in ("tuned", "grid") and first is None:
         first = "mean" if getattr(conditions([0]), "far_mean", None) is not None else "none"
     with resumable(out), SolverBar() as bar:
-        own_time = getattr(getattr(conditions([0]), "schedule", None), "own_time", False)
-        searches = ("grid",) if own_time else ("grid", "tuned")
-        if grid == "search" or (grid is None and method in searches):
+        if grid == "search" or (grid is None and _searches(method, base, nfe, conditions([0]))):
             bar.console.print("searching for the grid")
         solver = train(
             conditions([0]),
@@ -220,6 +218,19 @@ def train_solver_command(
         + (f" --prompt {shlex.quote(texts[0])}" if texts else "")
         + (f" --guidance {guidance:g}" if texts and guidance is not None else "")
     )
+
+
+def _searches(method: str, base: str | None, nfe: int, denoiser: Denoiser) -> bool:
+    """Whether the method has its grid found unless told otherwise."""
+    from fewstep.learned.grid_search import SEARCH
+    from fewstep.learned.kinds import kind_of
+
+    schedule = getattr(denoiser, "schedule", None)
+    own_time = schedule is not None and schedule.own_time
+    try:
+        return kind_of(method).recipe(base, nfe, None, None, own_time).grid == SEARCH
+    except ValueError:
+        return False  # which `train` explains
 
 
 def _labelled(

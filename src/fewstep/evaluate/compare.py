@@ -49,7 +49,7 @@ from fewstep.files import write_whole
 from fewstep.grid import GRIDS
 from fewstep.loop import resolve, solve
 from fewstep.models import Model, is_model, load, read_card
-from fewstep.models.card import POPULATION as POPULATION_FOLDER
+from fewstep.models.card import POPULATION_FOLDER
 from fewstep.sampling import Settings, describe, locate
 from fewstep.solver import ENDS, FIRST_STEPS, Solver, get
 from fewstep.solver.registry import MOST_EVALUATIONS
@@ -297,8 +297,8 @@ class Workbench:
         return np.concatenate(blocks), _digest((self.references.facts(), tuple(seeds), end))
 
     def population(self, judge: Judge, design: Design) -> Statistics:
-        """Statistics of the reference solves from other seeds: those that come with the model, if
-        they are of just these, else from a file in the folder or made now."""
+        """Statistics of the reference solves from other seeds: from a file in the folder, or those
+        that come with the model where they are of just these, or made now."""
         key = _digest((self.references.facts(), judge.name, design.population))
         name = Path(POPULATION_FOLDER) / f"{_slug(judge.name)}-{key}.npz"
         path, beside = self.folder / name, self.references.model.card.folder

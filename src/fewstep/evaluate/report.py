@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
@@ -101,10 +102,10 @@ def ordered(record: dict[str, Any]) -> list[dict[str, Any]]:
 def seeds_table(record: dict[str, Any]) -> str:
     """What was trained, over its training seeds, in Markdown: for each feature network, and for the
     error, the mean of the excess by budget with its standard error over training seeds, and for
-    students the same of the difference to LCM with the same seed where there is one. Below them the
-    training-free sampler of the frozen network that the first feature network prefers, or the
-    error. Empty where nothing says its training seed: students do by their recipe, learned solvers
-    by folders called NAME-sSEED."""
+    students the same of the difference to LCM with the same seed where there is one. Samplers that
+    draw noise have no place among errors. Below them the training-free sampler that the first
+    feature network prefers; among errors, the one with the least. Empty where nothing says its
+    training seed: students do by their recipe, learned solvers by folders called NAME-sSEED."""
     called, judges = short_names(record), list(record["floor"])
     trained: dict[str, dict[int, dict[int, dict[str, Any]]]] = {}  # by name, training seed, budget
     students, plain = set(), []
@@ -121,7 +122,9 @@ def seeds_table(record: dict[str, Any]) -> str:
     base = trained["lcm"] if "lcm" in students else {}
 
     def value(row: dict[str, Any], judge: str) -> float:
-        return row["fd"][judge]["excess"] if judge else row["error"]
+        if judge:
+            return row["fd"][judge]["excess"]
+        return math.nan if row.get("stochastic") else row["error"]
 
     tables = []
     for judge in [*judges, ""]:
@@ -133,11 +136,11 @@ def seeds_table(record: dict[str, Any]) -> str:
                 table[f"{name} less lcm, by seed"] = cells
         best = {}
         for nfe in budgets:
-            rows = [row for row in plain if row["nfe"] == nfe]
+            rows = [row for row in plain if row["nfe"] == nfe and not row.get("stochastic")]
             if rows:
                 row = min(rows, key=lambda row: value(row, judges[0] if judge else ""))
                 best[nfe] = f"{value(row, judge):.3f} ({called[row['sampler']]})"
-        table |= {"best solver of the frozen network": best} if best else {}
+        table |= {"best training-free solver": best} if best else {}
         what = f"excess FD-{judge}" if judge else "error"
         lines = [f"| {what} | {' | '.join(f'{nfe} NFE' for nfe in budgets)} |"]
         lines += ["|---" * (len(budgets) + 1) + "|"]
@@ -173,6 +176,7 @@ def _over_seeds(
                 if nfe in rows and (less is None or nfe in less[seed])
             ]
         )
+        found = found[~np.isnan(found)]
         if len(found):
             error = f" ± {found.std(ddof=1) / len(found) ** 0.5:.3f}" if len(found) > 1 else ""
             cells[nfe] = f"{found.mean():{'.3f' if less is None else '+.3f'}}{error} ({len(found)})"

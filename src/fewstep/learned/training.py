@@ -55,7 +55,7 @@ Prior = Callable[[Sequence[int]], Tensor]
 class Progress:
     """One batch, as `train` reports it.
 
-    loss: mean over the batch's losses, per number of a sample
+    loss: mean over the batch's losses, per number of a sample; of tuned the mean distance
     learned: what the method has to show of its numbers
     seconds_left: an estimate
     validation: after a batch that was followed by one, "error" and what else was measured
@@ -115,7 +115,8 @@ def train(
         given, which depends on whether the network has a time of its own (VP, flow)
     sigma_min, sigma_max: the denoiser's own where left out, else 0.002 and 80
     seed: decides the first weights and the noise
-    loss_features: a network for methods with a loss at the end of the path; None is pixels
+    loss_features: a network for methods with a loss at the end of the path; None is pixels. One
+        that is to see pictures needs `fewstep.evaluate.fashion.Clamped`, or the like
     conditions: conditions(seeds) draws one condition per seed and returns the denoiser bound to
         them; it must be a function of the seeds alone
     out: a folder for checkpoint, log and the result; a run that finds its checkpoint there resumes
@@ -136,7 +137,8 @@ def train(
     checkpointed: of a loss that spans several calls of the denoiser, compute each call again for
         its gradient, so that memory does not grow with nfe; without, the same numbers come sooner
     report: called after each batch
-    options: of the method: scale_dir (0.01), scale_time (0), features (True where there are any)
+    options: of the method. amed and amed-plugin: scale_dir (0.01), scale_time (0), features (True
+        where there are any); tuned: parts (all), squared (False)
 
     Returns the solver that did best on the validation seeds, in float32 on the CPU.
     Errors: ValueError for what cannot be trained, all before the first batch; FloatingPointError
@@ -202,7 +204,10 @@ def train(
         return kind.fresh(Setup(recipe.base, levels, recipe.first, size, seed, place), **options)
 
     student = plain = fresh(sigmas)
-    if named == SEARCH:
+    before = None if out is None or named != SEARCH else _searched(Path(out) / CHECKPOINT)
+    if before is not None:
+        sigmas, student = before, fresh(before)
+    elif named == SEARCH:
         few = range(begin, begin + min(SEARCHED, trajectories))
         parts = [(bound(part), noise(part)) for part in _split(few, batch)]
         known = _named(points, high, low, recipe.end, schedule)
@@ -222,6 +227,7 @@ def train(
         "grid": named or "sigmas",
         "sigmas": list(sigmas),
         "settings": _fixed(student),
+        "options": json.loads(json.dumps(options)),
         "shape": list(shape),
         "trajectories": trajectories,
         "batch": batch,
@@ -496,6 +502,17 @@ def _counted(sigmas: tuple[float, ...], intervals: int, nfe: int) -> tuple[float
             "give as many, or another nfe or first"
         )
     return sigmas
+
+
+def _searched(checkpoint: Path) -> tuple[float, ...] | None:
+    """The grid that was found for the run of a checkpoint, which goes on with it; None without
+    one."""
+    try:
+        with safe_open(checkpoint, "pt") as file:
+            facts = json.loads((file.metadata() or {})["run"])
+        return check_grid(facts["sigmas"]) if facts["grid"] == SEARCH else None
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        return None  # whoever resumes says what is wrong with it
 
 
 def _split(seeds: range, size: int) -> list[range]:

@@ -64,7 +64,6 @@ from fewstep.solver import get
 __all__ = ["PARTS", "TUNED", "Tuned", "TunedKind"]
 
 PARTS = ("times", "told", "weights")
-TINY = 1e-6  # where the distance's slope at 0 bends
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +165,6 @@ class Tuned:
             "levels": self.levels.tolist(),
             "weights": self.weights.tolist(),
             "learned": {name: value.detach().tolist() for name, value in self.learned.items()},
-            "squared": self.squared,
         }
 
     def tensors(self) -> dict[str, Tensor]:
@@ -181,11 +179,9 @@ class Tuned:
             with torch.no_grad():
                 target = lesson.loss_features(target)
             x = lesson.loss_features(x)
-        gap = (x - target).square().flatten(1)
-        if self.squared:
-            value = gap.sum(1).mean()
-        else:
-            value = gap.shape[1] * (gap.mean(1) + TINY**2).sqrt().mean()
+        gap, numbers = (x - target).flatten(1), lesson.x_T[0].numel()
+        distance = torch.linalg.vector_norm(gap, dim=1) / gap.shape[1] ** 0.5
+        value = numbers * (distance.square() if self.squared else distance).mean()
         yield Loss(value, self._shown())
 
     @torch.no_grad()
@@ -241,8 +237,7 @@ class TunedKind:
         if unknown := [source for source in sources if source not in SOURCES]:
             raise ValueError(f"sources must be some of {', '.join(SOURCES)}, got {unknown[0]!r}")
         alphas, levels, weights = values.values()
-        squared = bool(settings.get("squared", True))  # as it was before there was a choice
-        return Tuned(str(base), sigmas, first, sources, alphas, levels, weights, learned, squared)
+        return Tuned(str(base), sigmas, first, sources, alphas, levels, weights, learned)
 
 
 TUNED = TunedKind()

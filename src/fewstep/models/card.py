@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CARD_FILE", "POPULATION", "SOLVERS", "WEIGHTS_FILE", "Card"]
+__all__ = ["CARD_FILE", "POPULATION_FOLDER", "SOLVERS", "WEIGHTS_FILE", "Card"]
 
 CARD_FILE, WEIGHTS_FILE = "card.json", "model.safetensors"
 SOLVERS = "solvers"  # folder of the learned solvers that come with a model, by name and budget
-POPULATION = "population"  # of the statistics of reference solves that come with a model
+POPULATION_FOLDER = "population"  # of the statistics of reference solves that come with a model
 FORMAT = "fewstep-model/1"
 
 
