@@ -212,7 +212,7 @@ def test_at_no_distance_there_is_no_slope(mixture):
     end = fewstep.solve(mixture, x, table)
     (loss,) = table.losses(Lesson(mixture, x, Path((x, end.detach()), ()), None))
     loss.value.backward(inputs=weights)
-    assert all(torch.isfinite(w.grad).all() for w in weights)
+    assert all(torch.isfinite(w.grad).all() for w in weights)  # type: ignore[arg-type]
 
 
 def test_without_checkpoints_the_same_comes_of_fewer_calls(mixture):
