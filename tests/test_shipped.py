@@ -22,6 +22,7 @@ from benchmarks import ship_solvers
 from fewstep.cli import app
 from fewstep.demo import run_demo
 from fewstep.evaluate.compare import Design, Workbench, compare
+from fewstep.evaluate.features import own_features, resolve_features
 from fewstep.evaluate.references import Fine, References
 from fewstep.learned import LearnedSolver
 from fewstep.learned.tuned import Tuned
@@ -290,3 +291,21 @@ def test_a_long_name_leaves_room_for_the_pictures(folder, tmp_path):
     told = run_demo(str(folder), tmp_path, nfe=3, seeds=[0], solvers=("auto", "ddim"))
     page = next(path for path in told.files if path.suffix == ".html").read_text()
     assert re.search(r'<span class="about figure">tuned, error 0\.\d+', page)
+
+
+def test_the_population_that_ships_is_the_one_that_a_comparison_looks_for(tmp_path, monkeypatch):
+    """Without a solve. How it was made stands in its name, as a hash."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the population was solved again")
+
+    monkeypatch.setattr(References, "chunks", refuse)
+    model = fewstep.load("fashion-mnist")
+    design = Design(("ddim",), (3,), (0, 1))
+    for name in own_features("fashion-mnist"):
+        judge = resolve_features(name)
+        found = Workbench(model, References(model), tmp_path).population(judge, design)
+        assert (found.count, found.extractor, found.dim) == (10_000, judge.name, 128)
+        # another draw of the network's own pictures is near those it was trained on
+        assert judge.data is not None
+        assert 0.3 < found.frechet(judge.data) < 10
