@@ -139,7 +139,7 @@ def test_the_table_over_training_seeds_by_hand() -> None:
     rows = [row(f"runs/lcm-{i}", 2, x, i) for i, x in enumerate((1.0, 2.0, 6.0))]
     rows += [row(f"runs/splam-{i}", 2, x, i) for i, x in enumerate((0.5, 1.0, 5.5))]
     rows += [row("runs/tuned-s0", 4, 1.0), row("runs/tuned-s1", 4, 2.0), row("tuned", 4, 0.0)]
-    rows += [row("ddim", 2, 9.0), row("heun", 2, 8.0), row("heun", 4, 7.0)]
+    rows += [row("ddim", 2, 9.0), row("heun", 2, 8.0), row("heun", 4, 7.0), row("heun", 9, 1.0)]
     text = seeds_table({"rows": rows, "floor": {"a": {}, "b": {}}})
     first, second, third = text.split("\n\n")
     assert first.splitlines() == [

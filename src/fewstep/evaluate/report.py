@@ -118,7 +118,7 @@ def seeds_table(record: dict[str, Any]) -> str:
             plain.append(row)
     if not trained:
         return ""
-    budgets = sorted({row["nfe"] for row in record["rows"]})
+    budgets = sorted({nfe for runs in trained.values() for rows in runs.values() for nfe in rows})
     base = trained["lcm"] if "lcm" in students else {}
 
     def value(row: dict[str, Any], judge: str) -> float:
