@@ -140,9 +140,9 @@ def results_page(records: dict[str, Record]) -> str:
         parts.append("### How these were made")
         for source in record["sources"]:
             machine = source["machine"]
-            command = f"`{source['command']}` on " if source["command"] else ""
+            parts += [as_code(source["command"])] if source["command"] else []
             parts.append(
-                f"{command}{source['made']}, network in {source['dtype']}, "
+                f"On {source['made']}, network in {source['dtype']}, "
                 f"{machine['gpu'] or machine['processor']}, {machine['cores']} cores, torch "
                 f"{machine['torch']}."
             )
@@ -161,9 +161,20 @@ def mark(record: Record) -> bytes:
     return f"<!-- {hashlib.sha256(stored).hexdigest()} -->\n".encode()
 
 
+def as_code(command: str) -> str:
+    """A command in lines that a shell reads as one: broken between words, else after commas."""
+    lines = []
+    for line in textwrap.wrap(command, 98, break_long_words=False, break_on_hyphens=False):
+        parts = line.replace(",", ", ") if len(line) > 98 else line
+        pieces = textwrap.wrap(parts, 98, break_long_words=False, break_on_hyphens=False)
+        lines += [piece.replace(", ", ",") + "\\" for piece in pieces[:-1]]
+        lines.append(pieces[-1].replace(", ", ",") + " \\")
+    return "\n".join(["```", *lines])[:-2] + "\n```"
+
+
 def wrapped(part: str) -> str:
     """A paragraph in lines of 100; headings and tables as they are."""
-    if part.startswith(("#", "|")):
+    if part.startswith(("#", "|", "```")):
         return part
     return textwrap.fill(part, 100, break_long_words=False, break_on_hyphens=False)
 

@@ -118,6 +118,6 @@ def test_links_lead_somewhere(path):
 @pytest.mark.parametrize("path", sorted(ROOT.glob("docs/*.md")), ids=name_of)
 def test_lines_are_at_most_110_columns(path):
     lines = path.read_text(encoding="utf-8").splitlines()
-    if path.name == "results.md":  # generated: rows of tables, and words that cannot be broken
-        lines = [line for line in lines if not line.startswith("|") and " " in line]
+    if path.name == "results.md":  # generated: a row of a table is as wide as its numbers
+        lines = [line for line in lines if not line.startswith("|")]
     assert not [f"line {i}" for i, line in enumerate(lines, 1) if len(line) > 110]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from typing import Any
 
 import numpy as np
@@ -85,3 +86,12 @@ def test_a_record_of_folders_alone_has_its_page_and_figure():
     assert "| tuned-s1 |" in make_results.results_page({"study": record})
     with_others = {**record, "rows": [*rows, {**rows[0], "sampler": "ddim", "grid": "karras"}]}
     assert [row["sampler"] for row in make_results.named(with_others)["rows"]] == ["ddim"]
+
+
+def test_a_printed_command_is_the_command_for_a_shell():
+    for path in RECORDS.values():
+        for source in json.loads(path.read_text())["sources"]:
+            first, *lines, last = make_results.as_code(source["command"]).splitlines()
+            assert (first, last) == ("```", "```")
+            joined = "\n".join(lines).replace("\\\n", "")  # as a shell reads it
+            assert shlex.split(joined) == shlex.split(source["command"])
