@@ -35,7 +35,7 @@ from fewstep.evaluate.compare import (
     merge,
     read_comparison,
 )
-from fewstep.evaluate.comparison_html import comparison_html, spread_out, with_error
+from fewstep.evaluate.comparison_html import _clipped, comparison_html, spread_out, with_error
 from fewstep.evaluate.memo import Memo, Remembering
 from fewstep.evaluate.references import Fine, References
 from fewstep.evaluate.report import comparison_csv, comparison_table, write_comparison
@@ -958,3 +958,10 @@ def test_missing_matplotlib_is_said_before_any_work(tmp_path, capsys, monkeypatc
     assert command(*quick(tmp_path)) == 2
     assert "--no-plots" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_clipped_names_of_runs_can_be_told_apart():
+    names = [f"tuned-fashion-a-s{seed}" for seed in (0, 1)]
+    short = [_clipped(name) for name in names]
+    assert short == ["tuned-fashi…-a-s0", "tuned-fashi…-a-s1"]
+    assert _clipped("dpm-solver-2") == "dpm-solver-2"

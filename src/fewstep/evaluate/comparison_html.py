@@ -473,7 +473,9 @@ def _end_labels(
 
 
 def _clipped(name: str) -> str:
-    return name if len(name) <= 17 else name[:16] + "…"
+    return (
+        name if len(name) <= 17 else f"{name[:11]}…{name[-5:]}"
+    )  # names of runs differ at the end
 
 
 def spread_out(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
