@@ -186,23 +186,30 @@ def test_kept_teacher_ends_are_not_solved_again(tmp_path, mixture):
 
 
 @pytest.mark.parametrize("squared", [False, True])
-def test_the_loss_is_the_distance_at_the_end(squared, mixture):
-    """Of each sample, root mean square, and then the mean; or its square's mean."""
-    table = moved(Tuned.start("ddim", SIGMAS, "none", squared=squared))
+@pytest.mark.parametrize("shift", [None, 0.0, 3.0])
+def test_the_loss_is_the_distance_at_the_end(squared, shift, mixture):
+    """Of each sample, root mean square, and then the mean, or its square's mean; and a multiple of
+    that of the means, 2 in features and 0 in pixels if it is left open."""
+    table = moved(Tuned.start("ddim", SIGMAS, "none", squared=squared, shift=shift))
     x = noise(5, SIGMAS[0])
     end = 3 * noise(5, 1.0, seed=1)
-    (loss,) = table.losses(Lesson(mixture, x, Path((x, end), ()), None))
     gap = (fewstep.solve(mixture, x, table.plan()) - end).numpy()
-    distances = np.sqrt(np.square(gap).mean(1))
-    wanted = np.square(distances).mean() if squared else distances.mean()
-    np.testing.assert_allclose(loss.value.item() / 3, wanted, rtol=1e-9)
 
     def first(x):
         return x[:, :1]
 
-    (loss,) = table.losses(Lesson(mixture, x, Path((x, end), ()), first))
-    wanted = (gap[:, 0] ** 2 if squared else np.abs(gap[:, 0])).mean()
-    np.testing.assert_allclose(loss.value.item() / 3, wanted, rtol=1e-9)
+    for features, usual in ((None, 0.0), (first, 2.0)):
+        (loss,) = table.losses(Lesson(mixture, x, Path((x, end), ()), features))
+        seen = gap if features is None else gap[:, :1]
+        distances = np.sqrt(np.square(seen).mean(1))
+        wanted = np.square(distances).mean() if squared else distances.mean()
+        wanted += (usual if shift is None else shift) * np.sqrt(np.square(seen.mean(0)).mean())
+        np.testing.assert_allclose(loss.value.item() / 3, wanted, rtol=1e-9)
+
+
+def test_a_shift_has_a_weight_of_its_own():
+    with pytest.raises(ValueError, match="shift must be at least 0"):
+        train(lambda x, sigma: x / (1 + sigma[:, None] ** 2), (3,), method="tuned", shift=-1.0)
 
 
 def test_at_no_distance_there_is_no_slope(mixture):

@@ -106,6 +106,13 @@ def train_solver_command(
         bool | None,
         typer.Option("--squared", help="tuned's loss is the squared distance, not the distance."),
     ] = None,
+    shift: Annotated[
+        float | None,
+        typer.Option(
+            help="tuned: weight of the shift that all ends share. [default: 2 in features, else 0]",
+            min=0,
+        ),
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate of Adam.")] = None,
     seed: Annotated[int, typer.Option(help="Decides first weights and noise.", min=0)] = 0,
     validation_seeds: Annotated[
@@ -149,7 +156,7 @@ def train_solver_command(
     captions = None if prompts is None else read_captions(prompts)
     loaded = load(model, device=device, dtype=dtype, compile=compile)
     options = {"scale_dir": scale_dir, "scale_time": scale_time, "features": features}
-    options["squared"] = squared
+    options |= {"squared": squared, "shift": shift}
     options["parts"] = None if parts is None else tuple(part.strip() for part in parts.split(","))
     network = None
     if loss != "pixels":

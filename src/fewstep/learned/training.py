@@ -138,7 +138,7 @@ def train(
         its gradient, so that memory does not grow with nfe; without, the same numbers come sooner
     report: called after each batch
     options: of the method. amed and amed-plugin: scale_dir (0.01), scale_time (0), features (True
-        where there are any); tuned: parts (all), squared (False)
+        where there are any); tuned: parts (all), squared (False), shift (2 in features, else 0)
 
     Returns the solver that did best on the validation seeds, in float32 on the CPU.
     Errors: ValueError for what cannot be trained, all before the first batch; FloatingPointError

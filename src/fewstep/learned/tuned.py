@@ -19,7 +19,9 @@ whole history loses nothing against any rule with learned steps, weights or scal
 
 The loss is the distance at the end of the chain to a fine solve, in pixels or in a feature
 network's space: not its square, for where trajectories part, a few samples end far off whatever the
-table, and would decide it. What is learned is the same for every sample, so the result is a plan.
+table, and would decide it. In features the distance of the batch's means is added, SHIFT times: a
+shift that all pictures share is little to each of them, but counts in full in a Frechet distance.
+What is learned is the same for every sample, so the result is a plan.
 
 Sources: learning a solver's coefficients and levels from a teacher's end is S4S-Alt's (Frankel et
 al. 2025, arXiv:2502.17423), learning what the network is told AMED's (Zhou et al. 2023,
@@ -61,9 +63,10 @@ from fewstep.plan import (
 )
 from fewstep.solver import get
 
-__all__ = ["PARTS", "TUNED", "Tuned", "TunedKind"]
+__all__ = ["PARTS", "SHIFT", "TUNED", "Tuned", "TunedKind"]
 
 PARTS = ("times", "told", "weights")
+SHIFT = 2.0  # in features; in pixels the means agree without it
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +79,7 @@ class Tuned:
     weights: n, [k + 1, k], strictly lower triangular
     learned: p [k + 1], r [k] and q [k + 1, k], of the parts that learn
     squared: whether the loss is the squared distance
+    shift: weight of the distance of the batch's means; None is SHIFT in features and 0 in pixels
     """
 
     base: str
@@ -87,6 +91,7 @@ class Tuned:
     weights: Tensor
     learned: dict[str, Tensor]
     squared: bool = False
+    shift: float | None = None
 
     kind: str = "tuned"
 
@@ -98,6 +103,7 @@ class Tuned:
         first: str,
         parts: Sequence[str] = PARTS,
         squared: bool = False,
+        shift: float | None = None,
     ) -> Tuned:
         """The base solver's own table, to learn from there."""
         plan = get(base).plan(sigmas, first)
@@ -115,7 +121,7 @@ class Tuned:
         seen = [float(op.sigma) for op in plan.ops if isinstance(op, Eval)]
         levels = torch.tensor([*seen, sigmas[-1]], dtype=torch.float64)
         weights = weights / rest[:, None]
-        return cls(base, sigmas, first, sources, alphas, levels, weights, learned, squared)
+        return cls(base, sigmas, first, sources, alphas, levels, weights, learned, squared, shift)
 
     def table(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(alpha [k + 1], sigma [k + 1], told level [k], weights on the D's [k + 1, k]),
@@ -175,14 +181,18 @@ class Tuned:
         program = Program(self.ops, "x0", len(self.sources), sigmas, count, adapts=True)
         denoiser = Frozen(lesson.denoiser, lesson.checkpointed)
         x, target = solve(denoiser, lesson.x_T, program), lesson.path.states[-1]
+        shift = self.shift or 0.0
         if lesson.loss_features is not None:
             with torch.no_grad():
                 target = lesson.loss_features(target)
             x = lesson.loss_features(x)
-        gap, numbers = (x - target).flatten(1), lesson.x_T[0].numel()
-        distance = torch.linalg.vector_norm(gap, dim=1) / gap.shape[1] ** 0.5
-        value = numbers * (distance.square() if self.squared else distance).mean()
-        yield Loss(value, self._shown())
+            shift = SHIFT if self.shift is None else self.shift
+        gap = (x - target).flatten(1)
+        distance = rms(gap)
+        value = (distance.square() if self.squared else distance).mean()
+        if shift:
+            value = value + shift * rms(gap.mean(0))
+        yield Loss(lesson.x_T[0].numel() * value, self._shown())
 
     @torch.no_grad()
     def _shown(self) -> dict[str, float]:
@@ -202,13 +212,23 @@ class TunedKind:
         grid = None if own_time else "search"
         return start_recipe(self.name, base, nfe, first, end, own_time, grid)
 
-    def fresh(self, setup: Setup, *, parts: Sequence[str] = PARTS, squared: bool = False) -> Method:
+    def fresh(
+        self,
+        setup: Setup,
+        *,
+        parts: Sequence[str] = PARTS,
+        squared: bool = False,
+        shift: float | None = None,
+    ) -> Method:
         """parts: what learns, of times, told and weights; squared: the loss is the squared
-        distance, which a few samples decide."""
+        distance, which a few samples decide; shift: weight of the distance of the batch's means,
+        SHIFT in features and 0 in pixels unless given."""
         if unknown := [part for part in parts if part not in PARTS] or not parts:
             raise ValueError(f"parts must be some of {', '.join(PARTS)}, got {unknown or 'none'}")
+        if shift is not None and not 0 <= shift < math.inf:
+            raise ValueError(f"shift must be at least 0, got {shift}")
         assert setup.base is not None  # the recipe names one
-        return Tuned.start(setup.base, setup.sigmas, setup.first, parts, squared)
+        return Tuned.start(setup.base, setup.sigmas, setup.first, parts, squared, shift)
 
     def read(
         self,
@@ -241,6 +261,11 @@ class TunedKind:
 
 
 TUNED = TunedKind()
+
+
+def rms(gap: Tensor) -> Tensor:
+    """Root mean square over the last dimension."""
+    return torch.linalg.vector_norm(gap, dim=-1) / gap.shape[-1] ** 0.5
 
 
 def differences(k: int) -> Tensor:

@@ -1,0 +1,97 @@
+"""How far solvers end from the exact solution of the same seeds, in pixels and in features.
+
+    python benchmarks/paired.py --solvers study/solvers/tuned-s0 ipndm-4 --nfe 5 --first zero
+
+For each solver, on seeds that no test uses:
+
+    error    mean root mean square distance in pixels of [-1, 1]
+    FD       Frechet distance between its pictures and the exact solution's, of the same seeds
+    mean     the part of FD that is a shift common to all pictures: squared distance of the means
+    paired   mean squared distance of each picture to its own target, in features
+
+A distance of pictures to their own targets hardly sees a common shift; FD counts it in full.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import fewstep
+from fewstep.cli.options import parse_seeds
+from fewstep.evaluate.features import own_features, resolve_features
+from fewstep.evaluate.references import References
+from fewstep.evaluate.statistics import Statistics
+from fewstep.models import Model
+
+BATCH = 50
+
+
+@torch.inference_mode()
+def ends(model: Model, seeds: Sequence[int], solver: str, settings: dict[str, Any]) -> np.ndarray:
+    """float32 [n, c, h, w]. settings: keywords of `fewstep.solve`; a folder has its own."""
+    parts = [seeds[start : start + BATCH] for start in range(0, len(seeds), BATCH)]
+    return np.concatenate([
+        fewstep.solve(model.denoiser(), model.prior(part), solver, **settings).cpu().numpy()
+        for part in parts
+    ])  # fmt: skip
+
+
+def distances(ours: np.ndarray, exact: np.ndarray) -> dict[str, float]:
+    """FD, its part of the means, and the mean squared distance, of features [n, d] of the same
+    seeds."""
+    ours, exact = ours.astype(np.float64), exact.astype(np.float64)
+    return {
+        "fd": Statistics.of(ours).frechet(Statistics.of(exact)),
+        "mean": float(np.square(ours.mean(0) - exact.mean(0)).sum()),
+        "paired": float(np.square(ours - exact).sum(1).mean()),
+    }
+
+
+def main() -> None:
+    options = parse()
+    model = fewstep.load(options.model, dtype=options.dtype)
+    exact = References(fewstep.load(options.model)).endpoints(options.seeds)[:, 0]
+    spaces = [resolve_features(name) for name in own_features(model.card.name)]
+
+    def pictures(x: np.ndarray) -> np.ndarray:
+        return model.decode(torch.from_numpy(x))
+
+    targets = [space(pictures(exact)) for space in spaces]
+    for name in options.solvers:
+        folder = Path(name) / str(options.nfe)
+        learned = folder.is_dir()
+        given = ("grid", "first", "end")
+        settings = {key: getattr(options, key) for key in given if not learned}
+        settings["nfe"] = options.nfe
+        x = ends(model, options.seeds, str(folder) if learned else name, settings)
+        error = np.sqrt(np.square(x - exact).reshape(len(x), -1).mean(1)).mean()
+        print(f"{name}  error {error:.4f}", end="")
+        for space, target in zip(spaces, targets, strict=True):
+            found = distances(space(pictures(x)), target)
+            shown = " ".join(f"{key} {value:.3f}" for key, value in found.items())
+            print(f"  {space.label} {shown}", end="")
+        print(flush=True)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    add = parser.add_argument
+    add("--model", default="fashion-mnist")
+    add("--solvers", nargs="+", required=True, help="names, or folders that have solvers by budget")
+    add("--nfe", type=int, default=5)
+    add("--grid", default="time-uniform", help="of solvers by name, as are --first and --end")
+    add("--first", default="mean")
+    add("--end", default="sigma_min")
+    add("--seeds", type=parse_seeds, default=range(1_000_000, 1_000_500), help="first-last")
+    add("--dtype", default="bfloat16", help="of the solvers' network; the exact one is float32")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
