@@ -101,16 +101,19 @@ class Teacher:
 class Kept:
     """A teacher whose paths are kept in a folder, for other runs on the same network.
 
+    folder: None keeps nothing
     facts: all that a path depends on besides the teacher and the seeds
     """
 
     teacher: Teacher
-    folder: FilePath
+    folder: FilePath | None
     facts: dict[str, Any]
 
     def path(self, denoiser: Denoiser, x_T: Tensor, seeds: Sequence[int]) -> Path:
         """The states of `Teacher.path`, from the folder where they are there. What the teacher saw
-        is not kept."""
+        is not kept, and neither is what is not finite."""
+        if self.folder is None:
+            return self.teacher.path(denoiser, x_T)
         key = {**self.facts, **asdict(self.teacher), "seeds": list(seeds)}
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
         file = self.folder / f"{name}.safetensors"
@@ -122,7 +125,8 @@ class Kept:
             pass  # not there, or not whole: solved again
         path = self.teacher.path(denoiser, x_T)
         states = torch.stack(path.states[1:]).float().cpu()
-        write_whole(file, safetensors.torch.save({"states": states}))
+        if torch.isfinite(states).all():
+            write_whole(file, safetensors.torch.save({"states": states}))
         return Path((x_T, *states.to(x_T.device).unbind()), ())
 
 

@@ -129,9 +129,10 @@ def train(
     lr: of Adam
     prior: prior(seeds) -> x_T; sigma_max times normal noise unless given
     model: facts about the network for the record, above all "name" and "weights", their hash
-    cache: a folder where the ends of a teacher that is looked at only there are kept for other
-        runs; needs a `model` with the hash of its weights and all that its conditions and its prior
-        depend on, for that and the seeds are what an end is known by
+    cache: a folder where fine solves of the validation seeds, and the ends of a teacher that is
+        looked at only there, are kept for other runs; needs a `model` with the hash of its weights
+        and all that its conditions and its prior depend on, for that and the seeds are what an end
+        is known by
     validation: how many validation seeds
     validate_every, checkpoint_every: in batches
     checkpointed: of a loss that spans several calls of the denoiser, compute each call again for
@@ -242,20 +243,20 @@ def train(
         "model": model or {},
     }
     run = Run(student, lr, facts, recipe.decay)
-    kept = None
-    if cache is not None and recipe.whole:
-        if not (model or {}).get("weights"):
-            raise ValueError("cache needs model['weights'], the hash of the network's weights")
-        known = {"model": model, "shape": list(shape)}
-        kept = Kept(guide, Path(cache) / "teachers", known)
+    if cache is not None and not (model or {}).get("weights"):
+        raise ValueError("cache needs model['weights'], the hash of the network's weights")
+    kept = None if cache is None else Path(cache) / "teachers"
+    known = {"model": model, "shape": list(shape)}
     folder = None if out is None else _open(Path(out), run)
     if run.step < len(run.batches) or not run.measured:
-        reference = whole(REFERENCE_INTERVALS)
-        ruler = Ruler(bound, noise, held_out, reference, batch, loss_features)
+        fine = Teacher(REFERENCE, (sigmas[0], sigmas[-1]), whole(REFERENCE_INTERVALS))
+        exact = Kept(fine, kept, known)
+        ruler = Ruler(bound, noise, held_out, exact, batch, loss_features)
+        paths = Kept(guide, kept if recipe.whole else None, known)
 
         def lesson(seeds: range) -> Lesson:
             frozen, x_T = Frozen(bound(seeds)), noise(seeds)
-            path = kept.path(frozen, x_T, seeds) if kept else guide.path(frozen, x_T)
+            path = paths.path(frozen, x_T, seeds)
             return Lesson(frozen, x_T, path, loss_features, checkpointed)
 
         _train(run, plain, lesson, ruler, folder, checkpoint_every, report)
@@ -292,7 +293,7 @@ class Ruler:
         bound: Conditions,
         noise: Noise,
         seeds: range,
-        reference: tuple[float, ...],
+        exact: Kept,
         batch: int,
         features: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
@@ -300,13 +301,13 @@ class Ruler:
         self.parts: list[tuple[Denoiser, Tensor, Tensor]] = []
         for part in _split(seeds, batch):
             denoiser, x_T = bound(part), noise(part)
-            exact = solve(denoiser, x_T, REFERENCE, grid=reference)
-            if not torch.isfinite(exact).all():
+            end, levels = exact.path(denoiser, x_T, part).states[-1], exact.teacher.sigmas
+            if not torch.isfinite(end).all():
                 raise FloatingPointError(
-                    f"the denoiser returned NaN or infinity between sigma {reference[0]:g} and "
-                    f"{reference[-1]:g}; try dtype float32, or another guidance"
+                    f"the denoiser returned NaN or infinity between sigma {levels[0]:g} and "
+                    f"{levels[-1]:g}; try dtype float32, or another guidance"
                 )
-            self.parts.append((denoiser, x_T, exact))
+            self.parts.append((denoiser, x_T, end))
 
     @torch.no_grad()
     def measure(self, method: Method) -> dict[str, float]:
