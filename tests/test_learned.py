@@ -435,6 +435,75 @@ def test_other_settings_do_not_go_on_with_a_run(tmp_path):
         short(tmp_path)
 
 
+def test_a_run_goes_on_with_its_own_denoiser_alone(tmp_path):
+    """Where no hash tells networks apart, D at one start does."""
+    short(tmp_path)
+
+    other = GaussianMixture(
+        torch.tensor([0.2, 0.8]), torch.eye(3)[:2], 0.1, sigma_min=0.01, sigma_max=20.0
+    )
+    for change in ({"denoiser": other}, {"conditions": lambda seeds: other}):
+        with pytest.raises(ValueError, match="another denoiser, or with other conditions"):
+            short(tmp_path, **change)
+    short(tmp_path)
+
+
+def test_other_runs_are_told_by_what_can_be_typed(tmp_path):
+    short(tmp_path)
+    with pytest.raises(ValueError, match=r"nfe=5 \(now 7\), seed=0 \(now 3\), batch=") as caught:
+        short(tmp_path, nfe=7, seed=3, batch=4)
+    assert len(str(caught.value)) < 150 + len(str(tmp_path))
+
+
+def test_a_folder_is_looked_at_before_any_work(tmp_path):
+    """Its refusals come before the search for a grid, and a wrong loss leaves nothing behind."""
+    begun = []
+    short(tmp_path / "a", method="tuned", grid="search", note=begun.append)
+    assert begun == ["searching for the grid", "solving the validation seeds finely"]
+    begun.clear()
+    short(tmp_path / "a", method="tuned", grid="search", note=begun.append)
+    with pytest.raises(ValueError, match="seed=0"):
+        short(tmp_path / "a", method="tuned", grid="search", seed=1, note=begun.append)
+    with pytest.raises(ValueError, match="no solver called 'hoin'"):
+        short(tmp_path / "b", method="tuned", grid="search", teacher="hoin", note=begun.append)
+    with pytest.raises(ValueError, match="leave out loss_features"):
+        short(tmp_path / "c", loss_features=torch.sin, note=begun.append)
+    assert begun == []
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("method", ["tuned", "amed"])
+def test_a_denoiser_without_gradients_is_refused(mode, method):
+    with pytest.raises(ValueError, match="no gradient goes through the denoiser"):
+        short(denoiser=mode()(lambda x, sigma: TOY(x, sigma)), method=method)
+    short(denoiser=mode()(lambda x, sigma: TOY(x, sigma)), method="grid", base="ddim")
+
+
+def test_an_untrained_solver_that_ends_nowhere_is_one_line():
+    def broken(x: Tensor, sigma: Tensor) -> Tensor:
+        return torch.where((sigma - 5).abs()[:, None] < 1e-6, math.nan, TOY(x, sigma))
+
+    with pytest.raises(FloatingPointError, match="untrained solver ends in NaN or infinity"):
+        short(denoiser=broken, method="tuned", nfe=3, first="none", grid=(20.0, 5.0, 1.0, 0.05))
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    run: dict[str, Any] = {"method": "tuned", "model": {"name": "toy", "weights": "abc"}}
+    with pytest.warns(UserWarning, match="are not kept in"):
+        without = short(cache=tmp_path / "file", **run)
+    assert without.plan() == short(**run).plan()
+
+
+def test_the_help_has_every_default():
+    text = CliRunner().invoke(app, ["train", "solver", "--help"], env={"COLUMNS": "300"}).stdout
+    plain = re.sub(r"[\s│]+", " ", text)
+    for default in ("times,told,weights", "2 in features, else 0", "0.005; for tuned 0.02"):
+        assert f"[default: {default}]" in plain
+    assert "\\[" not in text
+
+
 def bad_shape(x: Tensor, sigma: Tensor) -> Tensor:
     return x[:, :1]
 
@@ -520,7 +589,7 @@ def test_files_that_were_cut_short_are_one_line(tmp_path):
     (tmp_path / "predictor.safetensors").unlink()
     with pytest.raises(ValueError, match=r"predictor.safetensors is missing"):
         LearnedSolver.load(tmp_path)
-    with pytest.raises(ValueError, match=r"has no solver.json"):
+    with pytest.raises(ValueError, match=r"there is no such folder"):
         LearnedSolver.load(tmp_path / "nowhere")
 
 

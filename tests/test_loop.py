@@ -473,7 +473,7 @@ def test_a_plan_comes_with_its_grid_and_ends(mixture):
     assert nfe(plan) == len(SIGMAS) - 2
     chosen: list[dict[str, Any]] = [{"grid": SIGMAS}, {"first": "zero"}, {"final": True}]
     for options in chosen:
-        with pytest.raises(ValueError, match="a plan has its own grid and ends"):
+        with pytest.raises(ValueError, match="has its own grid, first step and end: leave out"):
             solve(mixture, noise(3, 10.0), plan, **options)
 
 

@@ -186,30 +186,45 @@ def test_kept_teacher_ends_are_not_solved_again(tmp_path, mixture):
 
 
 @pytest.mark.parametrize("squared", [False, True])
-@pytest.mark.parametrize("shift", [None, 0.0, 3.0])
-def test_the_loss_is_the_distance_at_the_end(squared, shift, mixture):
+@pytest.mark.parametrize("shift", [0.0, 3.0])
+@pytest.mark.parametrize("features", [None, lambda x: x[:, :1]], ids=["pixels", "features"])
+def test_the_loss_is_the_distance_at_the_end(squared, shift, features, mixture):
     """Of each sample, root mean square, and then the mean, or its square's mean; and a multiple of
-    that of the means, 2 in features and 0 in pixels if it is left open."""
+    that of the means."""
     table = moved(Tuned.start("ddim", SIGMAS, "none", squared=squared, shift=shift))
     x = noise(5, SIGMAS[0])
     end = 3 * noise(5, 1.0, seed=1)
     gap = (fewstep.solve(mixture, x, table.plan()) - end).numpy()
-
-    def first(x):
-        return x[:, :1]
-
-    for features, usual in ((None, 0.0), (first, 2.0)):
-        (loss,) = table.losses(Lesson(mixture, x, Path((x, end), ()), features))
-        seen = gap if features is None else gap[:, :1]
-        distances = np.sqrt(np.square(seen).mean(1))
-        wanted = np.square(distances).mean() if squared else distances.mean()
-        wanted += (usual if shift is None else shift) * np.sqrt(np.square(seen.mean(0)).mean())
-        np.testing.assert_allclose(loss.value.item() / 3, wanted, rtol=1e-9)
+    seen = gap if features is None else gap[:, :1]
+    (loss,) = table.losses(Lesson(mixture, x, Path((x, end), ()), features))
+    distances = np.sqrt(np.square(seen).mean(1))
+    wanted = np.square(distances).mean() if squared else distances.mean()
+    wanted += shift * np.sqrt(np.square(seen.mean(0)).mean())
+    np.testing.assert_allclose(loss.value.item() / 3, wanted, rtol=1e-9)
 
 
-def test_a_shift_has_a_weight_of_its_own():
-    with pytest.raises(ValueError, match="shift must be at least 0"):
-        train(lambda x, sigma: x / (1 + sigma[:, None] ** 2), (3,), method="tuned", shift=-1.0)
+@pytest.mark.parametrize(("features", "shift"), [(None, 0.0), (lambda x: x, 2.0)])
+def test_the_shift_counts_in_features_unless_told_otherwise(features, shift, mixture):
+    run = short(loss_features=features, trajectories=8)
+    usual = {"parts": ["times", "told", "weights"], "squared": False}
+    assert train(mixture, SHAPE, **run).training["options"] == {**usual, "shift": shift}
+    told = train(mixture, SHAPE, **run, shift=1.0, squared=True, parts=("told",))
+    assert told.training["options"] == {"parts": ["told"], "squared": True, "shift": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shift": -1.0}, "shift must be finite and at least 0, got -1"),
+        ({"shift": float("inf")}, "shift must be finite and at least 0, got inf"),
+        ({"parts": ()}, "parts must be some of times, told, weights, each once, got none"),
+        ({"parts": ("told", "told")}, "each once, got told, told"),
+        ({"parts": ("foo",)}, "each once, got foo"),
+    ],
+)
+def test_an_option_out_of_range_is_named(options, message, mixture):
+    with pytest.raises(ValueError, match=message):
+        train(mixture, SHAPE, **short(), **options)
 
 
 def test_at_no_distance_there_is_no_slope(mixture):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -13,8 +14,8 @@ __all__ = ["between_steps"]
 
 @contextlib.contextmanager
 def between_steps() -> Iterator[Callable[[], bool]]:
-    """Hold Ctrl-C back; the yielded function says whether there was one, and the caller then saves
-    its work and raises KeyboardInterrupt.
+    """Hold Ctrl-C back, and say so; the yielded function says whether there was one, and the caller
+    then saves its work and raises KeyboardInterrupt.
 
     A second Ctrl-C is not held back. Where Python delivers no signals (outside the main thread),
     or the program has a handler of its own, nothing changes and the function returns False.
@@ -25,6 +26,7 @@ def between_steps() -> Iterator[Callable[[], bool]]:
         if held:
             raise KeyboardInterrupt
         held.append(number)
+        print("\nfewstep: stopping after this step; Ctrl-C again stops at once", file=sys.stderr)
 
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:

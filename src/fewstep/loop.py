@@ -90,10 +90,18 @@ def resolve(
         )
     given = sigma_min is not None or sigma_max is not None
     if not isinstance(solver, Solver):
-        if grid is not None or first != "none" or final or given or end != "sigma_min":
+        taken = {
+            "grid": grid is not None,
+            "first": first != "none",
+            "final": final,
+            "end": end != "sigma_min",
+            "sigma_min": sigma_min is not None,
+            "sigma_max": sigma_max is not None,
+        }
+        if extra := [name for name, is_given in taken.items() if is_given]:
             raise ValueError(
-                "a plan has its own grid and ends: "
-                "leave out grid, first, final, end, sigma_min and sigma_max"
+                "a plan, or a learned solver, has its own grid, first step and end: leave out "
+                + ", ".join(extra)
             )
         program = solver.program()
         if program.learned_on is not None and nfe not in (None, program.evaluations):

@@ -132,7 +132,7 @@ class Settings:
             grid = _own_levels(model.card, nfe)
         if not isinstance(solver, str | Solver):
             program = resolve(solver, asked, grid, first or "none", final, end=end or "sigma_min")
-            _check_start(model, program.sigmas[0], head_start)
+            _check_start(model, program.sigmas[0], head_start, own=True)
             _check_weights(model, program)
             return cls(solver, program.evaluations, None)
         chosen = known.get("grid", model.card.grid) if grid is None else grid
@@ -232,8 +232,14 @@ def _check_weights(model: Model, program: Program) -> None:
         )
 
 
-def _check_start(model: Model, sigma: float, head_start: float | None) -> None:
+def _check_start(model: Model, sigma: float, head_start: float | None, own: bool = False) -> None:
+    """own: whether it is the solver's own grid that starts at sigma, which cannot be moved."""
     start = model.card.sigma_max if head_start is None else head_start
+    if own and head_start is not None and not starts_at(sigma, start):
+        raise ValueError(
+            f"this solver has its own grid, which starts at sigma {sigma:g}, and sampling starts "
+            f"at {start:g}; leave out head_start, image and strength, or take another solver"
+        )
     if not starts_at(sigma, start):
         raise ValueError(
             f"the grid starts at sigma {sigma:g}, but sampling at {start:g}; start the grid there, "

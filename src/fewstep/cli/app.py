@@ -17,7 +17,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-train_app = typer.Typer(help="Train networks.", no_args_is_help=True)
+train_app = typer.Typer(help="Train solvers and networks.", no_args_is_help=True)
 app.add_typer(train_app, name="train")
 
 

@@ -109,7 +109,7 @@ def compare_command(
 
     An interrupted comparison goes on where it stopped.
 
-    New solvers join an old one in the same folder at their own cost.
+    What was sampled in the same folder before is not sampled again; --beside keeps its rows.
     """
     from fewstep.evaluate.compare import (
         Comparison,

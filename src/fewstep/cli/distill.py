@@ -26,13 +26,13 @@ def distill_splam_command(
         str, typer.Option(help="splam, or lcm: consistency distillation, gamma = 1 throughout.")
     ] = "splam",
     points: Annotated[
-        int | None, typer.Option(help="Levels of the training grid. [default: 18]", min=2)
+        int | None, typer.Option(help="Levels of the training grid. \\[default: 18]", min=2)
     ] = None,
     grid: Annotated[
         str | None,
         typer.Option(
             help="Its kind: time-uniform, karras, log-snr, and by the network's own t discrete, "
-            "trailing. [default: time-uniform]"
+            "trailing. \\[default: time-uniform]"
         ),
     ] = None,
     teacher: Annotated[
@@ -45,17 +45,17 @@ def distill_splam_command(
     ] = None,
     gamma_one: Annotated[
         float | None,
-        typer.Option(help="Share of draws with gamma = 1, its value at inference. [default: 0.25]"),
+        typer.Option(help="Share of draws with gamma = 1, as at inference. \\[default: 0.25]"),
     ] = None,
     rule: Annotated[
         str | None,
-        typer.Option(help="Level on the line: variance, linear or direct. [default: as suits]"),
+        typer.Option(help="Level on the line: variance, linear or direct. \\[default: as suits]"),
     ] = None,
     tell: Annotated[
         str | None,
         typer.Option(
             help="What tells the student its place on the line: gamma, or the level there. "
-            "[default: gamma]"
+            "\\[default: gamma]"
         ),
     ] = None,
     loss: Annotated[str, typer.Option(help="huber or l2.")] = "huber",
@@ -71,7 +71,7 @@ def distill_splam_command(
     ] = 0.3,
     label_dropout: Annotated[
         float | None,
-        typer.Option(help="Share of pictures shown without class. [default: 0.5]"),
+        typer.Option(help="Share of pictures shown without class. \\[default: 0.5]"),
     ] = None,
     target_decay: Annotated[
         float, typer.Option(help="Decay of the average that gives the target.")

@@ -169,10 +169,9 @@ def resumable(folder: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print(
-            f"fewstep: stopped; {folder} holds what was done, run the same command again to go on",
-            file=sys.stderr,
-        )
+        there = folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir())
+        done = f"{folder} holds what was done" if there else "nothing was saved yet"
+        print(f"fewstep: stopped; {done}, run the same command again to go on", file=sys.stderr)
         sys.exit(130)
 
 

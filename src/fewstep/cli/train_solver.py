@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from fewstep.cli.app import train_app
 from fewstep.cli.options import (
@@ -37,7 +38,7 @@ def train_solver_command(
     base: Annotated[
         str | None,
         typer.Option(
-            help="The solver that is improved on. [default: ipndm-4 for amed-plugin; else "
+            help="The solver that is improved on. \\[default: ipndm-4 for amed-plugin; else "
             "dpmpp-2m on pipelines, ipndm-3 elsewhere, ipndm-2 up to 3 evaluations]"
         ),
     ] = None,
@@ -49,27 +50,34 @@ def train_solver_command(
         typer.Option(help="A grid's name, sigmas like 80,9,1,0.002, or search: have it found."),
     ] = None,
     sigma_min: Annotated[
-        float | None, typer.Option(help="The grid's lowest level. [default: the network's]")
+        float | None, typer.Option(help="The grid's lowest level. \\[default: the network's]")
     ] = None,
     first: FirstOption = None,
     end: Annotated[
         str | None,
         typer.Option(
-            help="Where a named grid ends: sigma_min, or zero, for tuned. [default: zero for tuned "
-            "on pipelines, else sigma_min]"
+            help="Where a named grid ends: sigma_min, or zero, for tuned. "
+            "\\[default: zero for tuned on pipelines, else sigma_min]"
         ),
     ] = None,
     teacher: Annotated[
-        str | None, typer.Option(help="A deterministic solver's name. [default: deis-3]")
+        str | None,
+        typer.Option(
+            help="A deterministic solver's name. \\[default: deis-3; for tuned deis-4]",
+        ),
     ] = None,
     inner: Annotated[
-        int | None, typer.Option(help="Points that it adds inside each interval. [default: 2]")
+        int | None,
+        typer.Option(
+            help="Points that it adds inside each interval, for tuned on its whole way. "
+            "\\[default: 2; for tuned 30]"
+        ),
     ] = None,
     scale_dir: Annotated[
-        float | None, typer.Option(help="How far c may be from 1. [default: 0.01]")
+        float | None, typer.Option(help="How far c may be from 1. \\[default: 0.01]")
     ] = None,
     scale_time: Annotated[
-        float | None, typer.Option(help="How far a may be from 1. [default: 0]")
+        float | None, typer.Option(help="How far a may be from 1. \\[default: 0]")
     ] = None,
     features: Annotated[
         bool | None,
@@ -97,10 +105,13 @@ def train_solver_command(
         float | None, typer.Option(help="Classifier-free guidance scale; needs a condition.")
     ] = None,
     loss: Annotated[
-        str, typer.Option(help="Where tuned compares ends: pixels, or a feature network's name.")
+        str,
+        typer.Option(
+            help="Where tuned compares ends: pixels, or in the features of fashion-a or fashion-b."
+        ),
     ] = "pixels",
     parts: Annotated[
-        str | None, typer.Option(help="What of tuned learns. [default: times,told,weights]")
+        str | None, typer.Option(help="What of tuned learns. \\[default: times,told,weights]")
     ] = None,
     squared: Annotated[
         bool | None,
@@ -109,11 +120,14 @@ def train_solver_command(
     shift: Annotated[
         float | None,
         typer.Option(
-            help="tuned: weight of the shift that all ends share. [default: 2 in features, else 0]",
+            help="tuned: weight of the shift that all ends share. "
+            "\\[default: 2 in features, else 0]",
             min=0,
         ),
     ] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate of Adam.")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate of Adam. \\[default: 0.005; for tuned 0.02]")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Decides first weights and noise.", min=0)] = 0,
     validation_seeds: Annotated[
         int, typer.Option(help="Pictures compared with fine solves.", min=1)
@@ -144,6 +158,7 @@ def train_solver_command(
     from fewstep.files import cache_folder
     from fewstep.learned import prompted, train
     from fewstep.models import load
+    from fewstep.sampling import starts_at
 
     if prompts is not None:
         refuse_beside("the prompts are in the file", {"--prompt": prompt})
@@ -180,11 +195,12 @@ def train_solver_command(
         conditions = _labelled(loaded, label, guidance)
     if negative is not None:
         about["negative"] = negative
+    levels = parse_grid(grid)
     if method in ("tuned", "grid") and first is None:
-        first = "mean" if getattr(conditions([0]), "far_mean", None) is not None else "none"
+        top = not isinstance(levels, list) or starts_at(levels[0], loaded.card.sigma_max)
+        known = getattr(conditions([0]), "far_mean", None) is not None
+        first = "mean" if known and top else "none"
     with resumable(out), SolverBar() as bar:
-        if grid == "search" or (grid is None and _searches(method, base, nfe, conditions([0]))):
-            bar.console.print("searching for the grid")
         solver = train(
             conditions([0]),
             loaded.shape,
@@ -193,7 +209,7 @@ def train_solver_command(
             nfe=nfe,
             trajectories=trajectories,
             batch=batch,
-            grid=parse_grid(grid),
+            grid=levels,
             sigma_min=sigma_min,
             first=first,
             end=end,
@@ -213,6 +229,7 @@ def train_solver_command(
             checkpointed=checkpointed,
             out=out,
             report=bar.report,
+            note=bar.note,
             **{name: value for name, value in options.items() if value is not None},
         )
     found = solver.validation
@@ -225,19 +242,6 @@ def train_solver_command(
         + (f" --prompt {shlex.quote(texts[0])}" if texts else "")
         + (f" --guidance {guidance:g}" if texts and guidance is not None else "")
     )
-
-
-def _searches(method: str, base: str | None, nfe: int, denoiser: Denoiser) -> bool:
-    """Whether the method has its grid found unless told otherwise."""
-    from fewstep.learned.grid_search import SEARCH
-    from fewstep.learned.kinds import kind_of
-
-    schedule = getattr(denoiser, "schedule", None)
-    own_time = schedule is not None and schedule.own_time
-    try:
-        return kind_of(method).recipe(base, nfe, None, None, own_time).grid == SEARCH
-    except ValueError:
-        return False  # which `train` explains
 
 
 def _labelled(
@@ -270,15 +274,16 @@ class SolverBar:
     def __init__(self) -> None:
         self.console = Console(stderr=True)
         self.bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.3g}  {task.fields[learned]}"),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[told]}", table_column=Column(ratio=1, no_wrap=True)),
             console=self.console,
             disable=not sys.stderr.isatty(),
+            expand=True,
         )
-        self.task = self.bar.add_task("", total=None, loss=float("nan"), learned="")
+        self.task = self.bar.add_task("training", total=None, told="")
 
     def __enter__(self) -> SolverBar:
         self.bar.start()
@@ -290,17 +295,16 @@ class SolverBar:
     def report(self, batch: Batch) -> None:
         """Show one batch."""
         learned = "  ".join(f"{name} {value:.3f}" for name, value in batch.learned.items())
-        self.bar.update(
-            self.task,
-            total=batch.total_steps,
-            completed=batch.step,
-            loss=batch.loss,
-            learned=learned,
-        )
+        loss = f"loss {batch.loss:.3g}  {learned}"
+        done, total = batch.step, batch.total_steps
+        self.bar.update(self.task, total=total, completed=done, description="training", told=loss)
         if batch.validation:
-            error, left = batch.validation["error"], batch.seconds_left
-            self.console.print(
-                f"batch {batch.step}/{batch.total_steps}  loss {batch.loss:.3g}  "
-                f"error {error:.4f}  {learned}  {left:.0f} s left",
-                highlight=False,
-            )
+            found = "  ".join(f"{name} {value:.4f}" for name, value in batch.validation.items())
+            text = f"batch {done}/{total}  {batch.seconds_left:.0f} s left  {found}  {loss}"
+            self.console.print(text, highlight=False, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        """Say what begins now."""
+        self.bar.update(self.task, description=text)
+        if self.bar.disable:
+            self.console.print(text, highlight=False, soft_wrap=True)

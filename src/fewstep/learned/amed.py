@@ -73,8 +73,8 @@ class Amed:
         if self.predictor.features:
             raise ValueError(
                 f"this {self.kind} reads the network's features, so its numbers differ between "
-                "samples and there is no plan; name the model for their means, or train one with "
-                "features=False"
+                "samples and there is no plan; name the model for their means (--model), or train "
+                "one with features=False (--no-features)"
             )
         base, rows = base_of(self.base), self.rows()
         return freeze(
@@ -101,14 +101,13 @@ class Amed:
     def settings(self) -> dict[str, Any]:
         return {name: getattr(self.predictor, name) for name in SETTINGS}
 
+    def options(self) -> dict[str, Any]:
+        return {}
+
     def tensors(self) -> dict[str, Tensor]:
         return self.predictor.weights
 
     def losses(self, lesson: Lesson) -> Iterator[Loss]:
-        if lesson.loss_features is not None:
-            raise ValueError(
-                f"{self.kind} compares states step by step, in pixels: leave out loss_features"
-            )
         base, latest = base_of(self.base), []
 
         def noted(i: int, seen: Seen | None) -> Values:

@@ -161,6 +161,9 @@ class OnGrid:
     def settings(self) -> dict[str, Any]:
         return {}
 
+    def options(self) -> dict[str, Any]:
+        return {}
+
     def tensors(self) -> dict[str, Tensor]:
         return {}
 

@@ -83,6 +83,7 @@ class Setup:
     """What a fresh method starts from.
 
     features: how many numbers a feature map of the denoiser has; 0: the denoiser offers none
+    in_features: whether the loss is taken in the features of another network, not in pixels
     """
 
     base: str | None
@@ -91,6 +92,7 @@ class Setup:
     features: int
     seed: int
     device: torch.device
+    in_features: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,10 @@ class Method(Protocol):
 
     def settings(self) -> dict[str, Any]:
         """All but the tensors, JSON-ready; `Kind.read` takes it back."""
+        ...
+
+    def options(self) -> dict[str, Any]:
+        """How it trains, as far as the settings do not say: for the record, JSON-ready."""
         ...
 
     def tensors(self) -> dict[str, Tensor]:

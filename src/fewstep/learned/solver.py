@@ -105,12 +105,16 @@ class LearnedSolver:
             folder = folder / str(nfe)
             path = folder / SOLVER_FILE
         if not path.is_file():
-            raise ValueError(f"{folder} is not a learned solver: it has no {SOLVER_FILE}")
+            what = f"it has no {SOLVER_FILE}" if folder.is_dir() else "there is no such folder"
+            raise ValueError(f"{folder} is not a learned solver: {what}")
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             found = values["format"]
         except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not a learned solver of fewstep: {error!r}") from None
+            raise ValueError(
+                f"{path} is not a learned solver of fewstep, or was cut short ({error!r:.80}); "
+                "train or fetch it again"
+            ) from None
         if found != FORMAT or values.get("method") not in KINDS:
             what = f"format {found!r} and method {values.get('method')!r}"
             raise ValueError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -126,7 +127,11 @@ class Kept:
         path = self.teacher.path(denoiser, x_T)
         states = torch.stack(path.states[1:]).float().cpu()
         if torch.isfinite(states).all():
-            write_whole(file, safetensors.torch.save({"states": states}))
+            try:
+                write_whole(file, safetensors.torch.save({"states": states}))
+            except OSError as error:
+                why = error.strerror or error
+                warnings.warn(f"teacher's ends are not kept in {self.folder}: {why}", stacklevel=2)
         return Path((x_T, *states.to(x_T.device).unbind()), ())
 
 

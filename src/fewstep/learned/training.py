@@ -100,6 +100,7 @@ def train(
     checkpoint_every: int = 5,
     checkpointed: bool = True,
     report: Callable[[Progress], None] = lambda progress: None,
+    note: Callable[[str], None] = lambda text: None,
     **options: Any,
 ) -> LearnedSolver:
     """Train a solver for one denoiser and one budget.
@@ -125,8 +126,9 @@ def train(
         told otherwise where the network has a time of its own
     teacher, inner: the teacher, a deterministic solver's name, and how many points it adds inside
         each interval ("heun" with 1 is AMED's), or on its whole way where the method looks at its
-        end alone
-    lr: of Adam
+        end alone; "deis-3" with 2, and "deis-4" with 30, unless given
+    lr: of Adam; 0.005 for the AMED methods and 0.02 for tuned, where it rises over the first 20
+        updates and then falls as a half cosine, unless given
     prior: prior(seeds) -> x_T; sigma_max times normal noise unless given
     model: facts about the network for the record, above all "name" and "weights", their hash
     cache: a folder where fine solves of the validation seeds, and the ends of a teacher that is
@@ -138,6 +140,7 @@ def train(
     checkpointed: of a loss that spans several calls of the denoiser, compute each call again for
         its gradient, so that memory does not grow with nfe; without, the same numbers come sooner
     report: called after each batch
+    note: called with what begins now, where it takes long
     options: of the method. amed and amed-plugin: scale_dir (0.01), scale_time (0), features (True
         where there are any); tuned: parts (all), squared (False), shift (2 in features, else 0)
 
@@ -145,17 +148,15 @@ def train(
     Errors: ValueError for what cannot be trained, all before the first batch; FloatingPointError
     where the denoiser or a loss is not finite (the last checkpoint stays).
     """
-    for name, value, least in (
-        ("trajectories", trajectories, 1),
-        ("batch", batch, 1),
-        ("seed", seed, 0),
-        ("validation", validation, 1),
-        ("validate_every", validate_every, 1),
-        ("checkpoint_every", checkpoint_every, 1),
-        ("nfe", nfe, 1),
-    ):
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an integer, at least {least}, got {value!r}")
+    _check_counts(
+        trajectories=(trajectories, 1),
+        batch=(batch, 1),
+        seed=(seed, 0),
+        validation=(validation, 1),
+        validate_every=(validate_every, 1),
+        checkpoint_every=(checkpoint_every, 1),
+        nfe=(nfe, 1),
+    )
     shape = tuple(int(size) for size in shape)
     if not shape or min(shape) < 1:
         raise ValueError(f"shape must be that of one sample, like (1, 32, 32), got {shape}")
@@ -166,6 +167,10 @@ def train(
         grid = check_grid(grid)
         end = "sigma_min" if grid[-1] > 0 else "zero"
     recipe = kind.recipe(base, nfe, first, end, schedule is not None and schedule.own_time)
+    if loss_features is not None and not recipe.whole:
+        raise ValueError(
+            f"{method} compares states step by step, in pixels: leave out loss_features (--loss)"
+        )
     lr = recipe.lr if lr is None else lr
     if not 0 < lr < math.inf:
         raise ValueError(f"lr must be positive, got {lr}")
@@ -195,60 +200,70 @@ def train(
     noise = Noise(shape, sigmas[0], place, prior)
     held_out = range(VALIDATION, VALIDATION + validation)
     x = noise(held_out[:1])
-    size = _look(bound(held_out[:1]), x, sigmas[0])
+    size, look = _look(bound(held_out[:1]), x, sigmas[0])
     if loss_features is not None:
         with torch.no_grad():
             loss_features(x)  # speaks up now about a shape that it does not take
     _check_options(kind, options)
 
     def fresh(levels: tuple[float, ...]) -> Method:
-        return kind.fresh(Setup(recipe.base, levels, recipe.first, size, seed, place), **options)
+        in_features = loss_features is not None
+        setup = Setup(recipe.base, levels, recipe.first, size, seed, place, in_features)
+        return kind.fresh(setup, **options)
 
     student = plain = fresh(sigmas)
-    before = None if out is None or named != SEARCH else _searched(Path(out) / CHECKPOINT)
-    if before is not None:
-        sigmas, student = before, fresh(before)
+    if student.parameters():
+        _check_slope(bound(held_out[:1]), x, sigmas[0])
+    mentor = teacher or recipe.teacher
+    Teacher(mentor, sigmas, sigmas)  # speaks up now about a solver that is none
+    facts = {
+        "method": method,
+        "nfe": nfe,
+        "grid": named or "sigmas",
+        "first": recipe.first,
+        "seed": seed,
+        "trajectories": trajectories,
+        "batch": batch,
+        "lr": lr,
+        "loss": _name_of(loss_features),
+        "options": _plain(student.options()),
+        "base": recipe.base,
+        "teacher": mentor,
+        "inner": inner,
+        "shape": list(shape),
+        "validation": validation,
+        "validate_every": validate_every,
+        "model": model or {},
+    }
+    there = None if out is None else _check_folder(Path(out), facts)
+    if named == SEARCH and there is not None:  # a run goes on with the grid that it found
+        sigmas = check_grid(there["sigmas"])
+        student = fresh(sigmas)
     elif named == SEARCH:
+        note("searching for the grid")
         few = range(begin, begin + min(SEARCHED, trajectories))
         parts = [(bound(part), noise(part)) for part in _split(few, batch)]
         known = _named(points, high, low, recipe.end, schedule)
         found = search_grid(parts, whole(FINE), known, recipe.first, fresh, loss_features)
         sigmas, student, plain = found[0], *map(fresh, found)
-    mentor = teacher or recipe.teacher
     if recipe.whole:  # on a grid of its own, from end to end
         guide = Teacher(mentor, (sigmas[0], sigmas[-1]), whole(inner + 1))
     else:  # through the student's levels
         by = None if named == SEARCH else named
         guide = Teacher(mentor, sigmas, fine_grid(by, sigmas, inner, schedule), size > 0)
-    facts = {
-        "method": method,
-        "base": recipe.base,
-        "nfe": nfe,
-        "first": recipe.first,
-        "grid": named or "sigmas",
+    facts |= {
         "sigmas": list(sigmas),
-        "settings": _fixed(student),
-        "options": json.loads(json.dumps(options)),
-        "shape": list(shape),
-        "trajectories": trajectories,
-        "batch": batch,
-        "seed": seed,
-        "lr": lr,
-        "teacher": guide.solver,
-        "inner": inner,
+        "settings": _plain(student.settings()),
         "teacher_nfe": guide.evaluations,
-        "validation": validation,
-        "validate_every": validate_every,
-        "loss": _name_of(loss_features),
-        "model": model or {},
     }
-    run = Run(student, lr, facts, recipe.decay)
+    run = Run(student, lr, facts, look, recipe.decay)
     if cache is not None and not (model or {}).get("weights"):
         raise ValueError("cache needs model['weights'], the hash of the network's weights")
     kept = None if cache is None else Path(cache) / "teachers"
     known = {"model": model, "shape": list(shape)}
     folder = None if out is None else _open(Path(out), run)
     if run.step < len(run.batches) or not run.measured:
+        note("solving the validation seeds finely")
         fine = Teacher(REFERENCE, (sigmas[0], sigmas[-1]), whole(REFERENCE_INTERVALS))
         exact = Kept(fine, kept, known)
         ruler = Ruler(bound, noise, held_out, exact, batch, loss_features)
@@ -328,9 +343,10 @@ class Run:
     """The state of a run: the method's parameters, Adam's moments, the best so far, the step."""
 
     def __init__(
-        self, method: Method, lr: float, facts: dict[str, Any], decay: bool = False
+        self, method: Method, lr: float, facts: dict[str, Any], look: Tensor, decay: bool = False
     ) -> None:
-        self.method, self.facts, self.step = method, facts, 0
+        """look: D at one start, by which the denoiser and its conditions are known again"""
+        self.method, self.facts, self.look, self.step = method, facts, look, 0
         self.lr, self.decay = lr, decay
         self.weights = {n: w.requires_grad_() for n, w in method.parameters().items()}
         self.adam = torch.optim.Adam([{"params": list(self.weights.values())}], lr=lr)
@@ -363,8 +379,8 @@ class Run:
             value = loss.value.item()
             if not math.isfinite(value):
                 raise FloatingPointError(
-                    f"a loss is {value} in batch {self.step + 1}; "
-                    "the last checkpoint stays, try a lower lr or dtype float32"
+                    f"a loss is {value} in batch {self.step + 1}; the last checkpoint stays, try "
+                    "a lower lr or dtype float32, in another folder"
                 )
             self.adam.zero_grad()
             loss.value.backward(inputs=list(self.weights.values()))
@@ -387,7 +403,7 @@ class Run:
             self.best = {name: w.detach().clone() for name, w in self.weights.items()}
 
     def tensors(self) -> dict[str, Tensor]:
-        out = {}
+        out = {"look": self.look}
         for name, w in self.weights.items():
             state = self.adam.state[w]
             out |= {f"weights.{name}": w.detach(), f"best.{name}": self.best[name]}
@@ -403,22 +419,19 @@ class Run:
     def restore(self, path: Path) -> None:
         """Take up the state in `path`. Errors: ValueError where it is cut short or of another
         run."""
-        if not path.is_file():
-            raise ValueError(f"{path} is not a file; remove it, or give another folder")
+        _check_same(path, _facts_in(path), self.facts)
         try:
             with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                if "run" not in metadata or "state" not in metadata:
-                    raise ValueError(f"{path} is not a checkpoint of a solver's training")
-                theirs, ours = _flat(json.loads(metadata["run"])), _flat(self.facts)
-                other = [key for key in {**ours, **theirs} if theirs.get(key) != ours.get(key)]
-                if other:
-                    how = ", ".join(f"{k}={theirs.get(k)} (now {ours.get(k)})" for k in other[:3])
-                    raise ValueError(f"{path} is of a run with {how}; give another folder")
+                look = file.get_tensor("look")
+                if not _alike(look, self.look):
+                    raise ValueError(
+                        f"{path} is of a run on another denoiser, or with other conditions or "
+                        "noise; give another folder"
+                    )
                 for name, tensor in self.tensors().items():
                     tensor.copy_(file.get_tensor(name))
-                state = json.loads(metadata["state"])
-        except (SafetensorError, RuntimeError) as error:
+                state = json.loads(file.metadata()["state"])
+        except (SafetensorError, RuntimeError, KeyError) as error:
             raise ValueError(f"{path} cannot be read ({error}); remove it to start again") from None
         self.step, self.updates, self.measured = (state[k] for k in ("step", "updates", "measured"))
         for adam in self.adam.state.values():
@@ -457,6 +470,11 @@ def _train(
     lines = _lines(folder, run.step) if run.measured else []
     if not run.measured:
         found = ruler.measure(run.method)
+        if not all(map(math.isfinite, found.values())):
+            raise FloatingPointError(
+                "the untrained solver ends in NaN or infinity on the validation seeds; try another "
+                "grid, or dtype float32"
+            )
         run.measure(found)
         _log(folder, lines, {"step": 0, "error": run.measured["error"]})
         usual = found if untrained is run.method else ruler.measure(untrained)
@@ -505,19 +523,15 @@ def _counted(sigmas: tuple[float, ...], intervals: int, nfe: int) -> tuple[float
     return sigmas
 
 
-def _searched(checkpoint: Path) -> tuple[float, ...] | None:
-    """The grid that was found for the run of a checkpoint, which goes on with it; None without
-    one."""
-    try:
-        with safe_open(checkpoint, "pt") as file:
-            facts = json.loads((file.metadata() or {})["run"])
-        return check_grid(facts["sigmas"]) if facts["grid"] == SEARCH else None
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
-        return None  # whoever resumes says what is wrong with it
-
-
 def _split(seeds: range, size: int) -> list[range]:
     return [seeds[start : start + size] for start in range(0, len(seeds), size)]
+
+
+def _check_counts(**counts: tuple[object, int]) -> None:
+    """Each a value and the least that it may be."""
+    for name, (value, least) in counts.items():
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be an integer, at least {least}, got {value!r}")
 
 
 def _check_options(kind: Kind, options: dict[str, Any]) -> None:
@@ -531,8 +545,9 @@ def _check_options(kind: Kind, options: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def _look(denoiser: Denoiser, x: Tensor, sigma: float) -> int:
-    """Evaluate once; how many features there are. Errors: ValueError for what is no denoiser."""
+def _look(denoiser: Denoiser, x: Tensor, sigma: float) -> tuple[int, Tensor]:
+    """Evaluate once: how many features there are, and D, in float32 on the CPU. Errors: ValueError
+    for what is no denoiser."""
     level, look, count = x.new_full((len(x),), sigma), getattr(denoiser, "with_features", None), 0
     if look is not None:
         denoised, features = look(x, level)
@@ -546,36 +561,95 @@ def _look(denoiser: Denoiser, x: Tensor, sigma: float) -> int:
         )
     if not torch.isfinite(denoised).all():
         raise ValueError(f"the denoiser returns NaN or infinity at sigma {sigma:g}")
-    return count
+    return count, denoised.float().cpu().clone()
+
+
+@torch.enable_grad()
+def _check_slope(denoiser: Denoiser, x: Tensor, sigma: float) -> None:
+    """Errors: ValueError where no gradient goes through the denoiser."""
+    x = x.detach().clone().requires_grad_()
+    if not denoiser(x, x.new_full((len(x),), sigma)).requires_grad:
+        raise ValueError(
+            "no gradient goes through the denoiser: it must run outside torch.no_grad and "
+            "torch.inference_mode, and not detach D"
+        )
+
+
+def _alike(look: Tensor, other: Tensor) -> bool:
+    """The same D but for the arithmetic of another machine."""
+    if look.shape != other.shape:
+        return False
+    return bool((look - other).norm() <= 0.01 * other.norm())
 
 
 def _flat(facts: dict[str, Any]) -> dict[str, Any]:
-    """What tells one run from another, those of its model beside the others."""
-    plain = json.loads(json.dumps(facts))
-    model = plain.pop("model", {})
-    return {**plain, **model}
+    """What tells one run from another, those of its options and its model beside the others."""
+    plain = _plain(facts)
+    options, model = plain.pop("options", {}), plain.pop("model", {})
+    return {**plain, **options, **model}
+
+
+def _plain(value: Any) -> Any:
+    """As it is after a way through JSON."""
+    return json.loads(json.dumps(value))
 
 
 def _name_of(loss_features: Callable[[Tensor], Tensor] | None) -> str:
     return "pixels" if loss_features is None else str(getattr(loss_features, "name", "features"))
 
 
-def _fixed(method: Method) -> dict[str, Any]:
-    """Settings that tell one run from another: what is not in the parameters."""
-    return json.loads(json.dumps(method.settings()))
+def _facts_in(path: Path) -> dict[str, Any]:
+    """Of the run that a checkpoint is of. Errors: ValueError where it cannot be read."""
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file; remove it, or give another folder")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        if "run" in metadata and "state" in metadata:
+            return json.loads(metadata["run"])
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); remove it to start again") from None
+    raise ValueError(f"{path} is not a checkpoint of a solver's training; give another folder")
 
 
-def _open(folder: Path, run: Run) -> Path:
-    """The folder, with the run at its checkpoint's state. Errors: ValueError where it holds another
-    solver."""
+FOLLOWING = ("sigmas", "settings", "teacher_nfe")  # tables that differ because something else does
+
+
+def _check_same(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Errors: ValueError that names the first few facts in which two runs differ."""
+    theirs, ours = _flat(theirs), _flat(ours)
+    other = [key for key in {**ours, **theirs} if theirs.get(key) != ours.get(key)]
+    if other:
+        told = [f"{k}={theirs.get(k)} (now {ours.get(k)})" for k in other if k not in FOLLOWING]
+        how = ", ".join(told[:3]) or "another grid"
+        raise ValueError(f"{path} is of a run with {how}; give another folder")
+
+
+def _check_folder(folder: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
+    """All facts of the run that has its checkpoint there, or None.
+
+    Errors: ValueError where it differs in some of these facts, or the folder holds another solver;
+    OSError where nothing can be written there.
+    """
     check_writable(folder)
     if (folder / CHECKPOINT).exists():
-        run.restore(folder / CHECKPOINT)
-    elif (folder / SOLVER_FILE).exists():
+        theirs = _facts_in(folder / CHECKPOINT)
+        _check_same(
+            folder / CHECKPOINT, {k: v for k, v in theirs.items() if k not in FOLLOWING}, facts
+        )
+        return theirs
+    if (folder / SOLVER_FILE).exists():
         raise ValueError(
             f"{folder} has a {SOLVER_FILE} but no {CHECKPOINT}, so it is another solver; "
             "give another folder"
         )
+    return None
+
+
+def _open(folder: Path, run: Run) -> Path:
+    """The folder, with the run at its checkpoint's state, if there is one."""
+    if (folder / CHECKPOINT).exists():
+        run.restore(folder / CHECKPOINT)
     for name in (CHECKPOINT, LOG, SOLVER_FILE, PREDICTOR_FILE):
         sweep(folder / name)
     return folder

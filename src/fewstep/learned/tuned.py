@@ -79,7 +79,7 @@ class Tuned:
     weights: n, [k + 1, k], strictly lower triangular
     learned: p [k + 1], r [k] and q [k + 1, k], of the parts that learn
     squared: whether the loss is the squared distance
-    shift: weight of the distance of the batch's means; None is SHIFT in features and 0 in pixels
+    shift: weight of the distance of the batch's means
     """
 
     base: str
@@ -91,7 +91,7 @@ class Tuned:
     weights: Tensor
     learned: dict[str, Tensor]
     squared: bool = False
-    shift: float | None = None
+    shift: float = 0.0
 
     kind: str = "tuned"
 
@@ -103,7 +103,7 @@ class Tuned:
         first: str,
         parts: Sequence[str] = PARTS,
         squared: bool = False,
-        shift: float | None = None,
+        shift: float = 0.0,
     ) -> Tuned:
         """The base solver's own table, to learn from there."""
         plan = get(base).plan(sigmas, first)
@@ -173,6 +173,9 @@ class Tuned:
             "learned": {name: value.detach().tolist() for name, value in self.learned.items()},
         }
 
+    def options(self) -> dict[str, Any]:
+        return {"parts": list(self.learned), "squared": self.squared, "shift": self.shift}
+
     def tensors(self) -> dict[str, Tensor]:
         return {}
 
@@ -181,17 +184,15 @@ class Tuned:
         program = Program(self.ops, "x0", len(self.sources), sigmas, count, adapts=True)
         denoiser = Frozen(lesson.denoiser, lesson.checkpointed)
         x, target = solve(denoiser, lesson.x_T, program), lesson.path.states[-1]
-        shift = self.shift or 0.0
         if lesson.loss_features is not None:
             with torch.no_grad():
                 target = lesson.loss_features(target)
             x = lesson.loss_features(x)
-            shift = SHIFT if self.shift is None else self.shift
         gap = (x - target).flatten(1)
         distance = rms(gap)
         value = (distance.square() if self.squared else distance).mean()
-        if shift:
-            value = value + shift * rms(gap.mean(0))
+        if self.shift:
+            value = value + self.shift * rms(gap.mean(0))
         yield Loss(lesson.x_T[0].numel() * value, self._shown())
 
     @torch.no_grad()
@@ -223,10 +224,13 @@ class TunedKind:
         """parts: what learns, of times, told and weights; squared: the loss is the squared
         distance, which a few samples decide; shift: weight of the distance of the batch's means,
         SHIFT in features and 0 in pixels unless given."""
-        if unknown := [part for part in parts if part not in PARTS] or not parts:
-            raise ValueError(f"parts must be some of {', '.join(PARTS)}, got {unknown or 'none'}")
-        if shift is not None and not 0 <= shift < math.inf:
-            raise ValueError(f"shift must be at least 0, got {shift}")
+        if not parts or len(set(parts)) < len(parts) or not set(parts) <= set(PARTS):
+            got = ", ".join(parts) or "none"
+            raise ValueError(f"parts must be some of {', '.join(PARTS)}, each once, got {got}")
+        if shift is None:
+            shift = SHIFT if setup.in_features else 0.0
+        if not 0 <= shift < math.inf:
+            raise ValueError(f"shift must be finite and at least 0, got {shift}")
         assert setup.base is not None  # the recipe names one
         return Tuned.start(setup.base, setup.sigmas, setup.first, parts, squared, shift)
 
