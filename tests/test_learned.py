@@ -564,6 +564,7 @@ def test_a_folder_is_the_solver(base, tmp_path):
     again, x = LearnedSolver.load(tmp_path), noise(4, 20.0).float()
     assert again.program().name == found.program().name
     assert (again.nfe, again.sigmas, again.model) == (5, found.sigmas, {"name": "toy"})
+    assert re.fullmatch(r"<LearnedSolver: amed.* [0-9a-f]{12}, 5 evaluations>", repr(again))
     ours = fewstep.solve(Tapped(), x, found)
     for theirs in (again, str(tmp_path), tmp_path):
         assert torch.equal(ours, fewstep.solve(Tapped(), x, theirs))

@@ -31,7 +31,7 @@ SOLVER_FILE, PREDICTOR_FILE = "solver.json", "predictor.safetensors"
 FORMAT = "fewstep-solver/1"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LearnedSolver:
     """A solver that was trained for one network, budget and grid; stands where a name could.
 
@@ -45,6 +45,9 @@ class LearnedSolver:
     model: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     validation: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"<LearnedSolver: {self.program().name}, {self.nfe} evaluations>"
 
     @property
     def sigmas(self) -> tuple[float, ...]:
