@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,13 +27,15 @@ from fewstep.evaluate.features import own_features, resolve_features
 from fewstep.evaluate.references import References
 from fewstep.evaluate.statistics import Statistics
 from fewstep.models import Model
+from fewstep.sampling import locate
+from fewstep.solver import Solver
 
 BATCH = 50
 
 
 @torch.inference_mode()
-def ends(model: Model, seeds: Sequence[int], solver: str, settings: dict[str, Any]) -> np.ndarray:
-    """float32 [n, c, h, w]. settings: keywords of `fewstep.solve`; a folder has its own."""
+def ends(model: Model, seeds: Sequence[int], solver: Any, settings: dict[str, Any]) -> np.ndarray:
+    """float32 [n, c, h, w]. settings: keywords of `fewstep.solve`."""
     parts = [seeds[start : start + BATCH] for start in range(0, len(seeds), BATCH)]
     return np.concatenate([
         fewstep.solve(model.denoiser(), model.prior(part), solver, **settings).cpu().numpy()
@@ -53,44 +54,46 @@ def distances(ours: np.ndarray, exact: np.ndarray) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    options = parse()
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
     model = fewstep.load(options.model, dtype=options.dtype)
-    exact = References(fewstep.load(options.model)).endpoints(options.seeds)[:, 0]
+    exact = References(fewstep.load(options.model)).endpoints(options.seeds)
     spaces = [resolve_features(name) for name in own_features(model.card.name)]
 
     def pictures(x: np.ndarray) -> np.ndarray:
         return model.decode(torch.from_numpy(x))
 
-    targets = [space(pictures(exact)) for space in spaces]
+    targets = [[space(pictures(exact[:, end])) for space in spaces] for end in range(2)]
     for name in options.solvers:
-        folder = Path(name) / str(options.nfe)
-        learned = folder.is_dir()
-        given = ("grid", "first", "end")
-        settings = {key: getattr(options, key) for key in given if not learned}
-        settings["nfe"] = options.nfe
-        x = ends(model, options.seeds, str(folder) if learned else name, settings)
-        error = np.sqrt(np.square(x - exact).reshape(len(x), -1).mean(1)).mean()
+        solver = locate(model, name, options.nfe)
+        if isinstance(solver, Solver):
+            given = {key: getattr(options, key) for key in ("nfe", "grid", "first", "end")}
+            to_zero = options.end == "zero"
+        else:  # learned: all is its own
+            given, to_zero = {}, solver.program().sigmas[-1] == 0
+        x = ends(model, options.seeds, solver, given)
+        gap = x - exact[:, int(to_zero)]
+        error = np.sqrt(np.square(gap).reshape(len(x), -1).mean(1)).mean()
         print(f"{name}  error {error:.4f}", end="")
-        for space, target in zip(spaces, targets, strict=True):
+        for space, target in zip(spaces, targets[int(to_zero)], strict=True):
             found = distances(space(pictures(x)), target)
             shown = " ".join(f"{key} {value:.3f}" for key, value in found.items())
             print(f"  {space.label} {shown}", end="")
         print(flush=True)
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--model", default="fashion-mnist")
-    add("--solvers", nargs="+", required=True, help="names, or folders that have solvers by budget")
+    add("--solvers", nargs="+", required=True, help="names, or folders of learned ones")
     add("--nfe", type=int, default=5)
     add("--grid", default="time-uniform", help="of solvers by name, as are --first and --end")
     add("--first", default="mean")
     add("--end", default="sigma_min")
     add("--seeds", type=parse_seeds, default=range(1_000_000, 1_000_500), help="first-last")
     add("--dtype", default="bfloat16", help="of the solvers' network; the exact one is float32")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from PIL import Image
 from fewstep import __version__
 from fewstep import solvers as solver_names
 from fewstep.cli import main
-from fewstep.cli.options import parse_seeds
+from fewstep.cli.options import parse_seeds, resumable
 from fewstep.models import read_card
 from fewstep.pictures import contact_sheet, read_png, write_png
 
@@ -445,3 +445,27 @@ def test_png_metadata_round_trips_and_pictures_open_elsewhere(tmp_path: Path) ->
     np.testing.assert_array_equal(image, colour)
     assert metadata == {"seed": 1, "grid": [80.0, 0.002]}
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a.png")), colour)
+
+
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [
+        ("file", "holds what was done, run the same command again to go on"),
+        ("full", "holds what was done, run the same command again to go on"),
+        ("empty", "nothing was saved yet"),
+        ("hidden", "nothing was saved yet"),
+        ("none", "nothing was saved yet"),
+    ],
+)
+def test_what_is_said_of_stopped_work_is_so(made, told, tmp_path, capsys):
+    path = tmp_path / "out"
+    if made == "file":
+        path.write_bytes(b"state")
+    elif made != "none":
+        path.mkdir()
+        if made in ("full", "hidden"):
+            (path / ("a" if made == "full" else ".a.partial")).write_bytes(b"")
+    with pytest.raises(SystemExit) as stopped, resumable(path):
+        raise KeyboardInterrupt
+    assert stopped.value.code == 130
+    assert told in capsys.readouterr().err

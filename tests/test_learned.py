@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import typer
 from conftest import Counted, Mixture, eps_of, largest, noise
 from scipy.optimize import brentq
 from torch import Tensor
@@ -26,6 +27,7 @@ from typer.testing import CliRunner
 
 import fewstep
 from fewstep.cli import app
+from fewstep.cli.app import train_app
 from fewstep.grid import GRIDS, make_grid
 from fewstep.learned import LearnedSolver, train
 from fewstep.learned.amed import Amed
@@ -439,13 +441,19 @@ def test_a_run_goes_on_with_its_own_denoiser_alone(tmp_path):
     """Where no hash tells networks apart, D at one start does."""
     short(tmp_path)
 
-    other = GaussianMixture(
-        torch.tensor([0.2, 0.8]), torch.eye(3)[:2], 0.1, sigma_min=0.01, sigma_max=20.0
-    )
-    for change in ({"denoiser": other}, {"conditions": lambda seeds: other}):
+    wider = GaussianMixture(TOY.weights, TOY.means, 0.2, sigma_min=0.01, sigma_max=20.0)
+
+    def second(seeds: Any) -> Any:
+        return wider if 1_000_001 in seeds else TOY
+
+    for change in ({"denoiser": wider}, {"conditions": second}):
         with pytest.raises(ValueError, match="another denoiser, or with other conditions"):
             short(tmp_path, **change)
-    short(tmp_path)
+    nearly = GaussianMixture(TOY.weights, TOY.means + 1e-3, 0.1, sigma_min=0.01, sigma_max=20.0)
+    assert short(tmp_path, denoiser=nearly).digest == short(tmp_path).digest
+    hashed: dict[str, Any] = {"model": {"name": "toy", "weights": "abc"}}
+    known = short(tmp_path / "hashed", **hashed)
+    assert short(tmp_path / "hashed", denoiser=wider, **hashed).digest == known.digest
 
 
 def test_other_runs_are_told_by_what_can_be_typed(tmp_path):
@@ -453,6 +461,13 @@ def test_other_runs_are_told_by_what_can_be_typed(tmp_path):
     with pytest.raises(ValueError, match=r"nfe=5 \(now 7\), seed=0 \(now 3\), batch=") as caught:
         short(tmp_path, nfe=7, seed=3, batch=4)
     assert len(str(caught.value)) < 150 + len(str(tmp_path))
+    with pytest.raises(ValueError, match=r"scale_dir=0.01 \(now 0.1\)"):
+        short(tmp_path, scale_dir=0.1)
+    searched: dict[str, Any] = {"method": "tuned", "grid": "search"}
+    short(tmp_path / "tuned", **searched)
+    for change in ({"sigma_min": 0.02}, {"sigma_max": 10.0}, {"end": "zero"}):
+        with pytest.raises(ValueError, match=f"is of a run with {next(iter(change))}="):
+            short(tmp_path / "tuned", **searched, **change)
 
 
 def test_a_folder_is_looked_at_before_any_work(tmp_path):
@@ -468,6 +483,8 @@ def test_a_folder_is_looked_at_before_any_work(tmp_path):
         short(tmp_path / "b", method="tuned", grid="search", teacher="hoin", note=begun.append)
     with pytest.raises(ValueError, match="leave out loss_features"):
         short(tmp_path / "c", loss_features=torch.sin, note=begun.append)
+    with pytest.raises(ValueError, match="cache needs model"):
+        short(tmp_path / "c", method="tuned", grid="search", cache=tmp_path, note=begun.append)
     assert begun == []
     assert not (tmp_path / "c").exists()
 
@@ -477,6 +494,9 @@ def test_a_folder_is_looked_at_before_any_work(tmp_path):
 def test_a_denoiser_without_gradients_is_refused(mode, method):
     with pytest.raises(ValueError, match="no gradient goes through the denoiser"):
         short(denoiser=mode()(lambda x, sigma: TOY(x, sigma)), method=method)
+    scale = torch.ones((), requires_grad=True)
+    with pytest.raises(ValueError, match="no gradient goes through the denoiser"):
+        short(denoiser=lambda x, sigma: scale * TOY(x.detach(), sigma), method=method)
     short(denoiser=mode()(lambda x, sigma: TOY(x, sigma)), method="grid", base="ddim")
 
 
@@ -496,12 +516,19 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):
     assert without.plan() == short(**run).plan()
 
 
+NO_DEFAULT = {"out", "first", "label", "prompts", "prompt", "negative", "guidance"}
+NO_DEFAULT |= {"squared", "compile"}  # off unless given
+
+
 def test_the_help_has_every_default():
-    text = CliRunner().invoke(app, ["train", "solver", "--help"], env={"COLUMNS": "300"}).stdout
-    plain = re.sub(r"[\s│]+", " ", text)
-    for default in ("times,told,weights", "2 in features, else 0", "0.005; for tuned 0.02"):
-        assert f"[default: {default}]" in plain
+    text = CliRunner().invoke(app, ["train", "solver", "--help"], env={"COLUMNS": "400"}).stdout
     assert "\\[" not in text
+    plain = re.sub(r"[\s│]+", " ", text)
+    solver = typer.main.get_command(train_app).commands["solver"]  # type: ignore[attr-defined]
+    for option in solver.params:
+        if option.param_type_name == "option" and option.name not in {*NO_DEFAULT, "help"}:
+            said = plain.split(f" {option.opts[0]} ", 1)[1].split(" --", 1)[0]
+            assert "[default: " in said, option.name
 
 
 def bad_shape(x: Tensor, sigma: Tensor) -> Tensor:
@@ -664,6 +691,14 @@ def test_the_command_trains_and_its_folder_is_a_solver(tmp_path):
     assert json.loads((out / "solver.json").read_text())["model"]["name"] == "fashion-mnist"
     with pytest.raises(ValueError, match="was trained for nfe=3, got nfe=4"):
         run("sample", "--solver", out, "--nfe", 4, "--out", pictures)
+
+
+def test_a_grid_that_starts_below_has_no_analytic_first_step(tmp_path):
+    short_run = ("--trajectories", "2", "--batch", "2", "--validation-seeds", "1", "--inner", "3")
+    solver = ("train", "solver", "fashion-mnist", "--nfe", "2", "--out", str(tmp_path))
+    result = CliRunner().invoke(app, [*solver, "--grid", "20,1,0.002", *short_run])
+    assert result.exit_code == 0, result.output
+    assert LearnedSolver.load(tmp_path).method.first == "none"
 
 
 def test_every_linear_multistep_solver_is_a_base():

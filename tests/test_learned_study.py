@@ -8,12 +8,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import typer
 
 import fewstep
-from benchmarks import learned_overhead, learned_study
+from benchmarks import learned_overhead, learned_study, paired
 from benchmarks.learned_study import ABLATION, VARIANTS, Rows, expectations, parse, trainings
 from fewstep.cli.app import train_app
 from fewstep.learned.kinds import kind_of
@@ -106,3 +107,18 @@ def test_overhead_is_taken_of_every_pair():
     assert [one["beside"] for one in rows] == [pair[2] for pair in learned_overhead.PAIRS]
     assert all(torch.tensor(one["ratio"]) > 0 for one in rows)
     assert rows[0]["learned"] == "amed"
+
+
+def test_paired_distances(tmp_path, capsys, monkeypatch):
+    """A learned solver by name and a plain one; and the numbers are what they say."""
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path))
+    common = ("--seeds", "1000000-1000003", "--nfe", "3", "--dtype", "float32")
+    paired.main(["--solvers", "tuned", "ddim", "--end", "zero", *common])
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in told] == ["tuned", "ddim"]
+    errors = [float(line.split()[2]) for line in told]
+    assert 0 < errors[0] < errors[1] < 1
+    rng = np.random.default_rng(0)
+    exact = rng.standard_normal((500, 2))
+    found = paired.distances(exact + np.array([3.0, 4.0]), exact)
+    np.testing.assert_allclose([found[k] for k in ("fd", "mean", "paired")], 25, rtol=1e-6)

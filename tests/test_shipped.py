@@ -241,7 +241,7 @@ def test_levels_are_where_it_evaluates(name):
 def test_a_solver_that_reads_features_has_a_plan_of_means(base):
     method = solver(base, "zero")
     learned, x = LearnedSolver(method), noise(64, 20.0)
-    with pytest.raises(ValueError, match="name the model for their means"):
+    with pytest.raises(ValueError, match=r"name the model for their means \(--model\)"):
         learned.plan()
     one = noise(1, 20.0)  # of one sample the means are itself
     plan = learned.plan(Tapped(), one)
@@ -310,3 +310,9 @@ def test_the_population_that_ships_is_the_one_that_a_comparison_looks_for(tmp_pa
         # another draw of the network's own pictures is near those it was trained on
         assert judge.data is not None
         assert 0.3 < found.frechet(judge.data) < 10
+
+
+def test_a_learned_grid_does_not_start_elsewhere():
+    model = fewstep.load("fashion-mnist")
+    with pytest.raises(ValueError, match="has its own grid, which starts at sigma 80, and sampl"):
+        fewstep.sample(model, solver="tuned", nfe=3, seeds=[0], head_start=10.0)

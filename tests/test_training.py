@@ -140,6 +140,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_a_second_run_does(
     assert error.splitlines()[-1] == (
         f"fewstep: stopped; {out} holds what was done, run the same command again to go on"
     )
+    assert "fewstep: stopping after this step; Ctrl-C again stops at once" in error
     assert "Traceback" not in error
     with safe_open(out / "checkpoint.safetensors", "pt") as file:
         step = int(file.metadata()["step"])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -26,7 +26,8 @@ def between_steps() -> Iterator[Callable[[], bool]]:
         if held:
             raise KeyboardInterrupt
         held.append(number)
-        print("\nfewstep: stopping after this step; Ctrl-C again stops at once", file=sys.stderr)
+        with contextlib.suppress(OSError):  # no print: it could be what was interrupted
+            os.write(2, b"\nfewstep: stopping after this step; Ctrl-C again stops at once\n")
 
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:

@@ -88,7 +88,6 @@ def resolve(
             "solver must be a name, a Solver, a Plan, or have a method program(), "
             f"got {solver!r:.80}"
         )
-    given = sigma_min is not None or sigma_max is not None
     if not isinstance(solver, Solver):
         taken = {
             "grid": grid is not None,
@@ -110,6 +109,7 @@ def resolve(
                 "leave nfe out, or train one for that budget"
             )
         return program
+    given = sigma_min is not None or sigma_max is not None
     if grid is not None and not isinstance(grid, str):
         if given or end != "sigma_min":
             raise ValueError("sigmas have their own ends: leave out end, sigma_min and sigma_max")

@@ -235,10 +235,10 @@ def _check_weights(model: Model, program: Program) -> None:
 def _check_start(model: Model, sigma: float, head_start: float | None, own: bool = False) -> None:
     """own: whether it is the solver's own grid that starts at sigma, which cannot be moved."""
     start = model.card.sigma_max if head_start is None else head_start
-    if own and head_start is not None and not starts_at(sigma, start):
+    if own and not starts_at(sigma, start):
         raise ValueError(
             f"this solver has its own grid, which starts at sigma {sigma:g}, and sampling starts "
-            f"at {start:g}; leave out head_start, image and strength, or take another solver"
+            f"at {start:g}; take a solver without one, or head_start={sigma:g}"
         )
     if not starts_at(sigma, start):
         raise ValueError(

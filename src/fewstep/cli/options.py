@@ -164,14 +164,18 @@ def refuse_beside(what: str, options: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def resumable(folder: Path) -> Iterator[None]:
-    """Say, where Ctrl-C ends the work, that it can be taken up again; exit code 130."""
+def resumable(path: Path) -> Iterator[None]:
+    """Say, where Ctrl-C ends the work, that it can be taken up again from this file or folder; exit
+    code 130."""
     try:
         yield
     except KeyboardInterrupt:
-        there = folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir())
-        done = f"{folder} holds what was done" if there else "nothing was saved yet"
-        print(f"fewstep: stopped; {done}, run the same command again to go on", file=sys.stderr)
+        inside = path.iterdir() if path.is_dir() else ()
+        if path.is_file() or any(not one.name.startswith(".") for one in inside):
+            done = f"{path} holds what was done, run the same command again to go on"
+        else:
+            done = "nothing was saved yet, run the same command again to start again"
+        print(f"fewstep: stopped; {done}", file=sys.stderr)
         sys.exit(130)
 
 

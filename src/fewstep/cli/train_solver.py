@@ -47,7 +47,11 @@ def train_solver_command(
     batch: Annotated[int, typer.Option(help="Pictures at a time.")] = 128,
     grid: Annotated[
         str | None,
-        typer.Option(help="A grid's name, sigmas like 80,9,1,0.002, or search: have it found."),
+        typer.Option(
+            help="A grid's name, sigmas like 80,9,1,0.002, or search: have it found. "
+            "\\[default: search for tuned and grid, time-uniform for amed, karras for amed-plugin; "
+            "on pipelines trailing and discrete]"
+        ),
     ] = None,
     sigma_min: Annotated[
         float | None, typer.Option(help="The grid's lowest level. \\[default: the network's]")
@@ -56,8 +60,8 @@ def train_solver_command(
     end: Annotated[
         str | None,
         typer.Option(
-            help="Where a named grid ends: sigma_min, or zero, for tuned. "
-            "\\[default: zero for tuned on pipelines, else sigma_min]"
+            help="Where a named grid ends: sigma_min, or zero, for tuned and grid. "
+            "\\[default: zero for these on pipelines, else sigma_min]"
         ),
     ] = None,
     teacher: Annotated[
@@ -83,7 +87,8 @@ def train_solver_command(
         bool | None,
         typer.Option(
             "--features/--no-features",
-            help="Read the network's features; without, the solver is a table of numbers.",
+            help="Read the network's features; without, the solver is a table of numbers. "
+            "\\[default: where there are any]",
         ),
     ] = None,
     label: Annotated[
@@ -106,9 +111,7 @@ def train_solver_command(
     ] = None,
     loss: Annotated[
         str,
-        typer.Option(
-            help="Where tuned compares ends: pixels, or in the features of fashion-a or fashion-b."
-        ),
+        typer.Option(help="Where tuned and grid compare ends: pixels, fashion-a or fashion-b."),
     ] = "pixels",
     parts: Annotated[
         str | None, typer.Option(help="What of tuned learns. \\[default: times,told,weights]")
@@ -157,8 +160,8 @@ def train_solver_command(
     from fewstep.evaluate.captions import read_captions
     from fewstep.files import cache_folder
     from fewstep.learned import prompted, train
+    from fewstep.loop import starts_at
     from fewstep.models import load
-    from fewstep.sampling import starts_at
 
     if prompts is not None:
         refuse_beside("the prompts are in the file", {"--prompt": prompt})

@@ -102,7 +102,7 @@ class Amed:
         return {name: getattr(self.predictor, name) for name in SETTINGS}
 
     def options(self) -> dict[str, Any]:
-        return {}
+        return self.settings()
 
     def tensors(self) -> dict[str, Tensor]:
         return self.predictor.weights

@@ -31,7 +31,16 @@ from fewstep.plan import Eval, Ops, Program, Seen
 from fewstep.schedule import Schedule
 from fewstep.solver import get
 
-__all__ = ["Frozen", "Kept", "Path", "Recalled", "Teacher", "fine_grid", "whole_grid"]
+__all__ = [
+    "Frozen",
+    "Kept",
+    "Path",
+    "Recalled",
+    "Teacher",
+    "check_teacher",
+    "fine_grid",
+    "whole_grid",
+]
 
 
 @dataclass(frozen=True)
@@ -62,9 +71,7 @@ class Teacher:
     features: bool = False
 
     def __post_init__(self) -> None:
-        solver = get(self.solver)
-        if solver.stochastic or solver.adapts:
-            raise ValueError(f"a teacher must be a deterministic solver, {self.solver} is not")
+        check_teacher(self.solver)
 
     @property
     def evaluations(self) -> int:
@@ -133,6 +140,13 @@ class Kept:
                 why = error.strerror or error
                 warnings.warn(f"teacher's ends are not kept in {self.folder}: {why}", stacklevel=2)
         return Path((x_T, *states.to(x_T.device).unbind()), ())
+
+
+def check_teacher(name: str) -> None:
+    """Errors: ValueError for a name that is no deterministic solver's."""
+    solver = get(name)
+    if solver.stochastic or solver.adapts:
+        raise ValueError(f"a teacher must be a deterministic solver, {name} is not")
 
 
 def fine_grid(

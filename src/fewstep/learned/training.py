@@ -33,7 +33,14 @@ from fewstep.learned.kinds import kind_of
 from fewstep.learned.method import Kind, Lesson, Method, Setup
 from fewstep.learned.predictor import feature_count
 from fewstep.learned.solver import PREDICTOR_FILE, SOLVER_FILE, LearnedSolver
-from fewstep.learned.teacher import Frozen, Kept, Teacher, fine_grid, whole_grid
+from fewstep.learned.teacher import (
+    Frozen,
+    Kept,
+    Teacher,
+    check_teacher,
+    fine_grid,
+    whole_grid,
+)
 from fewstep.loop import DEFAULT_RANGE, solve
 from fewstep.noise import normal
 from fewstep.schedule import Schedule
@@ -45,6 +52,7 @@ TRAINING, VALIDATION = 2_000_000, 1_000_000  # first seeds; those below are for 
 # within 4e-4 of the exact solution on the built-in network
 REFERENCE, REFERENCE_INTERVALS = "deis-4", 40
 WARM_UP = 20  # updates of a rate that decays
+LOOKED_AT, SAME = 4, 0.02  # samples by whose D a denoiser is known again, and how nearly
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
 
 Conditions = Callable[[Sequence[int]], Denoiser]
@@ -55,7 +63,8 @@ Prior = Callable[[Sequence[int]], Tensor]
 class Progress:
     """One batch, as `train` reports it.
 
-    loss: mean over the batch's losses, per number of a sample; of tuned the mean distance
+    loss: mean over the batch's losses, per number of a sample; of tuned the mean distance, and what
+        `shift` adds to it
     learned: what the method has to show of its numbers
     seconds_left: an estimate
     validation: after a batch that was followed by one, "error" and what else was measured
@@ -148,6 +157,8 @@ def train(
     Errors: ValueError for what cannot be trained, all before the first batch; FloatingPointError
     where the denoiser or a loss is not finite (the last checkpoint stays).
     """
+    if cache is not None and not (model or {}).get("weights"):
+        raise ValueError("cache needs model['weights'], the hash of the network's weights")
     _check_counts(
         trajectories=(trajectories, 1),
         batch=(batch, 1),
@@ -200,7 +211,7 @@ def train(
     noise = Noise(shape, sigmas[0], place, prior)
     held_out = range(VALIDATION, VALIDATION + validation)
     x = noise(held_out[:1])
-    size, look = _look(bound(held_out[:1]), x, sigmas[0])
+    size = _features(bound(held_out[:1]), x, sigmas[0])
     if loss_features is not None:
         with torch.no_grad():
             loss_features(x)  # speaks up now about a shape that it does not take
@@ -212,10 +223,11 @@ def train(
         return kind.fresh(setup, **options)
 
     student = plain = fresh(sigmas)
-    if student.parameters():
-        _check_slope(bound(held_out[:1]), x, sigmas[0])
     mentor = teacher or recipe.teacher
-    Teacher(mentor, sigmas, sigmas)  # speaks up now about a solver that is none
+    check_teacher(mentor)
+    few = held_out[: min(LOOKED_AT, batch)]
+    middle = math.sqrt(sigmas[0] * (sigmas[-1] or sigmas[-2]))
+    look = _look(bound(few), noise(few) * (middle / sigmas[0]), middle, bool(student.parameters()))
     facts = {
         "method": method,
         "nfe": nfe,
@@ -228,6 +240,9 @@ def train(
         "loss": _name_of(loss_features),
         "options": _plain(student.options()),
         "base": recipe.base,
+        "sigma_max": high,
+        "sigma_min": low,
+        "end": recipe.end,
         "teacher": mentor,
         "inner": inner,
         "shape": list(shape),
@@ -241,10 +256,10 @@ def train(
         student = fresh(sigmas)
     elif named == SEARCH:
         note("searching for the grid")
-        few = range(begin, begin + min(SEARCHED, trajectories))
-        parts = [(bound(part), noise(part)) for part in _split(few, batch)]
-        known = _named(points, high, low, recipe.end, schedule)
-        found = search_grid(parts, whole(FINE), known, recipe.first, fresh, loss_features)
+        some = range(begin, begin + min(SEARCHED, trajectories))
+        parts = [(bound(part), noise(part)) for part in _split(some, batch)]
+        rivals = _named(points, high, low, recipe.end, schedule)
+        found = search_grid(parts, whole(FINE), rivals, recipe.first, fresh, loss_features)
         sigmas, student, plain = found[0], *map(fresh, found)
     if recipe.whole:  # on a grid of its own, from end to end
         guide = Teacher(mentor, (sigmas[0], sigmas[-1]), whole(inner + 1))
@@ -256,9 +271,8 @@ def train(
         "settings": _plain(student.settings()),
         "teacher_nfe": guide.evaluations,
     }
-    run = Run(student, lr, facts, look, recipe.decay)
-    if cache is not None and not (model or {}).get("weights"):
-        raise ValueError("cache needs model['weights'], the hash of the network's weights")
+    known_by_hash = bool((model or {}).get("weights"))
+    run = Run(student, lr, facts, None if known_by_hash else look, recipe.decay)
     kept = None if cache is None else Path(cache) / "teachers"
     known = {"model": model, "shape": list(shape)}
     folder = None if out is None else _open(Path(out), run)
@@ -343,9 +357,15 @@ class Run:
     """The state of a run: the method's parameters, Adam's moments, the best so far, the step."""
 
     def __init__(
-        self, method: Method, lr: float, facts: dict[str, Any], look: Tensor, decay: bool = False
+        self,
+        method: Method,
+        lr: float,
+        facts: dict[str, Any],
+        look: Tensor | None = None,
+        decay: bool = False,
     ) -> None:
-        """look: D at one start, by which the denoiser and its conditions are known again"""
+        """look: D somewhere, by which a denoiser without a hash, and its conditions, are known
+        again"""
         self.method, self.facts, self.look, self.step = method, facts, look, 0
         self.lr, self.decay = lr, decay
         self.weights = {n: w.requires_grad_() for n, w in method.parameters().items()}
@@ -403,7 +423,7 @@ class Run:
             self.best = {name: w.detach().clone() for name, w in self.weights.items()}
 
     def tensors(self) -> dict[str, Tensor]:
-        out = {"look": self.look}
+        out = {} if self.look is None else {"look": self.look}
         for name, w in self.weights.items():
             state = self.adam.state[w]
             out |= {f"weights.{name}": w.detach(), f"best.{name}": self.best[name]}
@@ -422,8 +442,7 @@ class Run:
         _check_same(path, _facts_in(path), self.facts)
         try:
             with safe_open(path, "pt") as file:
-                look = file.get_tensor("look")
-                if not _alike(look, self.look):
+                if self.look is not None and not _alike(file.get_tensor("look"), self.look):
                     raise ValueError(
                         f"{path} is of a run on another denoiser, or with other conditions or "
                         "noise; give another folder"
@@ -545,12 +564,12 @@ def _check_options(kind: Kind, options: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def _look(denoiser: Denoiser, x: Tensor, sigma: float) -> tuple[int, Tensor]:
-    """Evaluate once: how many features there are, and D, in float32 on the CPU. Errors: ValueError
-    for what is no denoiser."""
-    level, look, count = x.new_full((len(x),), sigma), getattr(denoiser, "with_features", None), 0
-    if look is not None:
-        denoised, features = look(x, level)
+def _features(denoiser: Denoiser, x: Tensor, sigma: float) -> int:
+    """Evaluate once; how many features there are. Errors: ValueError for what is no denoiser."""
+    level, count = x.new_full((len(x),), sigma), 0
+    with_features = getattr(denoiser, "with_features", None)
+    if with_features is not None:
+        denoised, features = with_features(x, level)
         count = feature_count(features)
     else:
         denoised = denoiser(x, level)
@@ -561,32 +580,40 @@ def _look(denoiser: Denoiser, x: Tensor, sigma: float) -> tuple[int, Tensor]:
         )
     if not torch.isfinite(denoised).all():
         raise ValueError(f"the denoiser returns NaN or infinity at sigma {sigma:g}")
-    return count, denoised.float().cpu().clone()
+    return count
 
 
 @torch.enable_grad()
-def _check_slope(denoiser: Denoiser, x: Tensor, sigma: float) -> None:
-    """Errors: ValueError where no gradient goes through the denoiser."""
-    x = x.detach().clone().requires_grad_()
-    if not denoiser(x, x.new_full((len(x),), sigma)).requires_grad:
-        raise ValueError(
-            "no gradient goes through the denoiser: it must run outside torch.no_grad and "
-            "torch.inference_mode, and not detach D"
-        )
+def _look(denoiser: Denoiser, x: Tensor, sigma: float, slope: bool) -> Tensor:
+    """D, in float32 on the CPU. slope: whether its gradient is needed. Errors: ValueError where no
+    gradient goes through."""
+    x = x.detach().clone().requires_grad_(slope)
+    denoised = denoiser(x, x.new_full((len(x),), sigma))
+    if slope:
+        graph = denoised.requires_grad
+        found = torch.autograd.grad(denoised.sum(), x, allow_unused=True) if graph else (None,)
+        if found[0] is None:
+            raise ValueError(
+                "no gradient goes through the denoiser: it must run outside torch.no_grad and "
+                "torch.inference_mode, and detach neither x nor D"
+            )
+    return denoised.detach().float().cpu().clone()
 
 
 def _alike(look: Tensor, other: Tensor) -> bool:
     """The same D but for the arithmetic of another machine."""
     if look.shape != other.shape:
         return False
-    return bool((look - other).norm() <= 0.01 * other.norm())
+    return bool((look - other).norm() <= SAME * other.norm())
 
 
 def _flat(facts: dict[str, Any]) -> dict[str, Any]:
     """What tells one run from another, those of its options and its model beside the others."""
-    plain = _plain(facts)
-    options, model = plain.pop("options", {}), plain.pop("model", {})
-    return {**plain, **options, **model}
+    out = {}
+    for name, value in _plain(facts).items():
+        inner = value if name in ("options", "model") else None
+        out |= {name: value} if inner is None else {f"{name}.{k}": v for k, v in inner.items()}
+    return out
 
 
 def _plain(value: Any) -> Any:
@@ -616,12 +643,17 @@ FOLLOWING = ("sigmas", "settings", "teacher_nfe")  # tables that differ because 
 
 
 def _check_same(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    """Errors: ValueError that names the first few facts in which two runs differ."""
+    """Errors: ValueError that names the first few facts in which two runs differ. What follows from
+    the others counts where ours are known."""
     theirs, ours = _flat(theirs), _flat(ours)
-    other = [key for key in {**ours, **theirs} if theirs.get(key) != ours.get(key)]
-    if other:
-        told = [f"{k}={theirs.get(k)} (now {ours.get(k)})" for k in other if k not in FOLLOWING]
-        how = ", ".join(told[:3]) or "another grid"
+    keys = [key for key in {**ours, **theirs} if key in ours or key not in FOLLOWING]
+    if other := [key for key in keys if theirs.get(key) != ours.get(key)]:
+        told = [
+            f"{key.rpartition('.')[2]}={theirs.get(key)} (now {ours.get(key)})"
+            for key in other
+            if key not in FOLLOWING
+        ]
+        how = ", ".join(told[:3]) or "other sigmas or settings"
         raise ValueError(f"{path} is of a run with {how}; give another folder")
 
 
@@ -634,9 +666,7 @@ def _check_folder(folder: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
     check_writable(folder)
     if (folder / CHECKPOINT).exists():
         theirs = _facts_in(folder / CHECKPOINT)
-        _check_same(
-            folder / CHECKPOINT, {k: v for k, v in theirs.items() if k not in FOLLOWING}, facts
-        )
+        _check_same(folder / CHECKPOINT, theirs, facts)
         return theirs
     if (folder / SOLVER_FILE).exists():
         raise ValueError(

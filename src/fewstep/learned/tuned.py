@@ -21,6 +21,7 @@ The loss is the distance at the end of the chain to a fine solve, in pixels or i
 network's space: not its square, for where trajectories part, a few samples end far off whatever the
 table, and would decide it. In features the distance of the batch's means is added, SHIFT times: a
 shift that all pictures share is little to each of them, but counts in full in a Frechet distance.
+It is seen above the scatter of the batch, 1 / sqrt(b) of the distance, so b must not be small.
 What is learned is the same for every sample, so the result is a plan.
 
 Sources: learning a solver's coefficients and levels from a teacher's end is S4S-Alt's (Frankel et
