@@ -31,11 +31,10 @@ from fewstep.cli.compare import parse_budgets
 from fewstep.learned.solver import SOLVER_FILE
 from fewstep.learned.tuned import PARTS
 
-# the bases of the plugin, each with the grid on which it ends nearest to the exact solution
+# the bases of the plugin, each with the grid that suits it best without learning at few evaluations
 BASES = {
     **dict.fromkeys(("ddim", "ipndm-2", "ipndm-3", "ipndm-4"), "time-uniform"),
-    **dict.fromkeys(("dpm-solver-2", "dpmpp-3m"), "time-uniform"),
-    "dpmpp-2m": "karras",
+    **dict.fromkeys(("dpm-solver-2", "dpmpp-2m", "dpmpp-3m"), "karras"),
 }
 SEVERAL = ("heun", "dpm-solver-2")  # training-free solvers of two evaluations a step
 AUTHORS = "--batch 128"
