@@ -31,7 +31,7 @@ from fewstep.cli.compare import parse_budgets
 from fewstep.learned.solver import SOLVER_FILE
 from fewstep.learned.tuned import PARTS
 
-# the bases of the plugin, each with the grid that suits it best without learning at few evaluations
+# the bases of the plugin, each with the grid on which the untrained plugin ends nearest
 BASES = {
     **dict.fromkeys(("ddim", "ipndm-2", "ipndm-3", "ipndm-4"), "time-uniform"),
     **dict.fromkeys(("dpm-solver-2", "dpmpp-2m", "dpmpp-3m"), "karras"),
