@@ -316,3 +316,10 @@ def test_a_learned_grid_does_not_start_elsewhere():
     model = fewstep.load("fashion-mnist")
     with pytest.raises(ValueError, match="has its own grid, which starts at sigma 80, and sampl"):
         fewstep.sample(model, solver="tuned", nfe=3, seeds=[0], head_start=10.0)
+
+
+def test_a_learned_solver_is_not_recorded_with_another_ones_ends():
+    model = fewstep.load("fashion-mnist")
+    record = Settings.choose(model, "tuned", 3).record()
+    assert (record["grid"], record["first"], record["end"]) == (None, None, None)
+    assert Settings.choose(model, "ddim", 3).record()["end"] is not None

@@ -158,7 +158,8 @@ class Settings:
         return {name: getattr(self, name) for name in self.__dataclass_fields__} | start
 
     def record(self) -> dict[str, Any]:
-        """The same for provenance, JSON-ready; a plan is known by a hash of its numbers."""
+        """The same for provenance, JSON-ready; a plan is known by a hash of its numbers. Where the
+        solver has its own grid, its first step and its end are its own too: null."""
         name = self.solver
         if isinstance(name, Plan):
             digest = hashlib.sha256(name.to_json().encode()).hexdigest()[:16]
@@ -166,7 +167,8 @@ class Settings:
         elif not isinstance(name, str):
             name = name.name if isinstance(name, Solver) else name.program().name
         grid = list(self.grid) if isinstance(self.grid, tuple) else self.grid
-        return {**self.arguments(), "solver": name, "grid": grid}
+        own = {"first": None, "end": None} if grid is None else {}
+        return {**self.arguments(), "solver": name, "grid": grid, **own}
 
 
 def locate(model: Model, solver: str | Path, nfe: int | None) -> Solver | Runnable:

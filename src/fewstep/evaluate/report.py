@@ -45,7 +45,7 @@ def setting_words(row: dict[str, Any]) -> str:
     if "student" in row:
         return "consistency" if row["stochastic"] else "consistency-ode"
     grid = row["grid"] if isinstance(row["grid"], str) else "own grid"
-    first = f", {row['first']} first" if row["first"] != "none" else ""
+    first = f", {row['first']} first" if row["first"] not in (None, "none") else ""
     return grid + first + (", to 0" if row["end"] == "zero" else "")
 
 
