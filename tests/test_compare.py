@@ -35,7 +35,13 @@ from fewstep.evaluate.compare import (
     merge,
     read_comparison,
 )
-from fewstep.evaluate.comparison_html import _clipped, comparison_html, spread_out, with_error
+from fewstep.evaluate.comparison_html import (
+    _clipped,
+    comparison_html,
+    readable,
+    spread_out,
+    with_error,
+)
 from fewstep.evaluate.memo import Memo, Remembering
 from fewstep.evaluate.references import Fine, References
 from fewstep.evaluate.report import comparison_csv, comparison_table, write_comparison
@@ -965,3 +971,10 @@ def test_clipped_names_of_runs_can_be_told_apart():
     short = [_clipped(name) for name in names]
     assert short == ["tuned-fashi…-a-s0", "tuned-fashi…-a-s1"]
     assert _clipped("dpm-solver-2") == "dpm-solver-2"
+
+
+def test_numbers_of_budgets_do_not_touch():
+    assert readable([3, 4, 5, 6, 7, 8, 9, 10, 20, 50]) == [
+        *("3", "4", "5", "6", "7", "8", "", "10", "20", "50")
+    ]
+    assert readable([1, 2, 4, 8]) == ["1", "2", "4", "8"]

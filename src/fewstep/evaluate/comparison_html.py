@@ -430,11 +430,29 @@ def _tick_marks(axis: Any, limits: tuple[float, float], least: int = 4, apart: f
 
 
 def _budget_ticks(axes: Axes, budgets: list[int]) -> None:
-    """A tick at each; on a log axis where few of them would crowd the many."""
+    """A tick at each; on a log axis where few of them would crowd the many, and without the numbers
+    that would run into the next one's."""
     if budgets[-1] > 4 * budgets[0]:
         axes.set_xscale("log")
         axes.minorticks_off()
-    axes.set_xticks(budgets, [*map(str, budgets)])
+        axes.set_xticks(budgets, readable(budgets))
+    else:
+        axes.set_xticks(budgets, [*map(str, budgets)])
+
+
+def readable(budgets: list[int], digit: float = 0.018) -> list[str]:
+    """Their labels on a log axis, empty where one would touch that of the next greater.
+
+    digit: half of a digit's width and a share of the gap, as a share of the axis
+    """
+    span = math.log(budgets[-1] / budgets[0])
+    labels, taken = [""] * len(budgets), math.inf
+    after = 0
+    for i in reversed(range(len(budgets))):
+        place, digits = math.log(budgets[i]) / span, len(str(budgets[i]))
+        if taken - place >= digit * (digits + after):
+            labels[i], taken, after = str(budgets[i]), place, digits
+    return labels
 
 
 def _log_ticks(axes: Axes, x: np.ndarray) -> None:
