@@ -23,6 +23,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core, so a thread 
 import numpy as np
 import pytest
 import torch
+import typer
 from hypothesis import HealthCheck, settings
 from scipy.integrate import solve_ivp
 from torch import Tensor
@@ -214,3 +215,8 @@ def largest(value: Any) -> float:
 @pytest.fixture
 def mixture() -> Mixture:
     return Mixture()
+
+
+def command_of(group: typer.Typer, name: str) -> Any:
+    """One command of a group, as click has it."""
+    return typer.main.get_command(group).commands[name]  # type: ignore[attr-defined]

@@ -41,6 +41,7 @@ from fewstep.evaluate.comparison_html import (
     readable,
     spread_out,
     with_error,
+    with_room,
 )
 from fewstep.evaluate.memo import Memo, Remembering
 from fewstep.evaluate.references import Fine, References
@@ -964,6 +965,13 @@ def test_missing_matplotlib_is_said_before_any_work(tmp_path, capsys, monkeypatc
     assert command(*quick(tmp_path)) == 2
     assert "--no-plots" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_names_that_have_no_room_are_left_out():
+    names = [*"abcdefgh"]
+    assert with_room(names, ["h", "b"], 20) == names
+    assert with_room(names, ["h", "b"], 5) == [*"abcdh"]
+    assert with_room(names, ["h", "b"], 1) == [*"bh"]
 
 
 def test_clipped_names_of_runs_can_be_told_apart():

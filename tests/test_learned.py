@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import typer
-from conftest import Counted, Mixture, eps_of, largest, noise
+from conftest import Counted, Mixture, command_of, eps_of, largest, noise
 from scipy.optimize import brentq
 from torch import Tensor
 from typer.testing import CliRunner
@@ -511,7 +510,7 @@ def test_an_untrained_solver_that_ends_nowhere_is_one_line():
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):
     (tmp_path / "file").write_text("no folder")
     run: dict[str, Any] = {"method": "tuned", "model": {"name": "toy", "weights": "abc"}}
-    with pytest.warns(UserWarning, match="are not kept in"):
+    with pytest.warns(UserWarning, match="fine solves are not kept in"):
         without = short(cache=tmp_path / "file", **run)
     assert without.plan() == short(**run).plan()
 
@@ -524,7 +523,7 @@ def test_the_help_has_every_default():
     text = CliRunner().invoke(app, ["train", "solver", "--help"], env={"COLUMNS": "400"}).stdout
     assert "\\[" not in text
     plain = re.sub(r"[\s│]+", " ", text)
-    solver = typer.main.get_command(train_app).commands["solver"]  # type: ignore[attr-defined]
+    solver = command_of(train_app, "solver")
     for option in solver.params:
         if option.param_type_name == "option" and option.name not in {*NO_DEFAULT, "help"}:
             said = plain.split(f" {option.opts[0]} ", 1)[1].split(" --", 1)[0]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import typer
+from conftest import command_of
 
 import fewstep
 from benchmarks import learned_overhead, learned_study, paired
@@ -40,7 +40,7 @@ def test_all_that_is_planned_can_be_trained(tmp_path):
 
 
 def test_the_command_knows_every_planned_option(tmp_path):
-    solver = typer.main.get_command(train_app).commands["solver"]  # type: ignore[attr-defined]
+    solver = command_of(train_app, "solver")
     for one in trainings(options(tmp_path), [*VARIANTS, *ABLATION]):
         assert one.command[:3] == ("fewstep", "train", "solver")
         given = solver.make_context("solver", list(one.command[3:])).params

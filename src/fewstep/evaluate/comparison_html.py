@@ -466,14 +466,17 @@ def _log_ticks(axes: Axes, x: np.ndarray) -> None:
 def _end_labels(
     figure: Figure, axes: Axes, ends: dict[str, float], tints: dict[str, str], bright: list[str]
 ) -> None:
-    """Names beside the right ends of lines, moved apart where they would overlap."""
+    """Names beside the right ends of lines, moved apart where they would overlap: the bright ones,
+    and of the others the lowest for which there is room."""
     figure.draw_without_rendering()
     scale = figure.dpi / 72  # pixels per point
     right = axes.get_xlim()[1]
     at = {name: axes.transData.transform((right, y))[1] / scale for name, y in ends.items()}
     names = sorted(at, key=at.__getitem__)
     box = axes.get_window_extent()
-    places = spread_out([at[name] for name in names], GAP, box.y0 / scale - 4, box.y1 / scale)
+    low, high = box.y0 / scale - 4, box.y1 / scale
+    names = with_room(names, bright, int((high - low) / GAP) + 1)
+    places = spread_out([at[name] for name in names], GAP, low, high)
     edge = box.x1 / scale
     for name, place in zip(names, places, strict=True):
         bold = name in bright
@@ -490,10 +493,16 @@ def _end_labels(
         )  # fmt: skip
 
 
+def with_room(names: list[str], bright: list[str], room: int) -> list[str]:
+    """So many of the names as there is room for: the bright ones, and then from the first on."""
+    others = [name for name in names if name not in bright]
+    kept = {*bright, *others[: max(0, room - len(bright))]}
+    return [name for name in names if name in kept]
+
+
 def _clipped(name: str) -> str:
-    return (
-        name if len(name) <= 17 else f"{name[:11]}…{name[-5:]}"
-    )  # names of runs differ at the end
+    """In the middle, for names of runs differ at the end."""
+    return name if len(name) <= 17 else f"{name[:11]}…{name[-5:]}"
 
 
 def spread_out(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:

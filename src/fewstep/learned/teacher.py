@@ -138,7 +138,7 @@ class Kept:
                 write_whole(file, safetensors.torch.save({"states": states}))
             except OSError as error:
                 why = error.strerror or error
-                warnings.warn(f"teacher's ends are not kept in {self.folder}: {why}", stacklevel=2)
+                warnings.warn(f"fine solves are not kept in {self.folder}: {why}", stacklevel=1)
         return Path((x_T, *states.to(x_T.device).unbind()), ())
 
 

@@ -25,13 +25,14 @@ from torch import Tensor
 
 from fewstep import __version__
 from fewstep.denoiser import Denoiser
-from fewstep.files import check_writable, sweep, write_whole
+from fewstep.files import sweep, write_whole
 from fewstep.grid import GRIDS, check_grid, make_grid
 from fewstep.interrupts import between_steps
 from fewstep.learned.grid_search import FINE, SEARCH, SEARCHED, search_grid
 from fewstep.learned.kinds import kind_of
 from fewstep.learned.method import Kind, Lesson, Method, Setup
 from fewstep.learned.predictor import feature_count
+from fewstep.learned.record import CHECKPOINT, check_folder, check_same, facts_in, plain
 from fewstep.learned.solver import PREDICTOR_FILE, SOLVER_FILE, LearnedSolver
 from fewstep.learned.teacher import (
     Frozen,
@@ -53,7 +54,7 @@ TRAINING, VALIDATION = 2_000_000, 1_000_000  # first seeds; those below are for 
 REFERENCE, REFERENCE_INTERVALS = "deis-4", 40
 WARM_UP = 20  # updates of a rate that decays
 LOOKED_AT, SAME = 4, 0.02  # samples by whose D a denoiser is known again, and how nearly
-CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
+LOG = "log.jsonl"
 
 Conditions = Callable[[Sequence[int]], Denoiser]
 Prior = Callable[[Sequence[int]], Tensor]
@@ -157,7 +158,8 @@ def train(
     Errors: ValueError for what cannot be trained, all before the first batch; FloatingPointError
     where the denoiser or a loss is not finite (the last checkpoint stays).
     """
-    if cache is not None and not (model or {}).get("weights"):
+    hashed = bool((model or {}).get("weights"))
+    if cache is not None and not hashed:
         raise ValueError("cache needs model['weights'], the hash of the network's weights")
     _check_counts(
         trajectories=(trajectories, 1),
@@ -222,7 +224,7 @@ def train(
         setup = Setup(recipe.base, levels, recipe.first, size, seed, place, in_features)
         return kind.fresh(setup, **options)
 
-    student = plain = fresh(sigmas)
+    student = untrained = fresh(sigmas)
     mentor = teacher or recipe.teacher
     check_teacher(mentor)
     few = held_out[: min(LOOKED_AT, batch)]
@@ -238,7 +240,7 @@ def train(
         "batch": batch,
         "lr": lr,
         "loss": _name_of(loss_features),
-        "options": _plain(student.options()),
+        "options": plain(student.options()),
         "base": recipe.base,
         "sigma_max": high,
         "sigma_min": low,
@@ -250,7 +252,7 @@ def train(
         "validate_every": validate_every,
         "model": model or {},
     }
-    there = None if out is None else _check_folder(Path(out), facts)
+    there = None if out is None else check_folder(Path(out), facts)
     if named == SEARCH and there is not None:  # a run goes on with the grid that it found
         sigmas = check_grid(there["sigmas"])
         student = fresh(sigmas)
@@ -260,7 +262,7 @@ def train(
         parts = [(bound(part), noise(part)) for part in _split(some, batch)]
         rivals = _named(points, high, low, recipe.end, schedule)
         found = search_grid(parts, whole(FINE), rivals, recipe.first, fresh, loss_features)
-        sigmas, student, plain = found[0], *map(fresh, found)
+        sigmas, student, untrained = found[0], *map(fresh, found)
     if recipe.whole:  # on a grid of its own, from end to end
         guide = Teacher(mentor, (sigmas[0], sigmas[-1]), whole(inner + 1))
     else:  # through the student's levels
@@ -268,11 +270,10 @@ def train(
         guide = Teacher(mentor, sigmas, fine_grid(by, sigmas, inner, schedule), size > 0)
     facts |= {
         "sigmas": list(sigmas),
-        "settings": _plain(student.settings()),
+        "settings": plain(student.settings()),
         "teacher_nfe": guide.evaluations,
     }
-    known_by_hash = bool((model or {}).get("weights"))
-    run = Run(student, lr, facts, None if known_by_hash else look, recipe.decay)
+    run = Run(student, lr, facts, None if hashed else look, recipe.decay)
     kept = None if cache is None else Path(cache) / "teachers"
     known = {"model": model, "shape": list(shape)}
     folder = None if out is None else _open(Path(out), run)
@@ -288,7 +289,7 @@ def train(
             path = paths.path(frozen, x_T, seeds)
             return Lesson(frozen, x_T, path, loss_features, checkpointed)
 
-        _train(run, plain, lesson, ruler, folder, checkpoint_every, report)
+        _train(run, untrained, lesson, ruler, folder, checkpoint_every, report)
     solver = run.solver(kind)
     if folder is not None:
         solver.save(folder)
@@ -439,7 +440,7 @@ class Run:
     def restore(self, path: Path) -> None:
         """Take up the state in `path`. Errors: ValueError where it is cut short or of another
         run."""
-        _check_same(path, _facts_in(path), self.facts)
+        check_same(path, facts_in(path), self.facts)
         try:
             with safe_open(path, "pt") as file:
                 if self.look is not None and not _alike(file.get_tensor("look"), self.look):
@@ -607,73 +608,8 @@ def _alike(look: Tensor, other: Tensor) -> bool:
     return bool((look - other).norm() <= SAME * other.norm())
 
 
-def _flat(facts: dict[str, Any]) -> dict[str, Any]:
-    """What tells one run from another, those of its options and its model beside the others."""
-    out = {}
-    for name, value in _plain(facts).items():
-        inner = value if name in ("options", "model") else None
-        out |= {name: value} if inner is None else {f"{name}.{k}": v for k, v in inner.items()}
-    return out
-
-
-def _plain(value: Any) -> Any:
-    """As it is after a way through JSON."""
-    return json.loads(json.dumps(value))
-
-
 def _name_of(loss_features: Callable[[Tensor], Tensor] | None) -> str:
     return "pixels" if loss_features is None else str(getattr(loss_features, "name", "features"))
-
-
-def _facts_in(path: Path) -> dict[str, Any]:
-    """Of the run that a checkpoint is of. Errors: ValueError where it cannot be read."""
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file; remove it, or give another folder")
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-        if "run" in metadata and "state" in metadata:
-            return json.loads(metadata["run"])
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); remove it to start again") from None
-    raise ValueError(f"{path} is not a checkpoint of a solver's training; give another folder")
-
-
-FOLLOWING = ("sigmas", "settings", "teacher_nfe")  # tables that differ because something else does
-
-
-def _check_same(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    """Errors: ValueError that names the first few facts in which two runs differ. What follows from
-    the others counts where ours are known."""
-    theirs, ours = _flat(theirs), _flat(ours)
-    keys = [key for key in {**ours, **theirs} if key in ours or key not in FOLLOWING]
-    if other := [key for key in keys if theirs.get(key) != ours.get(key)]:
-        told = [
-            f"{key.rpartition('.')[2]}={theirs.get(key)} (now {ours.get(key)})"
-            for key in other
-            if key not in FOLLOWING
-        ]
-        how = ", ".join(told[:3]) or "other sigmas or settings"
-        raise ValueError(f"{path} is of a run with {how}; give another folder")
-
-
-def _check_folder(folder: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
-    """All facts of the run that has its checkpoint there, or None.
-
-    Errors: ValueError where it differs in some of these facts, or the folder holds another solver;
-    OSError where nothing can be written there.
-    """
-    check_writable(folder)
-    if (folder / CHECKPOINT).exists():
-        theirs = _facts_in(folder / CHECKPOINT)
-        _check_same(folder / CHECKPOINT, theirs, facts)
-        return theirs
-    if (folder / SOLVER_FILE).exists():
-        raise ValueError(
-            f"{folder} has a {SOLVER_FILE} but no {CHECKPOINT}, so it is another solver; "
-            "give another folder"
-        )
-    return None
 
 
 def _open(folder: Path, run: Run) -> Path:
