@@ -1,7 +1,7 @@
 """The study of distillation: SPLAM by each rule and LCM, on equal data, steps and search.
 
-    search    each method at three learning rates, an eighth of the pictures; the best on the
-              validation seeds is the method's rate
+    search    each method at three learning rates and further where the best is at an end, a quarter
+              of the pictures; the best on the validation seeds is the method's rate
     train     each method at its rate, with three training seeds
     ablate    SPLAM with one thing changed, a quarter of the pictures
     measure   all of these and the solvers of the frozen network, in two comparisons: each student's
@@ -9,11 +9,12 @@
 
     python benchmarks/distill_study.py --data FOLDER --out study --pictures 2000000 --device cuda
     python benchmarks/distill_study.py --data FOLDER --out study --only 'search,splam-direct-*'
+    python benchmarks/distill_study.py --data FOLDER --out study --set batch=64 teacher=heun
 
 Each run has a folder of its own in OUT/runs and resumes there, so the same command goes on after a
 stop, and machines may share the work by --only (stages, or names of runs with wildcards). What is
 done and what is left is printed first; --status prints it and ends. OUT/students/comparison.json
-and OUT/ablations/comparison.json are what `make results` takes.
+and OUT/ablations/comparison.json are what `make results` takes; a run that failed is named there.
 """
 
 from __future__ import annotations
@@ -22,24 +23,23 @@ import argparse
 import json
 import math
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from safetensors import safe_open
 
 import fewstep
 from fewstep import show
 from fewstep.cli.options import resumable
-from fewstep.evaluate.compare import Design, Workbench, compare, load_students
-from fewstep.evaluate.features import own_features, resolve_features
-from fewstep.evaluate.references import Fine, References
-from fewstep.evaluate.report import comparison_table, seeds_table, write_comparison
+from fewstep.evaluate.compare import read_comparison
+from fewstep.evaluate.report import seeds_table
 from fewstep.files import write_json
+from fewstep.models import read_card
 from fewstep.splam import Recipe
 from fewstep.splam.data import read_data
 
@@ -50,9 +50,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "lcm": {"method": "lcm"},
 }
 RATES = (1e-4, 3e-4, 1e-3)
-# by name: the method whose learning rate it takes, and what is changed
+# by name: the method whose learning rate it takes, and what is changed; its best search is what
+# they are compared with
 ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{f"quarter-{method}": (method, {}) for method in METHODS},
     "gamma-one-never": ("splam-direct", {"gamma_one": 0.0}),
     "gamma-one-half": ("splam-direct", {"gamma_one": 0.5}),
     "teacher-ddim-3": ("splam-direct", {"substeps": 3}),
@@ -61,9 +61,12 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "teacher-ipndm-3": ("splam-direct", {"teacher": "ipndm", "substeps": 3}),  # one is ddim
     "linear-level": ("splam-linear", {"tell": "level"}),
 }
-SEARCHED, ABLATED = 8, 4  # the parts of the pictures that these stages train on
-BUDGETS = (1, 2, 4, 8)
-SOLVERS = "ddim,dpmpp-2m,unipc-2,deis-2,ipndm-2,ipndm-3,heun"
+PART = 4  # of the pictures, for search and ablations
+FARTHER = 2  # learning rates beyond an end of RATES
+BUDGETS = "1,2,4,8"
+FREE = (
+    "ddim,heun,dpm-solver-2,dpmpp-2m,dpmpp-3m,unipc-2,unipc-3,deis-2,deis-3,ipndm-2,ipndm-3,ipndm-4"
+)
 FAILED = "failed.json"
 
 
@@ -82,7 +85,20 @@ class Job:
 
     @property
     def ended(self) -> bool:
-        return (self.folder / "card.json").is_file() or (self.folder / FAILED).is_file()
+        """Errors: ValueError where what has ended there was another run."""
+        if (self.folder / FAILED).is_file():
+            found = json.loads((self.folder / FAILED).read_text())["recipe"]
+        elif (self.folder / "card.json").is_file():
+            found = read_card(self.folder).about["recipe"]
+        else:
+            return False
+        if self.settings.get("lr") is not None:
+            ours = json.loads(json.dumps(asdict(Recipe(**self.settings))))
+            apart = [name for name in ours if ours[name] != found.get(name)]
+            if apart:
+                words = ", ".join(f"{name}={found.get(name)}, now {ours[name]}" for name in apart)
+                raise ValueError(f"{self.folder} is of another study ({words}); give another --out")
+        return True
 
     @property
     def step(self) -> int:
@@ -137,18 +153,35 @@ class Study:
         )
 
     def searches(self, method: str) -> list[Job]:
-        part, how = self.pictures // SEARCHED, METHODS[method]
-        return [self.job("search", f"{method}-lr{lr:g}", part, lr=lr, **how) for lr in RATES]
+        """At RATES, and at further ones while the best is at an end."""
+        rates = list(RATES)
+        while True:
+            jobs = [self._search(method, rate) for rate in rates]
+            if len(rates) == len(RATES) + FARTHER or not all(job.ended for job in jobs):
+                return jobs
+            best = min(range(len(jobs)), key=lambda i: jobs[i].score)
+            if 0 < best < len(jobs) - 1 or jobs[best].score == math.inf:
+                return jobs
+            rates = [rates[0] / 3, *rates] if best == 0 else [*rates, rates[-1] * 3]
 
-    def rate(self, method: str) -> float | None:
-        """The best learning rate; None before the search is over."""
+    def _search(self, method: str, rate: float) -> Job:
+        rate = float(f"{rate:.3g}")
+        name = f"{method}-lr{rate:g}"
+        return self.job("search", name, self.pictures // PART, lr=rate, **METHODS[method])
+
+    def found(self, method: str) -> Job | None:
+        """The search's best run; None before it is over."""
         jobs = self.searches(method)
         if not all(job.ended for job in jobs):
             return None
         best = min(jobs, key=lambda job: job.score)
         if best.score == math.inf:
             raise ValueError(f"{method} failed at every learning rate; see {best.folder}")
-        return best.settings["lr"]
+        return best
+
+    def rate(self, method: str) -> float | None:
+        best = self.found(method)
+        return None if best is None else best.settings["lr"]
 
     def jobs(self) -> Iterator[Job]:
         """One after the other, as they are to be run. Those behind an unfinished search have no
@@ -161,7 +194,7 @@ class Study:
                 yield self.job("train", f"{method}-{seed}", self.pictures, **settings)
         for name, (method, change) in ABLATIONS.items():
             settings = {**METHODS[method], **change, "lr": self.rate(method)}
-            yield self.job("ablate", name, self.pictures // ABLATED, **settings)
+            yield self.job("ablate", name, self.pictures // PART, **settings)
 
 
 def chosen(stage: str, name: str, only: Sequence[str]) -> bool:
@@ -183,15 +216,7 @@ def print_status(study: Study, only: Sequence[str]) -> None:
 
 def train(job: Job, model: Any, data: Any, validation_seeds: int) -> None:
     """To the end; a loss that is not finite is noted in the run's folder."""
-    if job.settings["lr"] is None:
-        print(f"{job.name} waits for the search of its learning rate", flush=True)
-        return
     print(f"{job.stage} {job.name}", flush=True)
-    often = {
-        "checkpoint_every": max(1, min(500, job.steps // 8)),
-        "validate_every": max(1, job.steps // 4),
-        "validation_seeds": validation_seeds,
-    }
     try:
         with show.TrainingBar(job.steps) as bar:
             fewstep.splam.distill(
@@ -199,111 +224,106 @@ def train(job: Job, model: Any, data: Any, validation_seeds: int) -> None:
                 data,
                 out=job.folder,
                 name=job.name,
+                checkpoint_every=max(1, min(500, job.steps // 8)),
+                validate_every=math.ceil(job.steps / (4 if job.stage == "train" else 1)),
+                validation_seeds=validation_seeds,
                 report=bar.report,
                 resumed=bar.resumed,
-                **often,
                 **job.settings,
             )
     except FloatingPointError as error:
-        write_json(job.folder / FAILED, {"reason": str(error)})
+        recipe = asdict(Recipe(**job.settings))
+        write_json(job.folder / FAILED, {"reason": str(error), "recipe": recipe})
     print(f"{job.name}: {job.status()}", flush=True)
 
 
-def measure(
-    options: argparse.Namespace, name: str, folders: Sequence[Path], solvers: Sequence[str]
-) -> None:
-    """One comparison of the students with the solvers, into OUT/name."""
-    model = fewstep.load(options.model, device=options.device)
-    asked = own_features(model.card.name) if options.features is None else options.features
-    judges = [resolve_features(one, device=options.device) for one in asked if one != "none"]
-    design = Design(
-        solvers=(*solvers, *map(str, folders)),
-        budgets=BUDGETS,
-        seeds=tuple(range(options.seeds)),
-        screen=options.screen,
-        choose_by=judges[0].label if judges else "error",
-        population=options.population,
-    )
-    out = options.out / name
-    students = load_students(model, design.solvers, device=options.device)
-    references = References(model, Fine(nfe=options.reference_nfe), folder=options.cache)
-    bench = Workbench(model, references, out, options.sample_batch, students=students)
-    result = compare(bench, design, judges, command=shlex.join(["python", *sys.argv]))
-    write_comparison(result, out, options.plots)
-    Console().print(comparison_table(result.record))
-    print(seeds_table(result.record))
-    print(f"{out / 'comparison.json'}", flush=True)
+def measure(options: argparse.Namespace, name: str, jobs: Sequence[Job], solvers: str) -> None:
+    """One comparison of the students with the solvers, into OUT/name, by `fewstep compare`. Errors:
+    SystemExit with its code, where that fails."""
+    done = [job for job in jobs if job.score < math.inf]
+    names = [name for name in (solvers, *(str(job.folder) for job in done)) if name]
+    command = [
+        *("fewstep", "compare", options.model, "--solvers", ",".join(names), "--nfe", BUDGETS),
+        *("--device", options.device, "--out", str(options.out / name)),
+        *shlex.split(options.compare),
+    ]
+    print(f"\n$ {shlex.join(command)}", flush=True)
+    if code := subprocess.run([sys.executable, "-m", *command]).returncode:
+        raise SystemExit(code)
+    path = options.out / name / "comparison.json"
+    record = read_comparison(path)
+    failed = {str(job.folder): f"{job.name}: {job.status()}" for job in jobs if job not in done}
+    if failed:
+        record["left_out"] |= failed
+        write_json(path, record)
+    print("\n".join([seeds_table(record), *failed.values(), str(path)]), flush=True)
 
 
-def listed(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+def setting(text: str) -> tuple[str, Any]:
+    """A field of the recipe, from NAME=VALUE; the value as JSON has it, or a word."""
+    name, found, value = text.partition("=")
+    if not found or name not in Recipe.__dataclass_fields__:
+        known = ", ".join(Recipe.__dataclass_fields__)
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, NAME one of {known}, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="what fewstep distill takes")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--model", default="fashion-mnist")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="bfloat16", help="of the training")
-    parser.add_argument("--only", type=listed, default=[], help="stages or runs, with wildcards")
-    parser.add_argument("--status", action="store_true", help="say what is left, and end")
-    training = parser.add_argument_group("training")
-    training.add_argument("--pictures", type=int, default=500_000, help="of a whole run")
-    training.add_argument("--batch", type=int, default=128)
-    training.add_argument("--warmup", type=int, default=10_000)
-    training.add_argument("--points", type=int)
-    training.add_argument("--compile", action="store_true")
-    training.add_argument("--training-seeds", type=int, default=3)
-    training.add_argument("--validation-seeds", type=int, default=512)
-    measuring = parser.add_argument_group("measuring")
-    measuring.add_argument("--solvers", type=listed, default=listed(SOLVERS))
-    measuring.add_argument("--seeds", type=int, default=5000, help="how many, from 0")
-    measuring.add_argument("--screen", type=int, default=1000)
-    measuring.add_argument("--population", type=int, default=10_000)
-    measuring.add_argument("--reference-nfe", type=int, default=40)
-    measuring.add_argument("--sample-batch", type=int, default=50)
-    measuring.add_argument("--features", type=listed, help="the model's own unless given")
-    measuring.add_argument("--cache", type=Path, help="of the reference solves")
-    measuring.add_argument("--plots", action=argparse.BooleanOptionalAction, default=True)
-    return parser.parse_args(arguments)
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="what fewstep distill takes")
+    add("--out", type=Path, required=True)
+    add("--model", default="fashion-mnist")
+    add("--device", default="cpu")
+    add("--only", default="", help="stages or runs, with commas and wildcards")
+    add("--status", action="store_true", help="say what is left, and end")
+    add("--pictures", type=int, default=500_000, help="of a whole run")
+    add("--training-seeds", type=int, default=3)
+    add("--validation-seeds", type=int, default=500)
+    add("--set", nargs="+", type=setting, default=[], help="of every run, such as batch=64")
+    add("--solvers", default=FREE, help="of the frozen network, to compare with")
+    add("--compare", default="--seeds 0-4999", help="more options of fewstep compare")
+    options = parser.parse_args(arguments)
+    options.only = [part.strip() for part in options.only.split(",") if part.strip()]
+    return options
 
 
-def carry_out(study: Study, options: argparse.Namespace, common: dict[str, Any]) -> None:
+def carry_out(study: Study, options: argparse.Namespace) -> None:
     """What is chosen and not done yet."""
-    places = [(job.stage, job.name) for job in study.jobs()]
-    wanted = [place for place in places if chosen(*place, options.only)]
     model = fewstep.load(options.model, device=options.device)
-    data = read_data(options.data, model, Recipe(**common).dropout)
-    for place in wanted:  # looked up anew: what a search decides is known only then
-        job = next(job for job in study.jobs() if (job.stage, job.name) == place)
-        if not job.ended:
-            train(job, model, data, options.validation_seeds)
-    if not chosen("measure", "measure", options.only):
-        return
+    data = read_data(options.data, model, Recipe(**study.common).dropout)
+    while True:  # looked up anew: what a search decides is known only then
+        left = [job for job in study.jobs() if not job.ended]
+        ready = [job for job in left if job.settings["lr"] is not None]
+        job = next((job for job in ready if chosen(job.stage, job.name, options.only)), None)
+        if job is None:
+            break
+        train(job, model, data, options.validation_seeds)
     for name, stage, solvers in (
         ("students", "train", options.solvers),
-        ("ablations", "ablate", []),
+        ("ablations", "ablate", ""),
     ):
         jobs = [job for job in study.jobs() if job.stage == stage]
         waiting = [job.name for job in jobs if not job.ended]
         if waiting:
             print(f"{name} are not measured yet: {', '.join(waiting)} are to be trained first")
-            continue
-        measure(options, name, [j.folder for j in jobs if j.score < math.inf], solvers)
+        elif jobs and chosen("measure", name, options.only):
+            usual = filter(None, map(study.found, METHODS)) if stage == "ablate" else ()
+            measure(options, name, [*usual, *jobs], solvers)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    names = ("batch", "warmup", "points", "dtype", "compile")
-    common = {name: getattr(options, name) for name in names}
-    study = Study(options.out, options.pictures, options.training_seeds, common)
+    study = Study(options.out, options.pictures, options.training_seeds, dict(options.set))
     print_status(study, options.only)
     if not options.status:
         with resumable(options.out):
-            carry_out(study, options, common)
+            carry_out(study, options)
 
 
 if __name__ == "__main__":

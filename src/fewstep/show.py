@@ -130,10 +130,10 @@ def _count(number: int, noun: str) -> str:
 
 class TrainingBar:
     """A progress bar with loss, learning rate and speed; a line per validation. Lines only without
-    a terminal."""
+    a terminal; nothing where quiet."""
 
-    def __init__(self, total: int) -> None:
-        self.console = Console(stderr=True)
+    def __init__(self, total: int, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, quiet=quiet)
         self.bar = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -141,7 +141,7 @@ class TrainingBar:
             TextColumn("{task.fields[state]}"),
             TimeRemainingColumn(),
             console=self.console,
-            disable=not sys.stderr.isatty(),
+            disable=quiet or not sys.stderr.isatty(),
         )
         self.task = self.bar.add_task("", total=total, state="first step")
         self.loss = math.nan

@@ -65,7 +65,9 @@ def distill_splam_command(
         int, typer.Option(help="Parts that a process takes its share of a batch in.", min=1)
     ] = 1,
     lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 3e-4,
-    warmup: Annotated[int, typer.Option(help="Pictures until it is reached.", min=0)] = 10_000,
+    warmup: Annotated[
+        float, typer.Option(help="First share of the run, over which it rises.")
+    ] = 0.05,
     cooldown: Annotated[
         float, typer.Option(help="Last share of the run, over which it falls to 0.")
     ] = 0.3,
@@ -130,7 +132,8 @@ def distill_splam_command(
     if device == "cuda":  # under torchrun each process has a device of its own
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     loaded = load(model, device=device)
-    with resumable(out), show.TrainingBar(recipe.total_steps) as bar:
+    leads = os.environ.get("RANK", "0") == "0"
+    with resumable(out), show.TrainingBar(recipe.total_steps, quiet=not leads) as bar:
         student = distill(
             loaded,
             data,
@@ -145,7 +148,8 @@ def distill_splam_command(
             **vars(recipe),
         )
     budgets = ", ".join(student.card.auto)
-    print(f"{out}: a model folder for {budgets} evaluations; try: fewstep sample {out} --nfe 2")
+    if leads:
+        print(f"{out}: a model folder for {budgets} evaluations; try: fewstep sample {out} --nfe 2")
 
 
 def parse_guidance(text: str | None) -> float | tuple[float, float] | None:

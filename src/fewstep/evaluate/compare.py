@@ -498,7 +498,7 @@ def _row(
         "sampler": solver,
         **({"student": student} if solver in workbench.students else {}),
         **settings.record(),
-        "stochastic": isinstance(settings.solver, str) and get(settings.solver).stochastic,
+        "stochastic": _stochastic(settings),
         "network_calls": settings.nfe * calls_per_eval(denoiser),
         "error": float(error.mean()),
         "error_se": float(error.std(ddof=1) / len(error) ** 0.5) if len(error) > 1 else None,
@@ -508,6 +508,10 @@ def _row(
         "fd": {},
         "fd_data": {},
     }
+
+
+def _stochastic(settings: Settings) -> bool:
+    return isinstance(settings.solver, str) and get(settings.solver).stochastic
 
 
 def _times(ran: Sequence[tuple[Workbench, Settings]], seeds: Sequence[int]) -> list[float]:
@@ -528,10 +532,13 @@ def _choose(
     """The best of the settings on the validation seeds, and how it was chosen.
 
     By a distance, a setting's pictures are compared with the exact solutions of the same seeds: the
-    scatter of the seeds, which a population would add, cancels.
+    scatter of the seeds, which a population would add, cancels. Not so for fresh noise: where a
+    candidate draws it, all are compared with the population, or those without it would have the
+    better of it.
     """
     if len(candidates) == 1:
         return candidates[0], None
+    fresh = any(_stochastic(one) for one in candidates)
 
     def score(settings: Settings, seeds: Sequence[int]) -> float:
         run = workbench.run(settings, seeds)
@@ -539,9 +546,11 @@ def _choose(
             return float(np.sqrt(run.mse).mean())
         judge = judges[design.choose_by]
         features = workbench.features(judge, run.images, run.digest)
+        ours = Statistics.of(features, extractor=judge.name)
+        if fresh:
+            return ours.frechet(workbench.population(judge, design))
         exact = workbench.features(judge, *workbench.exact(seeds))
-        ours, theirs = (Statistics.of(f, extractor=judge.name) for f in (features, exact))
-        return ours.frechet(theirs)
+        return ours.frechet(Statistics.of(exact, extractor=judge.name))
 
     few = design.validation[: design.screen_first]
     scored = sorted((score(one, few), i) for i, one in enumerate(candidates))

@@ -37,6 +37,27 @@ class Team:
         """Replace each tensor by that of rank 0."""
         self._together(tensors, lambda flat: dist.broadcast(flat, 0))
 
+    def any(self, here: bool, device: torch.device) -> bool:
+        """Whether it is so in any of the processes."""
+        count = torch.tensor(float(here), device=device)
+        self.add_up([count])
+        return bool(count)
+
+    @contextmanager
+    def led(self, device: torch.device) -> Iterator[None]:
+        """Around what rank 0 alone does: where it fails there, the others stop as well.
+
+        Errors: those of rank 0; ValueError in the others, which names it.
+        """
+        failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            stop = self.any(failed, device)
+        if stop:
+            raise ValueError("stopped with the process of rank 0, which says why")
+
     def wait(self) -> None:
         """Until all are here."""
         if self.size > 1:

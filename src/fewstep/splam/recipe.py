@@ -33,8 +33,8 @@ class Recipe:
     pictures: length of the run, rounded up to whole batches
     batch: pictures per step, over all processes
     accumulate: in how many parts a process takes its share of a batch, to save memory
-    warmup: pictures until the learning rate is reached
-    cooldown: the last share of the run, over which it falls to zero
+    warmup: the first share of the run, over which the learning rate rises
+    cooldown: the last one, over which it falls to zero
     label_dropout: share of pictures whose condition is left out, 0.5 where left out; for networks
         that have conditions
     target_decay: of the average of the student that gives the target
@@ -59,7 +59,7 @@ class Recipe:
     batch: int = 128
     accumulate: int = 1
     lr: float = 3e-4
-    warmup: int = 10_000
+    warmup: float = 0.05
     cooldown: float = 0.3
     label_dropout: float | None = None
     target_decay: float = 0.95
@@ -86,6 +86,10 @@ class Recipe:
                         f"{name}={value} has no effect with method lcm, where gamma is 1 "
                         "throughout; leave it out"
                     )
+        if self.gamma_one == 1:
+            for name in ("rule", "tell"):
+                if (value := getattr(self, name)) is not None:
+                    raise ValueError(f"{name}={value} has no effect where gamma_one is 1")
         if self.tell == "level" and self.rule == "direct":
             raise ValueError(
                 "tell=level needs a rule that gives the place on the line a level, variance or "
@@ -103,8 +107,8 @@ class Recipe:
             ("batch", self.batch >= 1, "positive"),
             ("accumulate", 1 <= self.accumulate <= self.batch, "from 1 to batch"),
             ("lr", 0 < self.lr < math.inf, "positive"),
-            ("warmup", self.warmup >= 0, "at least 0"),
-            ("cooldown", 0 <= self.cooldown <= 1, "between 0 and 1"),
+            ("warmup", 0 <= self.warmup <= 1, "between 0 and 1"),
+            ("cooldown", 0 <= self.cooldown <= 1 - self.warmup, "between 0 and 1 - warmup"),
             ("label_dropout", 0 <= self.dropout <= 1, "between 0 and 1"),
             ("target_decay", 0 <= self.target_decay < 1, "at least 0 and below 1"),
             ("clip", self.clip > 0, "positive"),
@@ -153,6 +157,6 @@ class Recipe:
 
     def lr_at(self, step: int) -> float:
         """Learning rate of the update after `step` earlier ones."""
-        rise = (step + 1) * self.batch / self.warmup if self.warmup else 1.0
+        rise = (step + 1) / (self.warmup * self.total_steps + 1)
         fall = (self.total_steps - step) / (self.cooldown * self.total_steps + 1)
         return self.lr * min(1.0, rise, fall)

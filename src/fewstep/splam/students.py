@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,9 @@ import numpy as np
 import torch
 
 from fewstep import __version__
+from fewstep.evaluate import frechet_distance
+from fewstep.evaluate.fashion import load_feature_network
+from fewstep.evaluate.references import References
 from fewstep.models import Model
 from fewstep.models.card import Card
 from fewstep.models.data import to_unit
@@ -24,8 +27,7 @@ BUDGETS = range(1, 9)  # evaluations for which a student's card has levels
 EXAMINED = (1, 2, 4)
 SAMPLERS = {"consistency": "", "consistency-ode": "_ode"}  # and what marks their figures
 FIRST_SEED = 1_000_000  # of those for validation
-FINE = {"solver": "heun", "nfe": 60}  # the reference solve
-FEATURES, LEAST = "fashion-a", 256  # a training metric, never the judge; pictures for a covariance
+FEATURES, LEAST = "fashion-a", 250  # a training metric, never the judge; pictures for a covariance
 SHOWN = 12  # pictures of each kind on a sheet
 
 
@@ -76,10 +78,11 @@ def student_card(
 
 
 class Examination:
-    """Pictures of a student beside the teacher's fine solution, from the same noise.
+    """Pictures of a student beside the teacher's fine solutions.
 
     teacher: the model that is imitated
-    label, guidance: conditions of the pictures, one label per seed or None; guidance is that of the
+    count: of pictures; as many of other seeds are what their distribution is compared with
+    labels, guidance: conditions of the pictures, the labels in turn; guidance is that of the
         teacher, and of a student that is told it
     """
 
@@ -88,17 +91,47 @@ class Examination:
         teacher: Model,
         count: int,
         *,
-        label: Sequence[int] | None = None,
+        labels: Sequence[int | None] = (None,),
         guidance: float | None = None,
     ) -> None:
-        self.teacher, self.label, self.guidance = teacher, label, guidance
+        self.teacher, self.guidance, self.labels = teacher, guidance, labels
         self.seeds = range(FIRST_SEED, FIRST_SEED + count)
+        self.others = range(self.seeds.stop, self.seeds.stop + count)
 
     @cached_property
     def reference(self) -> np.ndarray:
-        """The teacher's fine solutions, uint8 [n, h, w, c]."""
-        wanted = {"seeds": self.seeds, "label": self.label, "guidance": self.guidance}
-        return sample(self.teacher, **FINE, **wanted).images
+        """The teacher's fine solutions of the same seeds, uint8 [n, h, w, c]."""
+        return self._fine(self.seeds)
+
+    @cached_property
+    def distance(self) -> Callable[[np.ndarray], float] | None:
+        """Frechet distance of pictures to fine solutions of other seeds, in the features of
+        fashion-a; None for pictures that it does not know, or too few.
+
+        Of other seeds, since with those of its own a sampler that keeps to its path would be nearer
+        than one with fresh noise, whichever pictures are better.
+        """
+        if self.reference.shape[1:] != (32, 32, 1) or len(self.seeds) < LEAST:
+            return None
+        network = load_feature_network(FEATURES)
+
+        def features(images: np.ndarray) -> np.ndarray:
+            return network(to_unit(torch.from_numpy(images)).permute(0, 3, 1, 2)).numpy()
+
+        others = features(self._fine(self.others))
+        return lambda images: float(frechet_distance(features(images), others))
+
+    def _fine(self, seeds: range) -> np.ndarray:
+        """From the cache, or solved now: the same solves that comparisons are made with."""
+        channels, height, width = self.teacher.shape
+        images = np.empty((len(seeds), height, width, channels), np.uint8)
+        for i, label in enumerate(self.labels):
+            mine = slice(i, None, len(self.labels))
+            if len(seeds[mine]):
+                solved = References(self.teacher, label=label, guidance=self.guidance)
+                ends = torch.from_numpy(solved.endpoints(seeds[mine])[:, 0])
+                images[mine] = self.teacher.decode(ends)
+        return images
 
     def __call__(self, student: Model, guided: bool, sheet: Path | None) -> dict[str, float]:
         """Distances of the student's pictures at each of `EXAMINED` nfe.
@@ -107,14 +140,15 @@ class Examination:
         sheet: where to write the teacher's pictures and the student's, row by row, those of its own
             sampler
 
-        Returns for each nfe rmse_*, root mean square of the difference in pixels of [-1, 1], and,
-        where a feature network for such pictures is at hand, fd_*, the Frechet distance to the same
-        reference; rmse_ode_* and fd_ode_* are those of consistency-ode. Beyond one evaluation the
-        fresh noise of the other sampler is in its rmse.
+        Returns for each nfe rmse_*, root mean square of the difference from the fine solution of
+        the same seed in pixels of [-1, 1], and, where `distance` has it, fd_*; rmse_ode_* and
+        fd_ode_* are those of consistency-ode, and fd_fine is the distance of the fine solutions
+        themselves, the least that can be expected. Beyond one evaluation the fresh noise of the
+        other sampler is in its rmse.
         """
         figures: dict[str, float] = {}
         rows = [self.reference[:SHOWN]]
-        scale = self.guidance if guided else None
+        turns = [self.labels[i % len(self.labels)] for i in range(len(self.seeds))]
         for nfe in EXAMINED:
             if str(nfe) not in student.card.auto:
                 continue
@@ -126,34 +160,18 @@ class Examination:
                     solver=sampler,
                     nfe=nfe,
                     seeds=self.seeds,
-                    label=self.label,
-                    guidance=scale,
+                    label=None if None in turns else turns,
+                    guidance=self.guidance if guided else None,
                 ).images
                 difference = (images.astype(np.float64) - self.reference) / 127.5
                 figures[f"rmse{mark}_{nfe}"] = float(np.sqrt(np.mean(difference**2)))
-                if (distance := _frechet(images, self.reference)) is not None:
-                    figures[f"fd{mark}_{nfe}"] = distance
+                if self.distance is not None:
+                    figures[f"fd{mark}_{nfe}"] = self.distance(images)
                 if nfe == 1 or sampler == student.card.auto[str(nfe)]["solver"]:
                     rows.append(images[:SHOWN])
+        if self.distance is not None:
+            figures["fd_fine"] = self.distance(self.reference)
         if sheet is not None:
             pictures = np.concatenate(rows)
             write_png(sheet, contact_sheet(list(pictures), columns=len(rows[0])), figures)
         return figures
-
-
-def _frechet(images: np.ndarray, reference: np.ndarray) -> float | None:
-    """In the features of fashion-a; None for other pictures, for too few, or without it."""
-    if images.shape[1:] != (32, 32, 1) or len(images) < LEAST:
-        return None
-    try:
-        from fewstep.evaluate import frechet_distance
-        from fewstep.evaluate.fashion import load_feature_network
-
-        network = load_feature_network(FEATURES)
-    except (ImportError, ValueError, OSError):
-        return None
-    a, b = (
-        network(to_unit(torch.from_numpy(p)).permute(0, 3, 1, 2)).numpy()
-        for p in (images, reference)
-    )
-    return float(frechet_distance(a, b))

@@ -96,8 +96,9 @@ class Run:
         Errors: ValueError where it is cut short, of another recipe, teacher or data, or longer than
         the run that is asked for.
         """
-        if self.team.leads and path.exists():
-            self._read(path)
+        with self.team.led(self.weights[0].device):
+            if self.team.leads and path.exists():
+                self._read(path)
         count = torch.tensor(self.step, device=self.weights[0].device)
         self.team.share([*self.tensors().values(), count])
         self.step = int(count)
@@ -161,7 +162,7 @@ class Run:
         if not math.isfinite(loss + size):
             raise FloatingPointError(
                 f"the loss is {loss:g} and its gradient {size:g} at step {self.step + 1}; "
-                "the last checkpoint stays, try a lower lr"
+                "the last checkpoint stays, try a lower lr in another folder"
             )
         for group in self.adam.param_groups:
             group["lr"] = recipe.lr_at(self.step)
@@ -236,7 +237,8 @@ def distill(
     key = f"{pictures.digest}:{model.card.weights_sha256}:{step.digest}"
     device = next(known.student.parameters()).device
     with team(device) as together:
-        files = Files(folder if together.leads else None)
+        with together.led(device):
+            files = Files(folder if together.leads else None)
         run = Run(recipe, known, step, pictures, key, together)
         if folder is not None:
             run.restore(folder / CHECKPOINT)
@@ -269,7 +271,8 @@ def _train(
     with between_steps() as stopping:
         while run.step < total:
             loss = run.update()
-            last, stop, figures = run.step == total, stopping(), None
+            last, figures = run.step == total, None
+            stop = run.team.any(stopping(), run.weights[0].device)
             if examine and (last or run.step % validate_every == 0):
                 student = run.subject.bind(run.averaged(), card)
                 figures = examine(student, "guidance" in recipe.told, files.sheet(run.step))
@@ -354,7 +357,7 @@ def _examination(model: Model, recipe: Recipe, count: int) -> Examination | None
     return Examination(
         model,
         count,
-        label=[i % classes for i in range(count)] if labelled else None,
+        labels=tuple(range(classes)) if labelled else (None,),
         guidance=(low + high) / 2 if labelled and (low, high) != (1.0, 1.0) else None,
     )
 
