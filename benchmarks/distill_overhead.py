@@ -43,7 +43,7 @@ def start_run(recipe: Recipe, model: str) -> Run:
     labels = torch.randint(0, max(1, classes), (len(images),), generator=gen)
     known = subject(loaded, recipe.told, recipe.seed)
     ends = known.sigma_max, known.sigma_min
-    step = stepper(recipe.teacher, *ends, known.schedule)
+    step = stepper(recipe.teacher, *ends, known.schedule, substeps=recipe.substeps)
     return Run(recipe, known, step, Pictures(images, labels), "", Team())
 
 
@@ -61,7 +61,8 @@ def passes(run: Run) -> Callable[[], None]:
     def one() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             with torch.no_grad():
-                known.teacher(*many)
+                for _ in range(run.stepper.evaluations):
+                    known.teacher(*many)
                 known.denoise(run.target, x, sigma, condition, told)
             out = known.denoise(known.student, x, sigma, condition, told)
         out.sum().backward()

@@ -8,8 +8,8 @@
               sampler and each solver's setting are chosen on validation seeds
 
     python benchmarks/distill_study.py --data FOLDER --out study --pictures 2000000 --device cuda
-    python benchmarks/distill_study.py --data FOLDER --out study --only 'search,splam-direct-*'
-    python benchmarks/distill_study.py --data FOLDER --out study --set batch=64 teacher=heun
+    python benchmarks/distill_study.py --data FOLDER --out study --only 'search,lcm-*'
+    python benchmarks/distill_study.py --data FOLDER --out study --set batch=64 substeps=3
 
 Each run has a folder of its own in OUT/runs and resumes there, so the same command goes on after a
 stop, and machines may share the work by --only (stages, or names of runs with wildcards). What is
@@ -44,22 +44,22 @@ from fewstep.splam import Recipe
 from fewstep.splam.data import read_data
 
 METHODS: dict[str, dict[str, Any]] = {
-    "splam-direct": {},
+    "splam": {},  # the linear rule, told the level
     "splam-variance": {"rule": "variance"},
-    "splam-linear": {"rule": "linear"},
     "lcm": {"method": "lcm"},
 }
 RATES = (1e-4, 3e-4, 1e-3)
 # by name: the method whose learning rate it takes, and what is changed; its best search is what
 # they are compared with
 ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
-    "gamma-one-never": ("splam-direct", {"gamma_one": 0.0}),
-    "gamma-one-half": ("splam-direct", {"gamma_one": 0.5}),
-    "teacher-ddim-3": ("splam-direct", {"substeps": 3}),
-    "teacher-heun-1": ("splam-direct", {"teacher": "heun"}),
-    "teacher-heun-3": ("splam-direct", {"teacher": "heun", "substeps": 3}),
-    "teacher-ipndm-3": ("splam-direct", {"teacher": "ipndm", "substeps": 3}),  # one is ddim
-    "linear-level": ("splam-linear", {"tell": "level"}),
+    "gamma-linear": ("splam", {"tell": "gamma", "rule": "linear"}),
+    "gamma-variance": ("splam", {"tell": "gamma", "rule": "variance"}),  # as published
+    "gamma-one-never": ("splam", {"gamma_one": 0.0}),
+    "gamma-one-half": ("splam", {"gamma_one": 0.5}),
+    "teacher-ddim": ("splam", {"teacher": "ddim", "substeps": 1, "points": 18}),
+    "teacher-ddim-2": ("splam", {"teacher": "ddim"}),
+    "teacher-dpmpp-2m": ("splam", {"teacher": "dpmpp-2m"}),
+    "teacher-ddim-lcm": ("lcm", {"teacher": "ddim", "substeps": 1, "points": 18}),
 }
 PART = 4  # of the pictures, for search and ablations
 FARTHER = 2  # learning rates beyond an end of RATES

@@ -51,7 +51,7 @@ def study(place: Path, *more: str) -> None:
 def done(place: Path) -> Path:
     """The whole study: two methods, two rates, two seeds, one ablation; a search that fails."""
     with pytest.MonkeyPatch.context() as patch:
-        methods = {name: distill_study.METHODS[name] for name in ("splam-direct", "lcm")}
+        methods = {name: distill_study.METHODS[name] for name in ("splam", "lcm")}
         patch.setattr(distill_study, "METHODS", methods)
         patch.setenv("FEWSTEP_CACHE", str(place / "cache"))
         patch.setattr(distill_study, "RATES", (1e-4, 1e-2))
@@ -84,7 +84,7 @@ def test_each_method_trains_at_the_rate_that_its_search_found(done: Path) -> Non
             scores[models.read_card(log.parent).about["recipe"]["lr"]] = math.prod(found)
         return min(scores, key=scores.__getitem__), sorted(scores)
 
-    for method in ("splam-direct", "lcm"):
+    for method in ("splam", "lcm"):
         rate, tried = best(method)
         for seed in (0, 1):
             recipe = models.read_card(done / "runs" / f"{method}-{seed}").about["recipe"]
@@ -123,12 +123,12 @@ def test_what_is_done_is_not_done_again(done: Path, place: Path, capsys: Any) ->
 def test_its_comparisons_are_what_the_results_are_made_of(done: Path) -> None:
     record = json.loads((done / "students" / "comparison.json").read_text())
     names = {Path(row["sampler"]).name for row in record["rows"]}
-    assert names == {"ddim", "splam-direct-0", "splam-direct-1", "lcm-0", "lcm-1"}
+    assert names == {"ddim", "splam-0", "splam-1", "lcm-0", "lcm-1"}
     assert {row["nfe"] for row in record["rows"]} == {1, 2}
     ablations = json.loads((done / "ablations" / "comparison.json").read_text())
     usual = [
         f"{method}-lr{models.read_card(done / 'runs' / f'{method}-0').about['recipe']['lr']:g}"
-        for method in ("splam-direct", "lcm")
+        for method in ("splam", "lcm")
     ]
     names = {Path(row["sampler"]).name for row in ablations["rows"]}
     assert names == {*usual, "gamma-one-never"}
@@ -137,7 +137,7 @@ def test_its_comparisons_are_what_the_results_are_made_of(done: Path) -> None:
     record["floor"] = {"j": {"fd": 1.0}}
     page = make_results.results_page({"students": record})
     assert "### Over training seeds" in page
-    assert "splam-direct less lcm, by seed" in page
+    assert "splam less lcm, by seed" in page
 
 
 def test_the_table_over_training_seeds_by_hand() -> None:

@@ -118,7 +118,6 @@ def toy(student: nn.Module, teacher: Any, sigma_min: float, sigma_max: float, **
             "teacher": lambda x, sigma, condition: teacher(x, sigma),
             "none": None,
             "boundary": CleanEnd(sigma_min),
-            "rule": "variance",
             "sigma_min": sigma_min,
             "sigma_max": sigma_max,
             "schedule": None,
@@ -138,11 +137,11 @@ def one_batch(recipe: Recipe, paths: int, shape: tuple[int, ...]) -> Draw:
 @pytest.mark.parametrize("method", ["lcm", "splam"])
 def test_at_gamma_1_the_loss_is_that_of_lcm_to_the_bit(method: str, guidance: float | None) -> None:
     """By hand: DDIM under guidance, the target's and the student's D, pseudo-Huber."""
-    more: dict[str, Any] = {"gamma_one": 1.0} if method == "splam" else {}
+    more: dict[str, Any] = {"gamma_one": 1.0, "tell": "gamma"} if method == "splam" else {}
     recipe = Recipe(method=method, guidance=guidance, batch=16, points=6, **more)
     model = tiny_model()
-    known = replace(subject(model, recipe.told, 0), rule="variance")
-    step = stepper("ddim", 80.0, 0.002, points=6)
+    known = subject(model, recipe.told, 0)
+    step = stepper("ddim", 80.0, 0.002, points=6, substeps=1)
     levels = Levels.of(step.levels, known.boundary)
     target = UNet(replace(CONFIG, told=recipe.told)).requires_grad_(False)
     drawn = one_batch(recipe, 5, (1, 8, 8))
@@ -193,7 +192,7 @@ def test_the_two_passes_of_guidance_are_one_batched_call() -> None:
         return known.teacher(x, sigma, label)
 
     watched = replace(known, teacher=teacher)
-    step = stepper("ddim", 80.0, 0.002, points=5)
+    step = stepper("ddim", 80.0, 0.002, points=5, substeps=1)
     levels = Levels.of(step.levels, known.boundary)
     drawn = one_batch(recipe, 4, (1, 8, 8))
     x_0, label = torch.zeros(8, 1, 8, 8), torch.arange(8) % 3
@@ -233,9 +232,9 @@ def raw(prediction: str, schedule: Schedule):
     ],
 )
 def test_every_kind_of_prediction_has_the_same_loss(prediction, schedule, grid) -> None:
-    recipe = Recipe(batch=16, points=8, grid=grid, gamma_one=0.2, rule="variance")
+    recipe = Recipe(batch=16, points=8, grid=grid, gamma_one=0.2, tell="gamma")
     ends = schedule.sigma_max, schedule.sigma_min
-    step = stepper("ddim", *ends, schedule, points=8, grid=grid)
+    step = stepper("ddim", *ends, schedule, points=8, grid=grid, substeps=1)
     net = nn.Linear(1, 1, dtype=F64)
     found = []
     for teacher in (Mixture(), raw(prediction, schedule)):
@@ -290,7 +289,6 @@ class Table(nn.Module):
         ratio = {
             "variance": torch.sqrt((1 - g * g) * q * q + g * g),
             "linear": (1 - g) * q + g,
-            "direct": torch.ones_like(q),
         }[self.rule]
         return (f - (1 - ratio)) / ratio * x
 
@@ -306,12 +304,13 @@ def chain(levels: tuple[float, ...]) -> Tensor:
 
 @pytest.mark.parametrize(
     "method, rule",
-    [("lcm", None), ("splam", "variance"), ("splam", "linear"), ("splam", "direct")],
+    [("lcm", None), ("splam", "variance"), ("splam", "linear")],
 )
 def test_on_a_gaussian_the_student_becomes_the_product_of_the_teachers_steps(method, rule) -> None:
     levels = fewstep.grid.karras(8, 10.0, 0.05)
     recipe = Recipe(
         method=method,
+        tell="gamma" if rule else None,
         rule=rule,
         loss="l2",
         pictures=32 * 1200,
@@ -322,9 +321,9 @@ def test_on_a_gaussian_the_student_becomes_the_product_of_the_teachers_steps(met
         dtype="float32",
         clip=1e9,
     )
-    student = Table(levels, rule or "direct")
+    student = Table(levels, rule or "linear")
     known = toy(student, GaussianTeacher(), levels[-1], levels[0])
-    step = stepper("ddim", levels[0], levels[-1], points=8, grid="karras")
+    step = stepper("ddim", levels[0], levels[-1], points=8, grid="karras", substeps=1)
     gen = torch.Generator().manual_seed(0)
     data = Points(torch.randn(1000, 3, generator=gen, dtype=F64) * VARIANCE.sqrt())
     run = Run(recipe, known, step, data, "", Team())
@@ -427,11 +426,11 @@ CHANGES: dict[str, Any] = {
     "points": 7,
     "grid": "log-snr",
     "teacher": "heun",
-    "substeps": 2,
+    "substeps": 3,
     "guidance": 4.0,
     "gamma_one": 0.9,
-    "rule": "linear",
-    "tell": "level",
+    "tell": "gamma",
+    "rule": "variance",
     "loss": "l2",
     "pictures": 24,
     "batch": 6,
@@ -491,7 +490,7 @@ def test_validation_runs_at_gamma_1(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         return forward(self, x, c_noise, label, features, told)
 
     monkeypatch.setattr(UNet, "forward", watched)
-    run_tiny(tmp_path, pictures=16, validation_seeds=2, validate_every=1)
+    run_tiny(tmp_path, pictures=16, validation_seeds=2, validate_every=1, tell="gamma")
     # the target network never leaves training mode, so these are validation's alone
     assert len(seen) == 2 * (1 + 2 * (2 + 4))  # with both samplers
     assert all(told is None for told in seen)  # index 0, which is gamma = 1
@@ -522,7 +521,8 @@ def test_the_student_is_a_model_folder_with_its_sampler(tmp_path: Path) -> None:
     card = student.card
     assert (card.name, card.kind, list(card.auto)) == ("quick", "unet", ["1", "2", "3", "4"])
     assert card.distilled["method"] == "splam"
-    assert card.distilled["gamma_input"] == "embedding"
+    assert card.distilled["gamma_input"] == "none"
+    assert card.distilled["rule"] == "linear"
     assert card.distilled["levels"][0] == 80.0
     assert len(card.distilled["levels"]) == 5
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
@@ -560,7 +560,7 @@ def test_a_student_that_is_told_the_scale_takes_it_at_no_second_pass() -> None:
         w: fewstep.sample(student, nfe=2, seeds=range(2), label=1, guidance=w) for w in (2.0, 4.0)
     }
     assert all(samples.network_calls == 2 for samples in made.values())
-    told = torch.tensor([[0.0, 3.0]])
+    told = torch.tensor([[3.0]])
     x, sigma = student.prior([0]), torch.tensor([80.0])
     given = student.net((x / 80), sigma.log() / 4, torch.tensor([1]), told=told)
     plain = student.net((x / 80), sigma.log() / 4, torch.tensor([1]))
@@ -585,11 +585,10 @@ def test_the_teacher_is_left_as_it_is() -> None:
     [
         ({"method": "splat"}, "method must be one of splam, lcm, got 'splat'"),
         ({"loss": "l1"}, "loss must be one of huber, l2"),
-        ({"rule": "cubic"}, "rule must be one of variance, linear, direct"),
+        ({"rule": "cubic"}, "rule must be one of variance, linear, got"),
         ({"method": "lcm", "gamma_one": 0.5}, "gamma_one=0.5 has no effect with method lcm"),
         ({"method": "lcm", "rule": "linear"}, "rule=linear has no effect with method lcm"),
         ({"method": "lcm", "tell": "level"}, "tell=level has no effect with method lcm"),
-        ({"tell": "level", "rule": "direct"}, "tell=level needs a rule that gives the place"),
         ({"tell": "time"}, "tell must be one of gamma, level, got 'time'"),
         ({"gamma_one": 1.5}, "gamma_one must be between 0 and 1, got 1.5"),
         ({"guidance": (5.0, 2.0)}, "guidance must be a scale >= 0, or two that rise"),

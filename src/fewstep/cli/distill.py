@@ -26,7 +26,7 @@ def distill_splam_command(
         str, typer.Option(help="splam, or lcm: consistency distillation, gamma = 1 throughout.")
     ] = "splam",
     points: Annotated[
-        int | None, typer.Option(help="Levels of the training grid. \\[default: 18]", min=2)
+        int | None, typer.Option(help="Levels of the training grid. \\[default: 10]", min=2)
     ] = None,
     grid: Annotated[
         str | None,
@@ -37,8 +37,11 @@ def distill_splam_command(
     ] = None,
     teacher: Annotated[
         str, typer.Option(help="A solver's name, a plan's JSON file, or a learned solver's folder.")
-    ] = "ddim",
-    substeps: Annotated[int, typer.Option(help="Steps of the teacher on one sub-path.", min=1)] = 1,
+    ] = "unipc-2",
+    substeps: Annotated[
+        int | None,
+        typer.Option(help="Steps of the teacher on one sub-path. \\[default: 2]", min=1),
+    ] = None,
     guidance: Annotated[
         str | None,
         typer.Option(help="The teacher's guidance scale; LOW,HIGH draws it and tells the student."),
@@ -47,15 +50,17 @@ def distill_splam_command(
         float | None,
         typer.Option(help="Share of draws with gamma = 1, as at inference. \\[default: 0.25]"),
     ] = None,
-    rule: Annotated[
-        str | None,
-        typer.Option(help="Level on the line: variance, linear or direct. \\[default: as suits]"),
-    ] = None,
     tell: Annotated[
         str | None,
         typer.Option(
             help="What tells the student its place on the line: gamma, or the level there. "
-            "\\[default: gamma]"
+            "\\[default: level]"
+        ),
+    ] = None,
+    rule: Annotated[
+        str | None,
+        typer.Option(
+            help="What that level is, linear or variance. \\[default: linear; variance with gamma]"
         ),
     ] = None,
     loss: Annotated[str, typer.Option(help="huber or l2.")] = "huber",
@@ -113,8 +118,8 @@ def distill_splam_command(
         substeps=substeps,
         guidance=parse_guidance(guidance),
         gamma_one=gamma_one,
-        rule=rule,
         tell=tell,
+        rule=rule,
         loss=loss,
         pictures=pictures,
         batch=batch,

@@ -121,9 +121,9 @@ def subpath_losses(
         goal = consistency(x_s, denoised, ones, (levels.skip[s], levels.out[s]))
     x_gamma = on_line(x_s, x_t, drawn.gamma)
     q = levels.sigma[s] / levels.sigma[t]
-    ratio = RULES[recipe.rule_on(subject.rule)](drawn.gamma, q)
+    ratio = RULES[recipe.level_rule](drawn.gamma, q)
     level, scalings = sigma_t, (levels.skip[t], levels.out[t])
-    if recipe.tell == "level":  # eps divides by the told level, which is sigma_gamma now
+    if recipe.tell != "gamma":  # eps divides by the told level, which is sigma_gamma then
         sigma_gamma = ratio * levels.sigma[t]
         level, scalings, ratio = sigma_gamma.to(x_0), subject.boundary(sigma_gamma), ones
     told = _told(recipe, drawn.gamma, drawn.guidance, x_0)

@@ -18,17 +18,18 @@ class Recipe:
     """What decides the trained weights, on one kind of machine to the bit.
 
     method: splam, or lcm, which has gamma = 1 throughout
-    points, grid: how many levels the training grid has, and its kind; 18 and "time-uniform" where
-        left out. A plan as teacher brings its own.
-    teacher, substeps: the solver of the teacher's step, and how many it takes on a sub-path
+    points, grid: how many levels the training grid has, and its kind; 10 and "time-uniform" where
+        left out
+    teacher, substeps: the solver of the teacher's step, and how many it takes on a sub-path, 2
+        where left out. A plan as teacher brings grid and steps of its own.
     guidance: scale of the teacher; (low, high) draws one for each picture, which the student is
         then told; None or 1 is none
     gamma_one: the share of the draws in which gamma is 1; 0.25 where left out. For splam only.
-    rule: how x0_hat follows from D, "variance", "linear" or "direct"; left out, what suits the
-        network. For splam only.
-    tell: what tells the student where on a line it stands, "gamma", beside the level of the line's
-        noisy end; or the "level" of the place itself, where x0_hat is D, by the variance or linear
-        rule. "gamma" where left out. For splam only.
+    tell: what tells the student where on a line it stands: the "level" of its place, which is also
+        what is meant where this is left out; or, as published, "gamma", beside the level of the
+        line's noisy end. For splam only.
+    rule: what the level of a place is, "variance" as published or "linear"; left out, linear where
+        it is told and variance where gamma is. For splam only.
     loss: "huber" or "l2"
     pictures: length of the run, rounded up to whole batches
     batch: pictures per step, over all processes
@@ -48,12 +49,12 @@ class Recipe:
     method: str = "splam"
     points: int | None = None
     grid: str | None = None
-    teacher: str = "ddim"
-    substeps: int = 1
+    teacher: str = "unipc-2"
+    substeps: int | None = None
     guidance: float | tuple[float, float] | None = None
     gamma_one: float | None = None
-    rule: str | None = None
     tell: str | None = None
+    rule: str | None = None
     loss: str = "huber"
     pictures: int = 500_000
     batch: int = 128
@@ -86,21 +87,12 @@ class Recipe:
                         f"{name}={value} has no effect with method lcm, where gamma is 1 "
                         "throughout; leave it out"
                     )
-        if self.gamma_one == 1:
-            for name in ("rule", "tell"):
-                if (value := getattr(self, name)) is not None:
-                    raise ValueError(f"{name}={value} has no effect where gamma_one is 1")
-        if self.tell == "level" and self.rule == "direct":
-            raise ValueError(
-                "tell=level needs a rule that gives the place on the line a level, variance or "
-                "linear, got direct"
-            )
         low, high = self.scales
         if isinstance(self.guidance, list):  # as JSON has it
             object.__setattr__(self, "guidance", (low, high))
         for name, fine, rule in (
             ("points", self.points is None or self.points >= 2, "at least 2"),
-            ("substeps", self.substeps >= 1, "at least 1"),
+            ("substeps", self.substeps is None or self.substeps >= 1, "at least 1"),
             ("guidance", 0 <= low <= high < math.inf, "a scale >= 0, or two that rise"),
             ("gamma_one", 0 <= self.ones <= 1, "between 0 and 1"),
             ("pictures", self.pictures >= 1, "positive"),
@@ -128,9 +120,9 @@ class Recipe:
             return 1.0
         return 0.25 if self.gamma_one is None else self.gamma_one
 
-    def rule_on(self, usual: str) -> str:
-        """The rule for a network whose own is `usual`."""
-        return self.rule or ("linear" if self.tell == "level" else usual)
+    @property
+    def level_rule(self) -> str:
+        return self.rule or ("variance" if self.tell == "gamma" else "linear")
 
     @property
     def dropout(self) -> float:
@@ -152,7 +144,7 @@ class Recipe:
     def told(self) -> tuple[str, ...]:
         """The further numbers that the student is told."""
         low, high = self.scales
-        gamma = self.method == "splam" and self.tell != "level"
+        gamma = self.tell == "gamma"
         return ("gamma",) * gamma + ("guidance",) * (low < high)
 
     def lr_at(self, step: int) -> float:

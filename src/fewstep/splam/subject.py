@@ -32,7 +32,6 @@ class Subject:
     teacher: (x, sigma, condition) -> D, frozen
     none: the condition, of one row, that stands for none; None where the model has no such thing
     boundary: makes a consistency function of D
-    rule: of `fewstep.splam.subpath.RULES`, where the recipe leaves it open
     sigma_min, sigma_max, schedule: of the denoiser
     card: of the student's model
     bind: (network, card) -> the student as a model
@@ -44,7 +43,6 @@ class Subject:
     teacher: Callable[[Tensor, Tensor, Condition], Tensor]
     none: Condition
     boundary: Boundary
-    rule: str
     sigma_min: float
     sigma_max: float
     schedule: Schedule | None

@@ -9,19 +9,22 @@ A sub-path runs from the noisier level t to the cleaner level s. In EDM units, w
     ratio = sigma_gamma / sigma_t, with q = sigma_s / sigma_t
       variance   ratio^2 = (1 - gamma^2) q^2 + gamma^2      as published
       linear     ratio = (1 - gamma) q + gamma              exact for one DDIM step, see below
-      direct     ratio = 1, so x0_hat = D                   for networks that predict x_0
 
 The published form is in VP units, where the line has the drift coefficient alpha_t/alpha_s and
 x0_hat = (z_gamma - sigma_gamma eps) / alpha_t; dividing by alpha_t gives the above, for every kind
 of prediction. The linear rule is exact where x_s is one DDIM step from x_t, since both then have
 one eps; x0_hat with that very eps does not depend on gamma.
 
-Those two are formulas for eps: D divides by the told level, so a network that gives the right
-x0_hat at gamma < 1 gives a D with (1 - 1/ratio) sigma_gamma of noise in it. That costs a network
-that predicts eps nothing. One that predicts x_0, as under EDM's preconditioning, would have to
-paint noise of standard deviation 20 at sigma = 80; the direct rule asks it for the picture. A
-network of v or of flow has the same trouble at large sigma, where its answer too is as large as a
-picture. All three agree at gamma = 1, the only value at inference.
+These are formulas for eps: D divides by the told level, so a network that gives the right x0_hat at
+gamma < 1 gives a D with (1 - 1/ratio) sigma_gamma of noise in it. That costs a network that
+predicts eps nothing. One that predicts x_0, as under EDM's preconditioning, would have to paint
+noise of standard deviation 20 at sigma = 80, and one of v or of flow has the same trouble at large
+sigma, where its answer too is as large as a picture. Told sigma_gamma itself, and no gamma, eps
+divides by sigma_gamma, and for every kind of network
+
+    x0_hat   = D(x_gamma; told sigma_gamma)
+
+All agree at gamma = 1, the only value at inference.
 
 Source: SPLAM, arXiv:2404.13903; the boundary of discrete-time models is that of Luo et al. 2023
 (LCM), arXiv:2310.04378, and the metric that of Song & Dhariwal 2023, arXiv:2310.14189.
@@ -53,11 +56,10 @@ __all__ = [
 
 HUBER = 1e-3  # c of the published training scripts
 
-# (gamma, q) -> ratio; exactly 1 at gamma = 1, and (but for direct) q at gamma = 0
+# (gamma, q) -> ratio; exactly 1 at gamma = 1, and q at gamma = 0
 RULES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "variance": lambda gamma, q: ((1 - gamma**2) * q**2 + gamma**2).sqrt(),
     "linear": lambda gamma, q: (1 - gamma) * q + gamma,
-    "direct": lambda gamma, q: torch.ones_like(q),
 }
 
 # (difference) -> elementwise

@@ -26,7 +26,7 @@ from fewstep.solver import get
 
 __all__ = ["Stepper", "stepper"]
 
-DEFAULT_POINTS, DEFAULT_GRID = 18, "time-uniform"
+DEFAULT_POINTS, DEFAULT_GRID, DEFAULT_SUBSTEPS = 10, "time-uniform", 2
 Column = Any  # a number that all intervals share, a tuple of columns, or a tensor [intervals]
 
 
@@ -93,19 +93,20 @@ def stepper(
     *,
     points: int | None = None,
     grid: str | None = None,
-    substeps: int = 1,
+    substeps: int | None = None,
 ) -> Stepper:
     """The teacher's step on a named grid, or that of a plan on its own grid.
 
     teacher: a solver's name; or a plan in JSON or a learned solver's folder, whose steps must not
         look back beyond their own interval, and which bring their own grid
     points, grid: DEFAULT_POINTS and DEFAULT_GRID where left out
-    substeps: how many steps of the solver one interval takes, on the same kind of grid refined
+    substeps: how many steps of the solver one interval takes, on the same kind of grid refined;
+        DEFAULT_SUBSTEPS where left out
 
     Errors: ValueError for a solver that is stochastic, adapts, or whose steps differ in kind.
     """
     if "/" in teacher or teacher.endswith(".json") or Path(teacher, "solver.json").is_file():
-        if points is not None or grid is not None or substeps != 1:
+        if (points, grid, substeps) != (None, None, None):
             raise ValueError(
                 f"teacher {teacher} has its own grid: leave out points, grid and substeps"
             )
@@ -114,8 +115,9 @@ def stepper(
     if solver.stochastic or solver.adapts:
         raise ValueError(
             f"teacher must be a solver of the ODE that has a plan, {solver.name} has none; "
-            "take ddim, heun or dpm-solver-2"
+            "take unipc-2, ddim or heun"
         )
+    substeps = DEFAULT_SUBSTEPS if substeps is None else substeps
     if substeps < 1:
         raise ValueError(f"substeps must be at least 1, got {substeps}")
     points = DEFAULT_POINTS if points is None else points

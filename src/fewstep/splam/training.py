@@ -335,12 +335,12 @@ def _card(
 ) -> Card:
     facts = {
         "method": recipe.method,
-        "rule": None if recipe.method == "lcm" else recipe.rule_on(known.rule),
-        "gamma_input": "embedding" if "gamma" in recipe.told else recipe.tell or "none",
+        "rule": None if recipe.method == "lcm" else recipe.level_rule,
+        "gamma_input": "embedding" if "gamma" in recipe.told else "none",
         "guidance": recipe.guidance,
         "teacher": teacher.name,
         "teacher_weights": teacher.weights_sha256,
-        "teacher_step": f"{step.name} x {recipe.substeps}",
+        "teacher_step": f"{step.name}, {step.evaluations} evaluations",
     }
     run = {"recipe": asdict(recipe), "data": {"pictures": len(data), "sha256": data.digest}}
     return student_card(known.card, step.levels, facts, run, name, sampler)

@@ -47,7 +47,6 @@ def subject(model: NetworkModel, told: tuple[str, ...], seed: int) -> Subject:
         teacher=Conditional(model.net, card, model.forward),
         none=torch.tensor([len(card.classes)], device=model.device) if card.classes else None,
         boundary=CleanEnd(card.sigma_min),
-        rule="direct",
         sigma_min=card.sigma_min,
         sigma_max=card.sigma_max,
         schedule=None,
