@@ -55,7 +55,7 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "gamma-linear": ("splam", {"tell": "gamma", "rule": "linear"}),
     "gamma-variance": ("splam", {"tell": "gamma", "rule": "variance"}),  # as published
     "gamma-one-never": ("splam", {"gamma_one": 0.0}),
-    "gamma-one-half": ("splam", {"gamma_one": 0.5}),
+    "gamma-one-quarter": ("splam", {"gamma_one": 0.25}),
     "teacher-ddim": ("splam", {"teacher": "ddim", "substeps": 1, "points": 18}),
     "teacher-ddim-2": ("splam", {"teacher": "ddim"}),
     "teacher-dpmpp-2m": ("splam", {"teacher": "dpmpp-2m"}),

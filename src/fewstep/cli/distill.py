@@ -48,7 +48,7 @@ def distill_splam_command(
     ] = None,
     gamma_one: Annotated[
         float | None,
-        typer.Option(help="Share of draws with gamma = 1, as at inference. \\[default: 0.25]"),
+        typer.Option(help="Share of draws with gamma = 1, as at inference. \\[default: 0.5]"),
     ] = None,
     tell: Annotated[
         str | None,
@@ -93,7 +93,7 @@ def distill_splam_command(
     validate_every: Annotated[int, typer.Option(help="Steps between validations.", min=1)] = 500,
     validation_seeds: Annotated[
         int, typer.Option(help="Pictures compared with the teacher's; 0 for none.", min=0)
-    ] = 64,
+    ] = 250,
     device: DeviceOption = "cpu",
     dtype: Annotated[str, typer.Option(help="Arithmetic: bfloat16 or float32.")] = "bfloat16",
     compile: Annotated[

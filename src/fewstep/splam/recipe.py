@@ -24,7 +24,7 @@ class Recipe:
         where left out. A plan as teacher brings grid and steps of its own.
     guidance: scale of the teacher; (low, high) draws one for each picture, which the student is
         then told; None or 1 is none
-    gamma_one: the share of the draws in which gamma is 1; 0.25 where left out. For splam only.
+    gamma_one: the share of the draws in which gamma is 1; 0.5 where left out. For splam only.
     tell: what tells the student where on a line it stands: the "level" of its place, which is also
         what is meant where this is left out; or, as published, "gamma", beside the level of the
         line's noisy end. For splam only.
@@ -118,7 +118,7 @@ class Recipe:
         """The share of draws with gamma = 1."""
         if self.method == "lcm":
             return 1.0
-        return 0.25 if self.gamma_one is None else self.gamma_one
+        return 0.5 if self.gamma_one is None else self.gamma_one
 
     @property
     def level_rule(self) -> str:

@@ -192,7 +192,7 @@ def distill(
     sampler: str = "consistency",
     checkpoint_every: int = 100,
     validate_every: int = 500,
-    validation_seeds: int = 64,
+    validation_seeds: int = 250,
     report: Callable[[Progress], None] = lambda progress: None,
     resumed: Callable[[int], None] = lambda step: None,
     **settings: Any,
