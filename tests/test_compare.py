@@ -237,7 +237,7 @@ def test_fresh_noise_is_no_disadvantage_where_a_sampler_is_chosen() -> None:
         return Statistics.of(one, extractor="f").frechet(Statistics.of(other, extractor="f"))
 
     assert frechet(exact + 0.12, exact) < frechet(anew, exact)
-    design = Design(("kid",), (2,), range(10), screen=200, choose_by="f")
+    design = Design(("kid",), (2,), tuple(range(10)), screen=200, choose_by="f")
     candidates = [Settings(name, 2, (9.0, 1.0, 0.0)) for name in ("consistency-ode", "consistency")]
     judges: Any = {"f": Namespace(name="f", label="f")}
     bench: Any = Bench()
