@@ -544,7 +544,7 @@ def test_validation_takes_the_frechet_distance_to_other_seeds(monkeypatch) -> No
         for p in (own, others)
     )
     ca, cb = (np.cov(f, rowvar=False) for f in (a, b))
-    root = np.asarray(scipy.linalg.sqrtm(ca @ cb)).real
+    root = np.real(scipy.linalg.sqrtm(ca @ cb))
     by_hand = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(ca + cb - 2 * root)
     assert examine.distance is not None
     assert examine.distance(own) == pytest.approx(by_hand, rel=1e-3)
