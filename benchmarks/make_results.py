@@ -102,7 +102,7 @@ def results_page(records: dict[str, Record]) -> str:
         data = [name for name in names if "fd_data" in record["floor"][name]]
         called = short_names(record)
         parts += [
-            f"## {record['model']['name']}",
+            f"## {stem}",
             f"Weights `{record['model']['weights'][:16]}`; {record['pictures']:,} pictures, seeds "
             f"{record['seeds']}. Reference solves: {references['solver']} at {references['nfe']} "
             f"evaluations on the {references['grid']} grid, float32, within "
@@ -112,10 +112,13 @@ def results_page(records: dict[str, Record]) -> str:
             + "; ".join(f"FD-{name} {record['floor'][name]['fd']:.3f}" for name in names)
             + ".",
             f"Numbers: `results/{stem}.json`.",
-            f"![The distance of the samplers against their evaluations and time]({stem}.svg)",
-            "Bars reach two standard errors to either side. Learned solvers that do not come with "
-            "the network are in the tables alone.",
         ]
+        if has_curves(record):
+            parts += [
+                f"![The distance of the samplers against their evaluations and time]({stem}.svg)",
+                "Bars reach two standard errors to either side. Learned solvers that do not come "
+                "with the network are in the tables alone.",
+            ]
         for nfe in sorted({row["nfe"] for row in record["rows"]}):
             head = ["sampler", "setting", "error", "PSNR"]
             head += [f"excess FD-{name}" for name in names]
@@ -147,6 +150,10 @@ def results_page(records: dict[str, Record]) -> str:
                 f"{machine['torch']}."
             )
     return "\n\n".join(wrapped(part) for part in parts) + "\n"
+
+
+def has_curves(record: Record) -> bool:
+    return len({row["nfe"] for row in record["rows"]}) > 1
 
 
 def figure(record: Record) -> bytes:
@@ -189,7 +196,8 @@ def with_table(readme: str, table: str) -> str:
 
 
 def main(check: bool = False) -> int:
-    records = {path.stem: json.loads(path.read_text()) for path in sorted(STORED.glob("*.json"))}
+    paths = sorted(STORED.glob("*.json"), key=lambda path: path.stem)
+    records = {path.stem: json.loads(path.read_text()) for path in paths}
     if not records:
         raise ValueError(f"there is no comparison in {STORED}")
     main_record = named(records.get(SHOWN_IN_README, next(iter(records.values()))))
@@ -198,7 +206,7 @@ def main(check: bool = False) -> int:
         ROOT / "README.md": with_table((ROOT / "README.md").read_text(), readme_table(main_record)),
     }
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
-    drawn = {ROOT / "docs" / f"{stem}.svg": record for stem, record in records.items()}
+    drawn = {ROOT / "docs" / f"{n}.svg": one for n, one in records.items() if has_curves(one)}
     old = [
         path
         for path, record in drawn.items()

@@ -104,8 +104,9 @@ def seeds_table(record: dict[str, Any]) -> str:
     error, the mean of the excess by budget with its standard error over training seeds, and for
     students the same of the difference to LCM with the same seed where there is one. Samplers that
     draw noise have no place among errors. Below them the training-free sampler that the first
-    feature network prefers; among errors, the one with the least. Empty where nothing says its
-    training seed: students do by their recipe, learned solvers by folders called NAME-sSEED."""
+    feature network prefers; among errors, the one with the least. Empty where nothing was trained
+    with more than one seed: students say theirs by their recipe, learned solvers by folders called
+    NAME-sSEED."""
     called, judges = short_names(record), list(record["floor"])
     trained: dict[str, dict[int, dict[int, dict[str, Any]]]] = {}  # by name, training seed, budget
     students, plain = set(), []
@@ -116,7 +117,7 @@ def seeds_table(record: dict[str, Any]) -> str:
             students |= {name} if "student" in row else set()
         elif row["grid"] is not None:
             plain.append(row)
-    if not trained:
+    if all(len(runs) < 2 for runs in trained.values()):
         return ""
     budgets = sorted({nfe for runs in trained.values() for rows in runs.values() for nfe in rows})
     base = trained["lcm"] if "lcm" in students else {}
