@@ -44,6 +44,7 @@ PLUGIN, TUNED = "--method amed-plugin", f"--method tuned {OURS}"
 VARIANTS = {
     "amed-authors": f"--method amed --first zero --teacher heun --inner 1 {AUTHORS}",
     "amed": f"--method amed --first mean {OURS}",
+    "amed-karras": f"--method amed --first mean --grid karras {OURS}",
     "plugin-authors": f"{PLUGIN} --base ipndm-4 --first zero --teacher ipndm-4 --inner 2 {AUTHORS}",
     **{
         f"plugin-{base}": f"{PLUGIN} --base {base} --grid {grid} --first mean {OURS}"
@@ -226,7 +227,7 @@ def expectations(rows: Rows, budgets: Sequence[int]) -> list[tuple[str, float, f
             plain = plain or rows.free(nfe, [base])
             ours = rows.score(rows.learned(f"plugin-{base}", nfe))
             out.append((f"plugin on {base} at {nfe} is below {base}", ours, rows.best(plain)))
-        for variant in ("amed-authors", "amed"):
+        for variant in ("amed-authors", "amed", "amed-karras"):
             ours = rows.score(rows.learned(variant, nfe))
             for names in (SEVERAL, ("ddim",), ("dpmpp-2m",)):
                 what = f"{variant} at {nfe} is below {' and '.join(names)}"
