@@ -11,6 +11,7 @@ features of fashion-a.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ def chain(model: Model, step: Stepper, seeds: range) -> np.ndarray:
     return np.concatenate(images)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("teachers", nargs="+", metavar="SOLVER:POINTS:SUBSTEPS")
     parser.add_argument("--model", default="fashion-mnist")
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", help="of the teacher")
     parser.add_argument("--seeds", type=int, default=500, help="how many of validation")
     parser.add_argument("--device", default="cpu")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     exact = fewstep.load(options.model, device=options.device)
     model = fewstep.load(options.model, device=options.device, dtype=options.dtype)
     examine = Examination(exact, options.seeds)

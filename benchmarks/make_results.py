@@ -103,10 +103,10 @@ def results_page(records: dict[str, Record]) -> str:
         called = short_names(record)
         parts += [
             f"## {stem}",
-            f"Weights `{record['model']['weights'][:16]}`; {record['pictures']:,} pictures, seeds "
-            f"{record['seeds']}. Reference solves: {references['solver']} at {references['nfe']} "
-            f"evaluations on the {references['grid']} grid, float32, within "
-            f"{references['own_error']:.2g} of a finer solve by another method. Population: seeds "
+            f"{record['model']['name']}, weights `{record['model']['weights'][:16]}`; "
+            f"{record['pictures']:,} pictures, seeds {record['seeds']}. Reference solves: "
+            f"{references['solver']} at {references['nfe']} evaluations on the "
+            f"{references['grid']} grid, float32, within {references['own_error']:.2g} of a finer solve by another method. Population: seeds "
             f"{references['population']}. {chosen(record['screen'])}",
             "The floor, which excess subtracts: "
             + "; ".join(f"FD-{name} {record['floor'][name]['fd']:.3f}" for name in names)

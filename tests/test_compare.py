@@ -122,7 +122,9 @@ class Toy:
     mean: bool = True
     calls: int = 0
     drawn: list[int] = field(default_factory=list)
-    card: Card = field(default_factory=lambda: Card("toy", sigma_min=LOW, sigma_max=HIGH))
+    card: Card = field(
+        default_factory=lambda: Card("toy", sigma_min=LOW, sigma_max=HIGH, weights_sha256="0" * 64)
+    )
     shape: tuple[int, ...] = SHAPE
     dtype: torch.dtype = torch.float32
 
@@ -211,6 +213,26 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
 
 
 # The numbers.
+
+
+def test_solves_are_kept_by_the_hash_of_the_weights_alone(tmp_path: Path) -> None:
+    """Without one nothing is kept, as two networks in memory may have one name."""
+    fine = Fine("ddim", 8)
+    for weights, again in (("0" * 64, 0), ("", 8)):
+        toy = Toy(card=Card("toy", sigma_min=LOW, sigma_max=HIGH, weights_sha256=weights))
+        model: Any = toy
+        folder = tmp_path / f"cache{len(weights)}"
+        first = References(model, fine, folder=folder).endpoints(range(3))
+        before = toy.calls
+        second = References(model, fine, folder=folder).endpoints(range(3))
+        assert np.array_equal(first, second)
+        assert toy.calls - before == (before if again else 0)
+        assert folder.exists() == (not again)
+    (tmp_path / "file").write_text("in the way")
+    model = Toy()
+    with pytest.warns(UserWarning, match="reference solves are not kept in .*file"):
+        found = References(model, fine, folder=tmp_path / "file").endpoints(range(3))
+    assert np.array_equal(found, first)
 
 
 def test_fresh_noise_is_no_disadvantage_where_a_sampler_is_chosen() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from dataclasses import asdict
@@ -13,7 +14,7 @@ import pytest
 from test_splam_training import TINY, pictures, tiny_model, write_idx
 
 import fewstep
-from benchmarks import distill_study, make_results
+from benchmarks import distill_study, distill_teachers, make_results
 from fewstep import models
 from fewstep.evaluate.report import seeds_table
 from fewstep.models.network import save_folder
@@ -138,6 +139,25 @@ def test_its_comparisons_are_what_the_results_are_made_of(done: Path) -> None:
     page = make_results.results_page({"students": record})
     assert "### Over training seeds" in page
     assert "splam less lcm, by seed" in page
+
+
+def test_a_teacher_in_small_steps_ends_near_the_fine_solution(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEWSTEP_CACHE", str(place / "cache"))
+        model = ["--model", str(place / "builtin" / "tiny"), "--dtype", "float32", "--seeds", "4"]
+        distill_teachers.main(["ddim:5:1", "unipc-2:30:2", *model])
+    rough, fine = capsys.readouterr().out.splitlines()
+    assert rough.startswith("ddim:5:1: 4 evaluations  error 0.")
+    assert fine.startswith("unipc-2:30:2: 58 evaluations  error 0.")
+    assert float(fine.split()[-1]) < 0.1 * float(rough.split()[-1])
+
+
+@pytest.mark.parametrize("text", ["lr=1", "tell=gamma", "batch", "points"])
+def test_what_the_study_sets_itself_is_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="must be NAME=VALUE, NAME one of points,"):
+        distill_study.setting(text)
 
 
 def test_the_table_over_training_seeds_by_hand() -> None:

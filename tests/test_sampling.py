@@ -16,6 +16,7 @@ import torch
 import fewstep
 from fewstep.models import BUILTIN, Model
 from fewstep.models.network import NetworkModel, load_folder
+from fewstep.sampling import locate
 
 SEEDS = (3, 11, 4, 1_000_003)
 
@@ -155,6 +156,22 @@ def test_auto_takes_the_best_that_the_card_knows(model: NetworkModel) -> None:
     assert chosen(3, grid="karras", first="none") == ("ipndm-2", "karras", "none")
     assert chosen(6) == ("heun", "karras", "none")
     assert chosen(7) == ("dpmpp-2m", "karras", "none")  # heun cannot spend 7
+
+
+def test_a_folder_with_a_name_that_comes_with_the_model_is_told_of(
+    model: NetworkModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    comes = model.card.shipped("tuned")
+    assert comes is not None
+    shutil.copytree(comes / "4", "tuned")
+    with pytest.warns(UserWarning, match="folder of that name here is ./tuned"):
+        theirs = locate(model, "tuned", 5)
+    assert theirs.nfe == 5  # type: ignore[union-attr]
+    assert locate(model, "./tuned", 4).nfe == 4  # type: ignore[union-attr]
+    Path("empty").mkdir()
+    with pytest.raises(ValueError, match="empty is not a learned solver"):
+        locate(model, "empty", 4)
 
 
 def test_the_shipped_card_knows_every_small_budget(model: NetworkModel) -> None:

@@ -226,7 +226,7 @@ def test_told_is_checked_and_off_by_default() -> None:
 # --- the teacher's step ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("substeps", [1, 3])
+@pytest.mark.parametrize("substeps", [1, 2, 3])
 @pytest.mark.parametrize("name", ODE_SOLVERS)
 def test_a_batch_of_sub_paths_equals_each_by_itself(name: str, substeps: int) -> None:
     mixture, points = Mixture(), 9

@@ -59,13 +59,21 @@ class Runnable(Protocol):
 def find(solver: str | Path, nfe: int | None = None) -> Solver | Runnable:
     """A solver by name, or a learned one by its folder, or by a folder that has one for each budget
     under its number. Errors: ValueError where there is none."""
-    folder = Path(solver)
-    found = ("solver.json", "[0-9]*/solver.json")
-    if "/" in str(solver) or any(any(folder.glob(pattern)) for pattern in found):
-        from fewstep.learned.solver import LearnedSolver  # it imports the loop
+    if "/" not in str(solver) and not is_folder(solver):
+        try:
+            return get(str(solver))
+        except ValueError:
+            if not Path(solver).is_dir():
+                raise
+    from fewstep.learned.solver import LearnedSolver  # it imports the loop
 
-        return LearnedSolver.load(folder, DEFAULT_NFE if nfe is None else nfe)
-    return get(str(solver))
+    return LearnedSolver.load(Path(solver), DEFAULT_NFE if nfe is None else nfe)
+
+
+def is_folder(solver: str | Path) -> bool:
+    """Whether it is a folder of learned solvers."""
+    patterns = ("solver.json", "[0-9]*/solver.json")
+    return any(any(Path(solver).glob(pattern)) for pattern in patterns)
 
 
 def resolve(

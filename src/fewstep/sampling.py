@@ -24,6 +24,7 @@ from fewstep.loop import (
     check_mean_start,
     far_mean,
     find,
+    is_folder,
     iterate,
     resolve,
     solve,
@@ -173,8 +174,15 @@ class Settings:
 
 def locate(model: Model, solver: str | Path, nfe: int | None) -> Solver | Runnable:
     """A solver by name, or a learned one by its folder, or by the name under which it comes with
-    the model. Errors: ValueError where there is none."""
-    return find(model.card.shipped(str(solver)) or solver, nfe)
+    the model, which goes before a folder of that name. Errors: ValueError where there is none."""
+    comes = model.card.shipped(str(solver))
+    if comes and is_folder(solver):
+        warnings.warn(
+            f"{solver} is what comes with {model.card.name}; the folder of that name here is "
+            f"./{solver}",
+            stacklevel=2,
+        )
+    return find(comes or solver, nfe)
 
 
 def _known(

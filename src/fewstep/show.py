@@ -103,8 +103,8 @@ def sampling_line(made: int, result: FolderResult, what: dict[str, Any], seconds
         on = f" on sigmas {', '.join(f'{sigma:g}' for sigma in grid)}"
     parts = [
         settings["solver"] + on,
-        f"first={settings['first']}" * (settings["first"] != "none"),
-        f"end={settings['end']}" * (settings["end"] != "sigma_min"),
+        f"first={settings['first']}" * (settings["first"] not in ("none", None)),
+        f"end={settings['end']}" * (settings["end"] not in ("sigma_min", None)),
         "final" * settings["final"],
         *(
             f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"

@@ -238,10 +238,11 @@ def train_solver_command(
     found = solver.validation
     searched = solver.training["grid"] == "search"
     before = "untrained, on the best named grid" if searched else "untrained"
+    named = out if len(out.parts) > 1 else f"./{out}"  # a bare name may be a solver's
     print(
         f"{out}: {solver.program().name}, {solver.nfe} evaluations, error {found['error']:.4f} to "
         f"fine solves of {validation_seeds} validation seeds ({before}: "
-        f"{found['error_untrained']:.4f}); try: fewstep sample {model} --solver {out}"
+        f"{found['error_untrained']:.4f}); try: fewstep sample {model} --solver {named}"
         + (f" --prompt {shlex.quote(texts[0])}" if texts else "")
         + (f" --guidance {guidance:g}" if texts and guidance is not None else "")
     )

@@ -597,10 +597,12 @@ def _candidates(
     workbench: Workbench, design: Design, solver: str, nfe: int
 ) -> tuple[list[Settings], str]:
     """The settings that fit, and why the first of the others does not. "auto" and learned solvers
-    leave nothing to choose; of a student it is its sampler, where there is more than one level."""
+    leave nothing to choose; of a student it is its sampler, where there is more than one level and
+    a distance to choose by, for the error is none with fresh noise."""
     model = workbench.model
     if solver in workbench.students:
-        samplers = STUDENT_SAMPLERS if design.screen and nfe > 1 else ("auto",)
+        choice = design.screen > 0 and nfe > 1 and design.choose_by != "error"
+        samplers = STUDENT_SAMPLERS if choice else ("auto",)
         built_in = model.card.built_in_guidance
         if design.label is not None and built_in not in (None, design.guidance):
             return [], f"{solver} has guidance {built_in:g} built in, not {design.guidance}"

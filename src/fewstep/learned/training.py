@@ -278,7 +278,8 @@ def train(
     known = {"model": model, "shape": list(shape)}
     folder = None if out is None else _open(Path(out), run)
     if run.step < len(run.batches) or not run.measured:
-        note("solving the validation seeds finely")
+        on = f"going on from batch {run.step} of {len(run.batches)}, " if run.step else ""
+        note(f"{on}solving the validation seeds finely")
         fine = Teacher(REFERENCE, (sigmas[0], sigmas[-1]), whole(REFERENCE_INTERVALS))
         exact = Kept(fine, kept, known)
         ruler = Ruler(bound, noise, held_out, exact, batch, loss_features)

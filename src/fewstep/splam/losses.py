@@ -3,8 +3,8 @@
     draw    n, gamma, noise          t = levels[n], s = levels[n + 1], x_t = x_0 + sigma_t eps
     teacher x_s = a solver's step from x_t to s, under guidance: one batched call
     target  f(x_s; s, gamma = 1) of the slow average of the student, without gradient
-    student f(x_gamma; t, gamma),    x_gamma = (1 - gamma) x_s + gamma x_t
-            or, told the level of x_gamma itself, f(x_gamma; sigma_gamma)
+    student f(x_gamma; sigma_gamma), x_gamma = (1 - gamma) x_s + gamma x_t
+            or, as published, told t and gamma
     loss    pseudo-Huber of the difference, mean over everything
 
 With gamma = 1 throughout this is LCM. gamma has a point mass at 1, the only value at inference,

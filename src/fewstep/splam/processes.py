@@ -39,6 +39,8 @@ class Team:
 
     def any(self, here: bool, device: torch.device) -> bool:
         """Whether it is so in any of the processes."""
+        if self.size == 1:
+            return here
         count = torch.tensor(float(here), device=device)
         self.add_up([count])
         return bool(count)

@@ -100,7 +100,7 @@ class Recipe:
             ("accumulate", 1 <= self.accumulate <= self.batch, "from 1 to batch"),
             ("lr", 0 < self.lr < math.inf, "positive"),
             ("warmup", 0 <= self.warmup <= 1, "between 0 and 1"),
-            ("cooldown", 0 <= self.cooldown <= 1 - self.warmup, "between 0 and 1 - warmup"),
+            ("cooldown", 0 <= self.cooldown <= 1 - self.warmup + 1e-9, "between 0 and 1 - warmup"),
             ("label_dropout", 0 <= self.dropout <= 1, "between 0 and 1"),
             ("target_decay", 0 <= self.target_decay < 1, "at least 0 and below 1"),
             ("clip", self.clip > 0, "positive"),

@@ -242,9 +242,10 @@ def distill(
         run = Run(recipe, known, step, pictures, key, together)
         if folder is not None:
             run.restore(folder / CHECKPOINT)
-        if together.leads and run.step:
-            resumed(run.step)
-        files.open(run.step)
+        with together.led(device):
+            if together.leads and run.step:
+                resumed(run.step)
+            files.open(run.step)
         examine = _examination(model, recipe, validation_seeds) if together.leads else None
         _train(run, card, files, examine, checkpoint_every, validate_every, report)
         card = replace(card, about={**card.about, "validation": files.latest(run.step)})
@@ -284,6 +285,7 @@ def _train(
                 lr = recipe.lr_at(run.step)
                 report(Progress(run.step, total, loss, lr, speed, figures))
             if stop:
+                run.team.wait()  # for what rank 0 saves
                 raise KeyboardInterrupt
 
 
