@@ -106,8 +106,9 @@ def results_page(records: dict[str, Record]) -> str:
             f"{record['model']['name']}, weights `{record['model']['weights'][:16]}`; "
             f"{record['pictures']:,} pictures, seeds {record['seeds']}. Reference solves: "
             f"{references['solver']} at {references['nfe']} evaluations on the "
-            f"{references['grid']} grid, float32, within {references['own_error']:.2g} of a finer solve by another method. Population: seeds "
-            f"{references['population']}. {chosen(record['screen'])}",
+            f"{references['grid']} grid, float32, within {references['own_error']:.2g} of a finer "
+            f"solve by another method. Population: seeds {references['population']}. "
+            f"{chosen(record['screen'])}",
             "The floor, which excess subtracts: "
             + "; ".join(f"FD-{name} {record['floor'][name]['fd']:.3f}" for name in names)
             + ".",
