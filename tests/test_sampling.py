@@ -166,9 +166,9 @@ def test_a_folder_with_a_name_that_comes_with_the_model_is_told_of(
     assert comes is not None
     shutil.copytree(comes / "4", "tuned")
     with pytest.warns(UserWarning, match="folder of that name here is ./tuned"):
-        theirs = locate(model, "tuned", 5)
-    assert theirs.nfe == 5  # type: ignore[union-attr]
-    assert locate(model, "./tuned", 4).nfe == 4  # type: ignore[union-attr]
+        theirs: Any = locate(model, "tuned", 5)
+    ours: Any = locate(model, "./tuned", 4)
+    assert (theirs.nfe, ours.nfe) == (5, 4)
     Path("empty").mkdir()
     with pytest.raises(ValueError, match="empty is not a learned solver"):
         locate(model, "empty", 4)
