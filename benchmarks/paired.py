@@ -7,6 +7,7 @@ For each solver, on seeds that no test uses:
     error    mean root mean square distance in pixels of [-1, 1]
     FD       Frechet distance between its pictures and the exact solution's, of the same seeds
     mean     the part of FD that is a shift common to all pictures: squared distance of the means
+    spread   variance of its pictures, over that of the exact ones
     paired   mean squared distance of each picture to its own target, in features
 
 A distance of pictures to their own targets hardly sees a common shift; FD counts it in full.
@@ -44,12 +45,13 @@ def ends(model: Model, seeds: Sequence[int], solver: Any, settings: dict[str, An
 
 
 def distances(ours: np.ndarray, exact: np.ndarray) -> dict[str, float]:
-    """FD, its part of the means, and the mean squared distance, of features [n, d] of the same
-    seeds."""
+    """FD, its part of the means, the ratio of variances, and the mean squared distance, of features
+    [n, d] of the same seeds."""
     ours, exact = ours.astype(np.float64), exact.astype(np.float64)
     return {
         "fd": Statistics.of(ours).frechet(Statistics.of(exact)),
         "mean": float(np.square(ours.mean(0) - exact.mean(0)).sum()),
+        "spread": float(ours.var(0).sum() / exact.var(0).sum()),
         "paired": float(np.square(ours - exact).sum(1).mean()),
     }
 

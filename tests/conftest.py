@@ -219,4 +219,5 @@ def mixture() -> Mixture:
 
 def command_of(group: typer.Typer, name: str) -> Any:
     """One command of a group, as click has it."""
-    return typer.main.get_command(group).commands[name]  # type: ignore[attr-defined]
+    command: Any = typer.main.get_command(group)
+    return command.commands[name]

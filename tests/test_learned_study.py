@@ -122,3 +122,5 @@ def test_paired_distances(tmp_path, capsys, monkeypatch):
     exact = rng.standard_normal((500, 2))
     found = paired.distances(exact + np.array([3.0, 4.0]), exact)
     np.testing.assert_allclose([found[k] for k in ("fd", "mean", "paired")], 25, rtol=1e-6)
+    assert found["spread"] == pytest.approx(1)
+    assert paired.distances(3 * exact, exact)["spread"] == pytest.approx(9)
