@@ -56,6 +56,7 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "gamma-variance": ("splam", {"tell": "gamma", "rule": "variance"}),  # told as published
     "gamma-one-never": ("splam", {"gamma_one": 0.0}),
     "gamma-one-quarter": ("splam", {"gamma_one": 0.25}),
+    "loss-l2": ("splam", {"loss": "l2"}),
     "teacher-ddim": ("splam", {"teacher": "ddim", "substeps": 1, "points": 18}),
     "teacher-ddim-2": ("splam", {"teacher": "ddim"}),
     "teacher-dpmpp-2m": ("splam", {"teacher": "dpmpp-2m"}),

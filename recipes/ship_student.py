@@ -19,6 +19,7 @@ from safetensors import safe_open
 
 import fewstep
 from fewstep.evaluate.compare import read_comparison
+from fewstep.evaluate.report import setting_words
 from fewstep.files import write_json, write_whole
 from fewstep.models import BUILTIN, Card, read_card
 from fewstep.models.card import CARD_FILE, WEIGHTS_FILE
@@ -71,8 +72,7 @@ def with_comparison(card: Card, record: dict[str, Any]) -> Card:
     auto = {}
     for nfe, entry in card.auto.items():
         below = max((budget for budget in rows if budget <= int(nfe)), default=min(rows))
-        sampler = "consistency" if rows[below]["stochastic"] else "consistency-ode"
-        auto[nfe] = {**entry, "solver": sampler}
+        auto[nfe] = {**entry, "solver": setting_words(rows[below])}
     figures = {
         str(nfe): {
             "error": row["error"],

@@ -194,9 +194,9 @@ def test_a_student_ships_with_its_figures_under_a_name(place: Path) -> None:
     teacher = fewstep.load(into / "tiny")
     made = distill(teacher, pictures(), out=folder, validation_seeds=1, **{**TINY, "pictures": 8})
     rows = [
-        {"nfe": nfe, "stochastic": nfe < 2, "error": nfe / 8, "fd": {"j": {"excess": nfe / 4}},
+        {"nfe": nfe, "solver": solver, "error": nfe / 8, "fd": {"j": {"excess": nfe / 4}},
          "student": {"weights": made.card.weights_sha256}}
-        for nfe in (1, 2)
+        for nfe, solver in ((1, "consistency"), (2, "ddim"))
     ]  # fmt: skip
     record = {"format": "fewstep-comparison/1", "seeds": "0-9", "sources": [{"command": "study"}]}
     comparison.write_text(json.dumps({**record, "rows": rows}))

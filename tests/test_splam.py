@@ -19,6 +19,7 @@ from fewstep.models.edm import denoise
 from fewstep.models.told import Told, gamma_index, guidance_embedding, guidance_index, indices
 from fewstep.models.unet import UNet, UNetConfig
 from fewstep.noise import normal
+from fewstep.sampling import Settings
 from fewstep.schedule import VP
 from fewstep.solver import get, names
 from fewstep.splam import student_levels
@@ -369,3 +370,12 @@ def test_the_solver_for_consistency_functions_is_listed_apart() -> None:
     assert "consistency" not in names()
     assert get("consistency").stochastic
     assert get("consistency-ode") is get("ddim")
+
+
+@pytest.mark.parametrize("grid", [(9.0, 0.0), (9.0, 0.1), (9.0, 1.0, 0.0)])
+@pytest.mark.parametrize("solver", ["consistency", "consistency-ode"])
+def test_settings_know_whether_noise_is_drawn(solver: str, grid: tuple[float, ...]) -> None:
+    mixture, x_T = Mixture(), noise(2, 9.0)
+    ends = [fewstep.solve(mixture, x_T, solver, grid=grid, seeds=[i, i + 1]) for i in range(2)]
+    drawn = not torch.equal(*ends)
+    assert Settings(solver, len(grid) - 1, grid).stochastic == drawn

@@ -6,7 +6,8 @@ x_exact is a fine solve of the same probability-flow ODE from the same noise. A 
 by another method on another grid, says how exact it is. Every solver runs with the package's
 defaults, the Karras grid over the model's range and no analytic step: nothing is chosen on the
 pictures shown. "auto" runs with what the model's card names for the budget. The stochastic solvers
-leave the ODE, so they have pictures but no error.
+leave the ODE, so they have pictures but no error. Students that ship with the model's own weights
+for a teacher run at 1, 2 and 4 evaluations, each from the same noise.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from fewstep.demo_report import DemoResult, Row, count, page, poster, span
 from fewstep.denoiser import Counted
 from fewstep.files import check_writable, write_whole
 from fewstep.loop import iterate, solve
-from fewstep.models import Model, load
+from fewstep.models import Model, load, students_of
 from fewstep.pictures import write_png
 from fewstep.sampling import Settings
 from fewstep.solver import Solver, get, intervals_for
@@ -43,6 +44,7 @@ FAMILIES = (
     "exp-adams-3", "unipc-2", "deis-3", "ipndm-2", "ipndm-4", "lms-3",
 )  # fmt: skip
 STOCHASTIC = ("ddim-eta", "churn", "dpmpp-2m-sde")
+STUDENT_BUDGETS = (1, 2, 4)
 
 # On the built-in network these two differ by 1e-4, most of which is the second one's error. RMSE of
 # solvers at 5 evaluations is 0.1 and more.
@@ -69,7 +71,7 @@ def run_demo(
     """Run every solver family on the same seeds; write demo.png and demo.html into `out`.
 
     nfe: the budget; a solver that cannot spend it gets the next larger one that it can
-    solvers: these instead of all
+    solvers: these instead of all, and no students
     command: what the report gives as its origin
     report: called with what is under way, and with the work done and in total, in evaluations of
         one picture
@@ -83,33 +85,52 @@ def run_demo(
         raise ValueError(f"nfe must be at least 1, got {nfe}")
     check_writable(out)
     model = load(model_name)
-    names = list(dict.fromkeys(solvers or ("auto", *FAMILIES, *STOCHASTIC)))
-    chosen = {name: _settings(model, name, nfe) for name in names}
     x_T, denoiser = model.prior(seeds, label=label), Counted(model.denoiser(label))
+    names = list(dict.fromkeys(solvers or ("auto", *FAMILIES, *STOCHASTIC)))
+    entrants = [_Entrant(model, denoiser, name, _settings(model, name, nfe)) for name in names]
+    for name in () if solvers else students_of(model.card):
+        student = load(name)
+        spent = [budget for budget in STUDENT_BUDGETS if budget <= nfe]
+        counted = Counted(student.denoiser(label))
+        ways = [Settings.choose(student, "auto", budget) for budget in spent]
+        entrants += [_Entrant(student, counted, name, way) for way in ways]
     exact, check = _fine(EXACT, nfe), _fine(CHECK, nfe)
     few = min(len(seeds), CHECK_SEEDS)
-    each = sum(settings.nfe for settings in chosen.values()) * len(seeds)
+    each = sum(entrant.settings.nfe for entrant in entrants) * len(seeds)
     total = exact.nfe * len(seeds) + check.nfe * few + ROUNDS * each
     bench = _Bench(denoiser, x_T, seeds, total, report)
     x, seconds = bench.watched("exact solution", exact, len(seeds))
     other, _ = bench.watched("check of it", check, few)
-    reference = _row(model, "exact solution", exact, _Run(x, exact.nfe, [seconds]), other)
-    runs = _race(bench, chosen)
+    fine = _Entrant(model, denoiser, "exact solution", exact)
+    reference = _row(fine, _Run(x, exact.nfe, [seconds]), other, exact.nfe)
+    runs = _race(bench, entrants)
     report("writing", total, total)
 
     rows = []
-    for name, settings in chosen.items():
-        solver = _solver(settings)
-        target = None if solver is not None and solver.stochastic else x
-        rows.append(_row(model, name, settings, runs[name], target, nfe))
+    for entrant, run in zip(entrants, runs, strict=True):
+        rows.append(_row(entrant, run, None if entrant.settings.stochastic else x, nfe))
     rows.sort(key=lambda row: math.inf if row.rmse is None else row.rmse)
-    rounds = len(runs[names[0]].seconds)
+    rounds = len(runs[0].seconds)
     protocol = _protocol(model, command, seeds, label, exact, check, few, rounds)
     result = DemoResult(model.card.name, nfe, seeds, tuple(rows), reference, protocol)
     files = (out / "demo.png", out / "demo.html")
     write_png(files[0], np.asarray(poster(result)), protocol)
     write_whole(files[1], page(result).encode())
     return replace(result, files=files)
+
+
+@dataclass(frozen=True, eq=False)
+class _Entrant:
+    """A row to be: a sampler and how it runs, on the demo's model or on a student of it."""
+
+    model: Model
+    denoiser: Counted
+    name: str
+    settings: Settings
+
+    @property
+    def student(self) -> bool:
+        return bool(self.model.card.distilled)
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +144,10 @@ class _Run:
 
 @dataclass
 class _Bench:
-    """Solves from one start against the clock, and reports the work done."""
+    """Solves from one start against the clock, and reports the work done.
+
+    denoiser: of the exact solutions
+    """
 
     denoiser: Counted
     x_T: Tensor
@@ -143,30 +167,31 @@ class _Bench:
         self.done += settings.nfe * count
         return x, time.perf_counter() - begun
 
-    def timed(self, what: str, settings: Settings) -> tuple[Tensor, float]:
+    def timed(self, entrant: _Entrant) -> tuple[Tensor, float]:
         """A solve of all seeds with nothing in between: its end and its seconds."""
-        self.report(what, self.done, self.total)
+        settings = entrant.settings
+        self.report(entrant.name, self.done, self.total)
         begun = time.perf_counter()
-        x = solve(self.denoiser, self.x_T, **settings.arguments(), seeds=self.seeds)
+        x = solve(entrant.denoiser, self.x_T, **settings.arguments(), seeds=self.seeds)
         seconds = time.perf_counter() - begun
         self.done += settings.nfe * len(self.seeds)
         return x, seconds
 
 
-def _race(bench: _Bench, chosen: dict[str, Settings]) -> dict[str, _Run]:
-    """Every solver once a round, in turn, so that a busy moment is not one solver's."""
-    runs: dict[str, _Run] = {}
+def _race(bench: _Bench, entrants: Sequence[_Entrant]) -> list[_Run]:
+    """Every one once a round, in turn, so that a busy moment is not one solver's."""
+    runs: dict[int, _Run] = {}
     begun = time.perf_counter()
     for done in range(ROUNDS):
         spent = time.perf_counter() - begun
         if done and spent * (done + 1) / done > TIMING_SECONDS:
             break
-        for name, settings in chosen.items():
-            before = bench.denoiser.evaluations
-            x, seconds = bench.timed(name, settings)
-            earlier = runs[name].seconds if name in runs else []
-            runs[name] = _Run(x, bench.denoiser.evaluations - before, [*earlier, seconds])
-    return runs
+        for i, entrant in enumerate(entrants):
+            before = entrant.denoiser.evaluations
+            x, seconds = bench.timed(entrant)
+            earlier = runs[i].seconds if i in runs else []
+            runs[i] = _Run(x, entrant.denoiser.evaluations - before, [*earlier, seconds])
+    return list(runs.values())
 
 
 def _solver(settings: Settings) -> Solver | None:
@@ -196,15 +221,9 @@ def _fine(recipe: tuple[str, int, str], nfe: int) -> Settings:
     return Settings(solver, max(least, FINER * nfe - FINER * nfe % 3), grid, "none", False)
 
 
-def _row(
-    model: Model,
-    name: str,
-    settings: Settings,
-    run: _Run,
-    target: Tensor | None,
-    nfe: int | None = None,
-) -> Row:
+def _row(entrant: _Entrant, run: _Run, target: Tensor | None, nfe: int) -> Row:
     """target: what errors are measured to, perhaps of fewer pictures; nfe: the budget asked for."""
+    model, name, settings = entrant.model, entrant.name, entrant.settings
     solver = _solver(settings)
     errors = None
     if target is not None:
@@ -218,13 +237,15 @@ def _row(
         words.append("to 0")
     if settings.final:
         words.append("last denoising step")
-    if nfe is not None and run.nfe != nfe:
+    if run.nfe != nfe and not entrant.student:
         words.append(f"cannot spend {nfe}")
     called = settings.record()["solver"]
     about = solver.summary if solver is not None and name == solver.name else called
     if name == "auto":
         what = "the card's choice" if model.card.auto else "as the card names none"
         about = f"{called}, {what}"
+    elif entrant.student:
+        about = f"another network, distilled by {model.card.distilled['method']}"
     return Row(
         name,
         about,
@@ -234,6 +255,7 @@ def _row(
         run.x.cpu().numpy(),
         model.decode(run.x),
         errors,
+        entrant.student,
     )
 
 

@@ -25,7 +25,7 @@ SHOWN = 16  # pictures in a row at most; the numbers are over all seeds
 class Row:
     """One solver's run.
 
-    solver: as registered, or "auto"
+    solver: as registered, or "auto"; of a student its model's name
     about: what it is
     settings: how it ran
     nfe: evaluations spent, counted
@@ -33,6 +33,7 @@ class Row:
     x: where it ended, float32 [n, c, h, w]
     pictures: the same, uint8 [n, h, w, c]
     errors: RMSE to the exact solution for each seed [n], None for a stochastic solver
+    student: whether it ran on a student, with a budget of its own
     """
 
     solver: str
@@ -43,6 +44,7 @@ class Row:
     x: np.ndarray
     pictures: np.ndarray
     errors: np.ndarray | None
+    student: bool = False
 
     @property
     def rmse(self) -> float | None:
@@ -61,7 +63,7 @@ class Row:
 class DemoResult:
     """What the demo computed and wrote.
 
-    rows: the ODE solvers by error, then the stochastic ones
+    rows: the ODE solvers by error, then the stochastic ones; students among both
     exact: the reference, whose errors are its distances to the check on the first seeds
     protocol: how to make all this again, in words
     files: what was written
@@ -77,11 +79,22 @@ class DemoResult:
 
     @property
     def ode_rows(self) -> list[Row]:
-        return [row for row in self.rows if row.errors is not None]
+        return [row for row in self.rows if row.errors is not None and not row.student]
 
     @property
     def stochastic_rows(self) -> list[Row]:
-        return [row for row in self.rows if row.errors is None]
+        return [row for row in self.rows if row.errors is None and not row.student]
+
+    @property
+    def student_rows(self) -> list[Row]:
+        """By budget."""
+        return sorted((row for row in self.rows if row.student), key=lambda row: row.nfe)
+
+    @property
+    def blocks(self) -> list[list[Row]]:
+        """The rows as they are shown, those of a kind together."""
+        blocks = [[self.exact], self.ode_rows, self.student_rows, self.stochastic_rows]
+        return [block for block in blocks if block]
 
 
 def count(number: int, thing: str) -> str:
@@ -128,7 +141,7 @@ def render_table(result: DemoResult) -> Table:
     table.add_column("settings", overflow="fold")
     exact = result.exact
     table.add_row(exact.solver, str(exact.nfe), _ms(exact), "0", "", exact.about, style="dim")
-    for row in result.rows:
+    for row in [row for block in result.blocks[1:] for row in block]:
         error = ("stochastic", "") if row.errors is None else _error(row)
         about = row.about.partition(",")[0] + ", " if row.solver == "auto" else ""
         table.add_row(row.solver, str(row.nfe), _ms(row), *error, about + row.settings)
@@ -142,6 +155,8 @@ def _caption(result: DemoResult, row: Row) -> str:
     if row.errors is None:
         return f"{count(row.nfe, 'evaluation')}, stochastic"
     error = f"error {_error(row)[0]}"
+    if row.student:
+        return f"{count(row.nfe, 'evaluation')}, {error}"
     # of a learned solver's name, "tuned from ipndm-3 5ac1e314215b", the first word has room
     called = row.about.partition(",")[0].partition(" ")[0]
     return f"{called}, {error}" if row.solver == "auto" else error
@@ -153,12 +168,12 @@ def _full_bar(result: DemoResult) -> float:
 
 
 def _exceeds(result: DemoResult, row: Row) -> bool:
-    """Whether a solver had another budget than the rest."""
-    return row is not result.exact and row.nfe != result.nfe
+    """Whether a solver could not spend the budget."""
+    return row is not result.exact and not row.student and row.nfe != result.nfe
 
 
 def _title(result: DemoResult) -> str:
-    names = {row.solver for row in result.rows} - {"auto"} or {"auto"}
+    names = {row.solver for row in result.rows if not row.student} - {"auto"} or {"auto"}
     return f"Same noise, {count(result.nfe, 'evaluation')}, {count(len(names), 'solver')}"
 
 
@@ -171,6 +186,11 @@ def _headline(result: DemoResult) -> str:
             f" The closest to the exact solution is {best.solver}: {count(best.nfe, 'evaluation')}"
             f" and {_ms(best)} ms a picture, where the exact one took {exact.nfe} and"
             f" {_ms(exact)} ms."
+        )
+    if result.student_rows:
+        text += (
+            f" {result.student_rows[0].solver} is another network, distilled from this one for the"
+            " fewest evaluations."
         )
     return text
 
@@ -190,8 +210,7 @@ def poster(result: DemoResult) -> Image.Image:
     pitch = height + 9
     left = MARGIN + LABELS
     full = max(left + width + MARGIN, 960)
-    blocks = [[result.exact], result.ode_rows, result.stochastic_rows]
-    blocks = [block for block in blocks if block]
+    blocks = result.blocks
     top = MARGIN + 116
     tall = top + sum(len(block) * pitch + SKIP for block in blocks) + MARGIN + 6
     sheet = Image.new("RGB", (full, tall), PAPER)
@@ -367,8 +386,8 @@ def _strips(result: DemoResult, shown: int) -> Iterator[str]:
     seeds = "".join(f"<span>{seed}</span>" for seed in result.seeds[:shown])
     yield '<table class="strips">\n<tbody>'
     yield f'<tr><th class="about">seed</th><td><div class="seeds figure">{seeds}</div></td></tr>'
-    for block in ([result.exact], result.ode_rows, result.stochastic_rows):
-        if block and block[0] is not result.exact:
+    for block in result.blocks:
+        if block[0] is not result.exact:
             yield "</tbody>\n<tbody>"
         for row in block:
             name = html.escape(row.solver)
@@ -394,7 +413,7 @@ def _numbers(result: DemoResult) -> Iterator[str]:
         '<th scope="col">error</th></tr></thead>\n<tbody>'
     )
     full = _full_bar(result)
-    for row in (result.exact, *result.rows):
+    for row in [row for block in result.blocks for row in block]:
         if row is result.exact:
             error = f'<span class="about">checked to {_own_error(result)}</span>'
         elif row.errors is None:
@@ -442,6 +461,12 @@ def _notes(result: DemoResult) -> Iterator[str]:
         "The exact solution was checked by another solver on another grid; the two differ by "
         f"{_own_error(result)}."
     )
+    if result.student_rows:
+        yield (
+            f"{result.student_rows[0].solver} was trained to draw as the network does, not to end "
+            "where it ends: judge its pictures as pictures. Beyond one evaluation it draws fresh "
+            "noise where it is stochastic."
+        )
     if result.stochastic_rows:
         yield (
             "The stochastic solvers add noise on the way and end elsewhere, so a distance to the "

@@ -149,6 +149,16 @@ class Settings:
         stop = "sigma_min" if final else known.get("end", model.card.end)
         return cls(solver, nfe, chosen, start, final, stop if end is None else end)
 
+    @property
+    def stochastic(self) -> bool:
+        """Whether this may draw noise on the way: the solver does, and is not a consistency
+        function that ends at once."""
+        if not isinstance(self.solver, str | Solver):
+            return False
+        solver = get(self.solver) if isinstance(self.solver, str) else self.solver
+        at_once = self.nfe == 1 and isinstance(self.grid, tuple) and self.grid[-1] == 0
+        return solver.stochastic and not (solver.consistency and at_once)
+
     def arguments(self, head_start: float | None = None) -> dict[str, Any]:
         """Keyword arguments of `solve` and `iterate`.
 

@@ -51,7 +51,7 @@ from fewstep.loop import resolve, solve
 from fewstep.models import Model, is_model, load, read_card
 from fewstep.models.card import POPULATION_FOLDER
 from fewstep.sampling import Settings, describe, locate
-from fewstep.solver import ENDS, FIRST_STEPS, Solver, get
+from fewstep.solver import ENDS, FIRST_STEPS, Solver
 from fewstep.solver.registry import MOST_EVALUATIONS
 
 __all__ = [
@@ -498,7 +498,7 @@ def _row(
         "sampler": solver,
         **({"student": student} if solver in workbench.students else {}),
         **settings.record(),
-        "stochastic": _stochastic(settings),
+        "stochastic": settings.stochastic,
         "network_calls": settings.nfe * calls_per_eval(denoiser),
         "error": float(error.mean()),
         "error_se": float(error.std(ddof=1) / len(error) ** 0.5) if len(error) > 1 else None,
@@ -508,10 +508,6 @@ def _row(
         "fd": {},
         "fd_data": {},
     }
-
-
-def _stochastic(settings: Settings) -> bool:
-    return isinstance(settings.solver, str) and get(settings.solver).stochastic
 
 
 def _times(ran: Sequence[tuple[Workbench, Settings]], seeds: Sequence[int]) -> list[float]:
@@ -538,7 +534,7 @@ def _choose(
     """
     if len(candidates) == 1:
         return candidates[0], None
-    fresh = any(_stochastic(one) for one in candidates)
+    fresh = any(one.stochastic for one in candidates)
 
     def score(settings: Settings, seeds: Sequence[int]) -> float:
         run = workbench.run(settings, seeds)

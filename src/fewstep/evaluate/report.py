@@ -43,7 +43,7 @@ PLAIN = (
 def setting_words(row: dict[str, Any]) -> str:
     """A row's setting in short: "karras, mean first, to 0"; of a student, its sampler."""
     if "student" in row:
-        return "consistency" if row["stochastic"] else "consistency-ode"
+        return "consistency" if row["solver"] == "consistency" else "consistency-ode"
     grid = row["grid"] if isinstance(row["grid"], str) else "own grid"
     first = f", {row['first']} first" if row["first"] not in (None, "none") else ""
     return grid + first + (", to 0" if row["end"] == "zero" else "")

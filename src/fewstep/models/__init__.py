@@ -18,7 +18,16 @@ if TYPE_CHECKING:
 
     from fewstep.denoiser import Denoiser
 
-__all__ = ["Card", "Model", "PictureModel", "builtin", "is_model", "load", "read_card"]
+__all__ = [
+    "Card",
+    "Model",
+    "PictureModel",
+    "builtin",
+    "is_model",
+    "load",
+    "read_card",
+    "students_of",
+]
 
 BUILTIN = Path(__file__).parent / "builtin"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # owner/name
@@ -64,6 +73,12 @@ class PictureModel(Model, Protocol):
 def builtin() -> list[str]:
     """Names of the models that ship with fewstep."""
     return sorted(path.parent.name for path in BUILTIN.glob(f"*/{CARD_FILE}"))
+
+
+def students_of(card: Card) -> list[str]:
+    """Names of those that were distilled from a model with these weights and ship with fewstep."""
+    found = ((name, read_card(name).distilled) for name in builtin())
+    return [name for name, how in found if how.get("teacher_weights") == card.weights_sha256]
 
 
 def load(
