@@ -31,6 +31,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import safe_open
 
 import fewstep
@@ -259,7 +260,49 @@ def measure(options: argparse.Namespace, name: str, jobs: Sequence[Job], solvers
     if failed:
         record["left_out"] |= failed
         write_json(path, record)
-    print("\n".join([seeds_table(record), *failed.values(), str(path)]), flush=True)
+    words = [seeds_table(record), *expectations(record), *failed.values(), str(path)]
+    print("\n".join(words), flush=True)
+
+
+def expectations(record: dict[str, Any]) -> list[str]:
+    """What is expected of SPLAM, a line each, by every feature network: with 1 and 2 evaluations it
+    is below every solver of the frozen network, with 2 and 4 below LCM of the same training seed.
+    Those whose rows are not there are left out."""
+    ours: dict[tuple[str, int], dict[int, dict[str, Any]]] = {}  # by method, budget, training seed
+    frozen: dict[int, list[dict[str, Any]]] = {}
+    for row in record["rows"]:
+        if "student" in row:
+            recipe = row["student"]["recipe"]
+            name = Path(row["sampler"]).name.removesuffix(f"-{recipe['seed']}")
+            ours.setdefault((name, row["nfe"]), {})[recipe["seed"]] = row["fd"]
+        else:
+            frozen.setdefault(row["nfe"], []).append(row)
+
+    def verdict(what: str, found: list[float], bound: float) -> str:
+        mean = float(np.mean(found))
+        spread = np.std(found, ddof=1) / len(found) ** 0.5 if len(found) > 1 else math.nan
+        word = "pass" if mean < bound else "FAIL"
+        return f"{word}  {what}: {mean:.2f} ± {spread:.2f} ({len(found)}) against {bound:.2f}"
+
+    lines = []
+    for judge in record["floor"]:
+        for nfe in (1, 2):
+            if ("splam", nfe) in ours and nfe in frozen:
+                best = min(frozen[nfe], key=lambda row: row["fd"][judge]["excess"])
+                found = [fd[judge]["excess"] for fd in ours["splam", nfe].values()]
+                what = f"splam at {nfe} is below {Path(best['sampler']).name}, FD-{judge}"
+                lines.append(verdict(what, found, best["fd"][judge]["excess"]))
+        for nfe in (2, 4):
+            theirs = ours.get(("lcm", nfe), {})
+            found = [
+                fd[judge]["excess"] - theirs[seed][judge]["excess"]
+                for seed, fd in ours.get(("splam", nfe), {}).items()
+                if seed in theirs
+            ]
+            if found:
+                what = f"splam less lcm at {nfe}, by seed, FD-{judge}"
+                lines.append(verdict(what, found, 0.0))
+    return lines
 
 
 def setting(text: str) -> tuple[str, Any]:

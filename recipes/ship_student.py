@@ -80,7 +80,8 @@ def with_comparison(card: Card, record: dict[str, Any]) -> Card:
         }
         for nfe, row in sorted(rows.items())
     }
-    test = {"seeds": record["seeds"], "command": record["sources"][0]["command"], **figures}
+    source = record["sources"][rows[min(rows)]["source"]]
+    test = {"seeds": record["seeds"], "command": source["command"], **figures}
     return replace(card, auto=auto, about={**card.about, "test": test})
 
 

@@ -189,16 +189,31 @@ def test_the_table_over_training_seeds_by_hand() -> None:
     assert seeds_table({"rows": rows[-3:], "floor": {}}) == ""
 
 
+def test_the_expectations_by_hand() -> None:
+    def row(sampler: str, nfe: int, excess: float, seed: int | None = None) -> dict[str, Any]:
+        how = {} if seed is None else {"student": {"recipe": {"seed": seed}}}
+        return {"sampler": sampler, "nfe": nfe, "fd": {"a": {"excess": excess}}, **how}
+
+    rows = [row("ddim", 1, 9.0), row("runs/tuned-s0", 1, 4.0), row("ddim", 2, 0.5)]
+    rows += [row(f"runs/splam-{i}", nfe, nfe + i, i) for nfe in (1, 2, 4) for i in range(3)]
+    rows += [row("runs/lcm-0", 2, 3.0, 0), row("runs/lcm-2", 2, 7.0, 2)]
+    assert distill_study.expectations({"rows": rows, "floor": {"a": {}}}) == [
+        "pass  splam at 1 is below tuned-s0, FD-a: 2.00 ± 0.58 (3) against 4.00",
+        "FAIL  splam at 2 is below ddim, FD-a: 3.00 ± 0.58 (3) against 0.50",
+        "pass  splam less lcm at 2, by seed, FD-a: -2.00 ± 1.00 (2) against 0.00",
+    ]
+
+
 def test_a_student_ships_with_its_figures_under_a_name(place: Path) -> None:
     into, folder, comparison = place / "builtin", place / "student", place / "comparison.json"
     teacher = fewstep.load(into / "tiny")
     made = distill(teacher, pictures(), out=folder, validation_seeds=1, **{**TINY, "pictures": 8})
     rows = [
         {"nfe": nfe, "solver": solver, "error": nfe / 8, "fd": {"j": {"excess": nfe / 4}},
-         "student": {"weights": made.card.weights_sha256}}
+         "student": {"weights": made.card.weights_sha256}, "source": 1}
         for nfe, solver in ((1, "consistency"), (2, "ddim"))
     ]  # fmt: skip
-    record = {"format": "fewstep-comparison/1", "seeds": "0-9", "sources": [{"command": "study"}]}
+    record = {"format": "fewstep-comparison/1", "seeds": "0-9", "sources": [{}, {"command": "study"}]}
     comparison.write_text(json.dumps({**record, "rows": rows}))
     ship(folder, "tiny-splam", comparison, into)
     with pytest.MonkeyPatch.context() as patch:
