@@ -1,7 +1,9 @@
 """The study of distillation: SPLAM by each rule and LCM, on equal data, steps and search.
 
     search    each method at three learning rates and further where the best is at an end, a quarter
-              of the pictures; the best on the validation seeds is the method's rate
+              of the pictures
+    final     the two best of these, whole, with training seed 0: what is best at a quarter is often
+              too high for the whole; the better on the validation seeds is the method's rate
     train     each method at its rate, with three training seeds
     ablate    SPLAM with one thing changed, a quarter of the pictures
     measure   all of these and the solvers of the frozen network, in two comparisons: each student's
@@ -26,7 +28,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -50,8 +52,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "lcm": {"method": "lcm"},
 }
 RATES = (1e-4, 3e-4, 1e-3)
-# by name: the method whose learning rate it takes, and what is changed; its best search is what
-# they are compared with
+# by name: the method whose best rate of the search it takes, and what is changed; that search is
+# what they are compared with
 ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "gamma-linear": ("splam", {"tell": "gamma", "rule": "linear"}),
     "gamma-variance": ("splam", {"tell": "gamma", "rule": "variance"}),  # told as published
@@ -65,10 +67,12 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 PART = 4  # of the pictures, for search and ablations
 FARTHER = 2  # learning rates beyond an end of RATES
+FINALISTS = 2  # learning rates that the search leaves
 BUDGETS = "1,2,4,8"
 FREE = (
     "ddim,heun,dpm-solver-2,dpmpp-2m,dpmpp-3m,unipc-2,unipc-3,deis-2,deis-3,ipndm-2,ipndm-3,ipndm-4"
 )
+QUARTERS = ("search", "ablate")  # stages
 FAILED = "failed.json"
 # fields of the recipe that the study sets
 OWN = ("method", "tell", "rule", "gamma_one", "pictures", "lr", "seed")
@@ -175,16 +179,23 @@ class Study:
 
     def found(self, method: str) -> Job | None:
         """The search's best run; None before it is over."""
-        jobs = self.searches(method)
-        if not all(job.ended for job in jobs):
-            return None
-        best = min(jobs, key=lambda job: job.score)
-        if best.score == math.inf:
-            raise ValueError(f"{method} failed at every learning rate; see {best.folder}")
-        return best
+        return next(iter(ranked(method, self.searches(method))), None)
+
+    def whole(self, stage: str, method: str, seed: int, rate: float | None) -> Job:
+        name = f"{method}-{seed}" if stage == "train" else f"{method}-whole-lr{rate or 0:g}"
+        settings = {**METHODS[method], "seed": seed, "lr": rate}
+        job = self.job(stage, name, self.pictures, **settings)
+        return replace(job, folder=self.out / "runs" / f"whole-lr{rate or 0:g}/{method}-{seed}")
+
+    def finals(self, method: str) -> list[Job]:
+        """The whole run with seed 0 at the search's best rates, None before the search is over."""
+        best = ranked(method, self.searches(method))[:FINALISTS]
+        rates = [job.settings["lr"] for job in best] or [None] * FINALISTS
+        return [self.whole("final", method, 0, rate) for rate in rates]
 
     def rate(self, method: str) -> float | None:
-        best = self.found(method)
+        """What the finals decide; None before they are over."""
+        best = next(iter(ranked(method, self.finals(method))), None)
         return None if best is None else best.settings["lr"]
 
     def jobs(self) -> Iterator[Job]:
@@ -192,13 +203,26 @@ class Study:
         learning rate yet and cannot run."""
         for method in METHODS:
             yield from self.searches(method)
+        for method in METHODS:
+            yield from self.finals(method)
         for seed in range(self.training_seeds):
-            for method, how in METHODS.items():
-                settings = {**how, "seed": seed, "lr": self.rate(method)}
-                yield self.job("train", f"{method}-{seed}", self.pictures, **settings)
+            for method in METHODS:
+                yield self.whole("train", method, seed, self.rate(method))
         for name, (method, change) in ABLATIONS.items():
-            settings = {**METHODS[method], **change, "lr": self.rate(method)}
+            found = self.found(method)
+            settings = {**METHODS[method], **change, "lr": found and found.settings["lr"]}
             yield self.job("ablate", name, self.pictures // PART, **settings)
+
+
+def ranked(method: str, jobs: Sequence[Job]) -> list[Job]:
+    """Those that did not fail, the best first; none before all of them are over. Errors: ValueError
+    where all failed."""
+    if not jobs or not all(job.ended for job in jobs):
+        return []
+    good = sorted((job for job in jobs if job.score < math.inf), key=lambda job: job.score)
+    if not good:
+        raise ValueError(f"{method} failed at every learning rate; see {jobs[0].folder}")
+    return good
 
 
 def chosen(stage: str, name: str, only: Sequence[str]) -> bool:
@@ -211,7 +235,8 @@ def print_status(study: Study, only: Sequence[str]) -> None:
     for job in study.jobs():
         waits = job.settings["lr"] is None
         known = job if not waits else study.job(job.stage, job.name, job.settings["pictures"])
-        if chosen(job.stage, job.name, only) and not job.ended:
+        final = waits and job.stage == "train" and job.settings["seed"] == 0  # it is one of these
+        if chosen(job.stage, job.name, only) and not job.ended and not final:
             left += (known.steps - known.step) * Recipe(**known.settings).batch
         lr = "lr by the search" if waits else f"lr {job.settings['lr']:g}"
         print(f"  {job.stage:<8} {job.name:<24} {lr:<18} {known.status()}")
@@ -227,9 +252,9 @@ def train(job: Job, model: Any, data: Any, validation_seeds: int) -> None:
                 model,
                 data,
                 out=job.folder,
-                name=job.name,
+                name=job.folder.name,
                 checkpoint_every=max(1, min(500, job.steps // 8)),
-                validate_every=math.ceil(job.steps / (4 if job.stage == "train" else 1)),
+                validate_every=math.ceil(job.steps / (1 if job.stage in QUARTERS else 4)),
                 validation_seeds=validation_seeds,
                 report=bar.report,
                 resumed=bar.resumed,
