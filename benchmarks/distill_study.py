@@ -254,7 +254,7 @@ def train(job: Job, model: Any, data: Any, validation_seeds: int) -> None:
                 out=job.folder,
                 name=job.folder.name,
                 checkpoint_every=max(1, min(500, job.steps // 8)),
-                validate_every=math.ceil(job.steps / (1 if job.stage in QUARTERS else 4)),
+                validate_every=math.ceil(job.steps / (1 if job.stage in QUARTERS else 2)),
                 validation_seeds=validation_seeds,
                 report=bar.report,
                 resumed=bar.resumed,
