@@ -1,6 +1,6 @@
 """Put a trained student among the built-in models, where `fewstep.load` finds it by name.
 
-    python recipes/ship_student.py study/runs/splam-0 --name fashion-mnist-splam \\
+    python recipes/ship_student.py study/runs/whole-lr0.0003/splam-0 --name fashion-mnist-splam \\
         --comparison study/students/comparison.json
 
 The folder is what `fewstep distill` wrote: weights in float16, and a card that names teacher,

@@ -22,6 +22,7 @@ from fewstep.solver import names
 
 SEEDS = (3, 11)
 SOLVERS = ("ddim-eta", "heun", "auto", "ddim")
+STUDENT = "fashion-mnist-splam"
 
 
 @pytest.fixture(scope="module")
@@ -185,11 +186,56 @@ def test_a_place_that_cannot_be_written_is_refused_before_any_work(tmp_path, pla
 
 @pytest.mark.parametrize(
     "arguments, message",
-    [({"seeds": ()}, "seeds"), ({"solvers": ["dpmp"]}, "nearest"), ({"nfe": 0}, "at least 1")],
+    [
+        ({"seeds": ()}, "seeds"),
+        ({"solvers": ["dpmp"]}, "nearest"),
+        ({"nfe": 0}, "at least 1"),
+        ({"model_name": STUDENT}, "is a student of fashion-mnist, and no network for solvers"),
+    ],
 )
 def test_what_cannot_be_run_is_refused(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         run_demo(out=tmp_path, **arguments)
+
+
+@pytest.fixture(scope="module")
+def with_student(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fewstep.demo.FAMILIES", ("ddim", "ipndm-2"))
+        patch.setattr("fewstep.demo.STOCHASTIC", ())
+        return run_demo(out=tmp_path_factory.mktemp("students"), nfe=3, seeds=SEEDS)
+
+
+def test_a_student_runs_by_its_own_network_at_its_own_budgets(with_student):
+    result = with_student
+    assert [(row.solver, row.nfe) for row in result.student_rows] == [(STUDENT, 1), (STUDENT, 2)]
+    student = fewstep.load(STUDENT)
+    with torch.no_grad():
+        x_T = student.prior(SEEDS)
+        once = student.denoiser()(x_T, torch.full((len(SEEDS),), 80.0)).double().numpy()
+    error = np.mean([np.sqrt(np.mean(gap**2)) for gap in once - solved("exp-adams-4", 80)])
+    assert result.student_rows[0].rmse == pytest.approx(error, abs=1e-5)
+    two = fewstep.sample(student, nfe=2, seeds=SEEDS)
+    np.testing.assert_array_equal(result.student_rows[1].pictures, two.images)
+    assert {row.solver for row in result.ode_rows} == {"auto", "ddim", "ipndm-2"}
+    assert [row.nfe for row in result.ode_rows] == [3, 3, 3]
+
+
+def test_a_student_stands_apart_in_page_and_table(with_student):
+    result = with_student
+    page = result.files[1].read_text()
+    strips = page.partition('<table class="strips">')[2].partition("</table>")[0]
+    names = [re.findall(r"<b>([^<]+)</b>", part) for part in strips.split("<tbody>")[1:]]
+    assert [set(block) for block in names] == [
+        {"exact solution"}, {"auto", "ddim", "ipndm-2"}, {STUDENT},
+    ]  # fmt: skip
+    assert 'class="off"' not in page
+    assert "3 evaluations, 2 solvers" in page
+    assert f"Students ({STUDENT}) were trained to end at once where" in page
+    console = Console(width=160, file=io.StringIO(), record=True)
+    console.print(render_table(result))
+    lines = [line.split() for line in console.export_text().splitlines()]
+    assert [line[1] for line in lines if line and line[0] == STUDENT] == ["1", "2"]
 
 
 def test_every_family_is_shown():

@@ -160,7 +160,7 @@ def test_a_teacher_in_small_steps_ends_near_the_fine_solution(
     assert float(fine.split()[-1]) < 0.1 * float(rough.split()[-1])
 
 
-@pytest.mark.parametrize("text", ["lr=1", "tell=gamma", "batch", "points"])
+@pytest.mark.parametrize("text", ["lr=1", "tell=gamma", "loss=l2", "batch"])
 def test_what_the_study_sets_itself_is_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="must be NAME=VALUE, NAME one of points,"):
         distill_study.setting(text)
@@ -198,15 +198,17 @@ def test_the_table_over_training_seeds_by_hand() -> None:
 def test_the_expectations_by_hand() -> None:
     def row(sampler: str, nfe: int, excess: float, seed: int | None = None) -> dict[str, Any]:
         how = {} if seed is None else {"student": {"recipe": {"seed": seed}}}
-        return {"sampler": sampler, "nfe": nfe, "fd": {"a": {"excess": excess}}, **how}
+        row = {"sampler": sampler, "nfe": nfe, "grid": "karras", "fd": {"a": {"excess": excess}}}
+        return row | how
 
     rows = [row("ddim", 1, 9.0), row("runs/tuned-s0", 1, 4.0), row("ddim", 2, 0.5)]
     rows += [row(f"runs/splam-{i}", nfe, nfe + i, i) for nfe in (1, 2, 4) for i in range(3)]
-    rows += [row("runs/lcm-0", 2, 3.0, 0), row("runs/lcm-2", 2, 7.0, 2)]
+    rows += [row("runs/lcm-0", 2, 3.0, 0), row("runs/lcm-2", 2, 7.0, 2), row("lcm-1", 4, 8.0, 1)]
     assert distill_study.expectations({"rows": rows, "floor": {"a": {}}}) == [
         "pass  splam at 1 is below tuned-s0, FD-a: 2.00 ± 0.58 (3) against 4.00",
         "FAIL  splam at 2 is below ddim, FD-a: 3.00 ± 0.58 (3) against 0.50",
-        "pass  splam less lcm at 2, by seed, FD-a: -2.00 ± 1.00 (2) against 0.00",
+        "open  splam less lcm at 2, by seed, FD-a: -2.00 ± 1.00 (2) against 0.00",
+        "pass  splam less lcm at 4, by seed, FD-a: -3.00 (1) against 0.00",
     ]
 
 

@@ -19,7 +19,7 @@ from fewstep.models.edm import denoise
 from fewstep.models.told import Told, gamma_index, guidance_embedding, guidance_index, indices
 from fewstep.models.unet import UNet, UNetConfig
 from fewstep.noise import normal
-from fewstep.sampling import Settings
+from fewstep.sampling import Settings, plan_for
 from fewstep.schedule import VP
 from fewstep.solver import get, names
 from fewstep.splam import student_levels
@@ -379,3 +379,4 @@ def test_settings_know_whether_noise_is_drawn(solver: str, grid: tuple[float, ..
     ends = [fewstep.solve(mixture, x_T, solver, grid=grid, seeds=[i, i + 1]) for i in range(2)]
     drawn = not torch.equal(*ends)
     assert Settings(solver, len(grid) - 1, grid).stochastic == drawn
+    assert Settings(plan_for(solver, grid=grid), len(grid) - 1, None).stochastic == drawn

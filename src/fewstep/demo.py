@@ -1,13 +1,13 @@
 """The demo: every solver family on the same seeds, beside the exact solution.
 
-    error of a picture = sqrt(mean((x - x_exact)^2))        x in [-1, 1], both at sigma_min
+    error of a picture = sqrt(mean((x - x_exact)^2))        x in [-1, 1]
 
 x_exact is a fine solve of the same probability-flow ODE from the same noise. A second fine solve,
 by another method on another grid, says how exact it is. Every solver runs with the package's
 defaults, the Karras grid over the model's range and no analytic step: nothing is chosen on the
 pictures shown. "auto" runs with what the model's card names for the budget. The stochastic solvers
-leave the ODE, so they have pictures but no error. Students that ship with the model's own weights
-for a teacher run at 1, 2 and 4 evaluations, each from the same noise.
+leave the ODE, so they have pictures but no error. Students of the model that ship with fewstep run
+from the same noise too, at 1, 2 and 4 evaluations, as far as the budget goes.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def run_demo(
     report: called with what is under way, and with the work done and in total, in evaluations of
         one picture
 
-    Errors: OSError where `out` cannot be written, before any work; ValueError for unknown names.
+    Errors: OSError where `out` cannot be written, before any work; ValueError for unknown names and
+    for a student, whose trajectories no solver follows.
     """
     out, seeds = Path(out), tuple(int(seed) for seed in seeds)
     if not seeds:
@@ -85,23 +86,24 @@ def run_demo(
         raise ValueError(f"nfe must be at least 1, got {nfe}")
     check_writable(out)
     model = load(model_name)
+    if how := model.card.distilled:
+        raise ValueError(
+            f"{model_name} is a student of {how['teacher']}, and no network for solvers: see "
+            f"fewstep demo --model {how['teacher']}, or fewstep sample {model_name}"
+        )
     x_T, denoiser = model.prior(seeds, label=label), Counted(model.denoiser(label))
     names = list(dict.fromkeys(solvers or ("auto", *FAMILIES, *STOCHASTIC)))
     entrants = [_Entrant(model, denoiser, name, _settings(model, name, nfe)) for name in names]
     for name in () if solvers else students_of(model.card):
-        student = load(name)
-        spent = [budget for budget in STUDENT_BUDGETS if budget <= nfe]
-        counted = Counted(student.denoiser(label))
-        ways = [Settings.choose(student, "auto", budget) for budget in spent]
-        entrants += [_Entrant(student, counted, name, way) for way in ways]
+        entrants += _student(name, nfe, label)
     exact, check = _fine(EXACT, nfe), _fine(CHECK, nfe)
     few = min(len(seeds), CHECK_SEEDS)
     each = sum(entrant.settings.nfe for entrant in entrants) * len(seeds)
     total = exact.nfe * len(seeds) + check.nfe * few + ROUNDS * each
-    bench = _Bench(denoiser, x_T, seeds, total, report)
-    x, seconds = bench.watched("exact solution", exact, len(seeds))
-    other, _ = bench.watched("check of it", check, few)
+    bench = _Bench(x_T, seeds, total, report)
     fine = _Entrant(model, denoiser, "exact solution", exact)
+    x, seconds = bench.watched(fine, len(seeds))
+    other, _ = bench.watched(_Entrant(model, denoiser, "check of it", check), few)
     reference = _row(fine, _Run(x, exact.nfe, [seconds]), other, exact.nfe)
     runs = _race(bench, entrants)
     report("writing", total, total)
@@ -144,27 +146,23 @@ class _Run:
 
 @dataclass
 class _Bench:
-    """Solves from one start against the clock, and reports the work done.
+    """Solves from one start against the clock, and reports the work done."""
 
-    denoiser: of the exact solutions
-    """
-
-    denoiser: Counted
     x_T: Tensor
     seeds: tuple[int, ...]
     total: int
     report: Callable[[str, int, int], None]
     done: int = 0
 
-    def watched(self, what: str, settings: Settings, count: int) -> tuple[Tensor, float]:
+    def watched(self, entrant: _Entrant, count: int) -> tuple[Tensor, float]:
         """A long solve of the first `count` seeds, reported as it goes: its end and its seconds."""
-        x, seeds = self.x_T[:count], self.seeds[:count]
-        self.report(what, self.done, self.total)
+        x, seeds, how = self.x_T[:count], self.seeds[:count], entrant.settings.arguments()
+        self.report(entrant.name, self.done, self.total)
         begun = time.perf_counter()
-        for state in iterate(self.denoiser, x, **settings.arguments(), seeds=seeds):
+        for state in iterate(entrant.denoiser, x, **how, seeds=seeds):
             x = state.x
-            self.report(what, self.done + state.nfe * count, self.total)
-        self.done += settings.nfe * count
+            self.report(entrant.name, self.done + state.nfe * count, self.total)
+        self.done += entrant.settings.nfe * count
         return x, time.perf_counter() - begun
 
     def timed(self, entrant: _Entrant) -> tuple[Tensor, float]:
@@ -180,7 +178,7 @@ class _Bench:
 
 def _race(bench: _Bench, entrants: Sequence[_Entrant]) -> list[_Run]:
     """Every one once a round, in turn, so that a busy moment is not one solver's."""
-    runs: dict[int, _Run] = {}
+    runs: list[_Run] = []
     begun = time.perf_counter()
     for done in range(ROUNDS):
         spent = time.perf_counter() - begun
@@ -189,9 +187,25 @@ def _race(bench: _Bench, entrants: Sequence[_Entrant]) -> list[_Run]:
         for i, entrant in enumerate(entrants):
             before = entrant.denoiser.evaluations
             x, seconds = bench.timed(entrant)
-            earlier = runs[i].seconds if i in runs else []
-            runs[i] = _Run(x, entrant.denoiser.evaluations - before, [*earlier, seconds])
-    return list(runs.values())
+            if done:
+                runs[i].seconds.append(seconds)
+            else:
+                runs.append(_Run(x, entrant.denoiser.evaluations - before, [seconds]))
+    return runs
+
+
+def _student(name: str, nfe: int, label: int | str | None) -> list[_Entrant]:
+    """A student at its budgets up to nfe; none where it imitates guidance, which nothing here
+    has."""
+    student = load(name)
+    if student.card.distilled.get("guidance") not in (None, 1):
+        return []
+    denoiser = Counted(student.denoiser(label))
+    return [
+        _Entrant(student, denoiser, name, Settings.choose(student, "auto", budget))
+        for budget in STUDENT_BUDGETS
+        if budget <= nfe and str(budget) in student.card.auto
+    ]
 
 
 def _solver(settings: Settings) -> Solver | None:
@@ -279,7 +293,7 @@ def _protocol(
         "exact solution": f"{exact.solver}, {exact.nfe} evaluations, {exact.grid} grid",
         "check of it": f"{check.solver}, {check.nfe} evaluations, {check.grid} grid, "
         f"seeds {span(seeds[:few])}",
-        "time": f"all {len(seeds)} pictures as one batch, after a warm-up, {times}",
+        "time": f"all {len(seeds)} pictures as one batch, {times}",
         "software": f"fewstep {__version__}, torch {torch.__version__}, "
         f"Python {platform.python_version()}",
         "machine": f"{platform.system()} {platform.machine()}, {count(cores or 1, 'core')}, "

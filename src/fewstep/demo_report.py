@@ -87,8 +87,14 @@ class DemoResult:
 
     @property
     def student_rows(self) -> list[Row]:
-        """By budget."""
-        return sorted((row for row in self.rows if row.student), key=lambda row: row.nfe)
+        """By name and budget."""
+        rows = [row for row in self.rows if row.student]
+        return sorted(rows, key=lambda row: (row.solver, row.nfe))
+
+    @property
+    def students(self) -> str:
+        """Their names."""
+        return ", ".join(dict.fromkeys(row.solver for row in self.student_rows))
 
     @property
     def blocks(self) -> list[list[Row]]:
@@ -141,7 +147,7 @@ def render_table(result: DemoResult) -> Table:
     table.add_column("settings", overflow="fold")
     exact = result.exact
     table.add_row(exact.solver, str(exact.nfe), _ms(exact), "0", "", exact.about, style="dim")
-    for row in [row for block in result.blocks[1:] for row in block]:
+    for row in (row for block in result.blocks[1:] for row in block):
         error = ("stochastic", "") if row.errors is None else _error(row)
         about = row.about.partition(",")[0] + ", " if row.solver == "auto" else ""
         table.add_row(row.solver, str(row.nfe), _ms(row), *error, about + row.settings)
@@ -187,11 +193,8 @@ def _headline(result: DemoResult) -> str:
             f" and {_ms(best)} ms a picture, where the exact one took {exact.nfe} and"
             f" {_ms(exact)} ms."
         )
-    if result.student_rows:
-        text += (
-            f" {result.student_rows[0].solver} is another network, distilled from this one for the"
-            " fewest evaluations."
-        )
+    if result.students:
+        text += f" Distilled from this network for the fewest evaluations: {result.students}."
     return text
 
 
@@ -413,7 +416,7 @@ def _numbers(result: DemoResult) -> Iterator[str]:
         '<th scope="col">error</th></tr></thead>\n<tbody>'
     )
     full = _full_bar(result)
-    for row in [row for block in result.blocks for row in block]:
+    for row in (row for block in result.blocks for row in block):
         if row is result.exact:
             error = f'<span class="about">checked to {_own_error(result)}</span>'
         elif row.errors is None:
@@ -461,11 +464,11 @@ def _notes(result: DemoResult) -> Iterator[str]:
         "The exact solution was checked by another solver on another grid; the two differ by "
         f"{_own_error(result)}."
     )
-    if result.student_rows:
+    if result.students:
         yield (
-            f"{result.student_rows[0].solver} was trained to draw as the network does, not to end "
-            "where it ends: judge its pictures as pictures. Beyond one evaluation it draws fresh "
-            "noise where it is stochastic."
+            f"Students ({result.students}) were trained to end at once where this network's path "
+            "ends. Those that add fresh noise before each further evaluation end elsewhere: judge "
+            "these rows as pictures."
         )
     if result.stochastic_rows:
         yield (

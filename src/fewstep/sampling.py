@@ -32,7 +32,7 @@ from fewstep.loop import (
 )
 from fewstep.models.memory import Memory
 from fewstep.pictures import fit_picture, read_picture
-from fewstep.plan import Plan, Program
+from fewstep.plan import Combine, Plan, Program
 from fewstep.solver import Solver, get, intervals_for
 
 if TYPE_CHECKING:
@@ -151,8 +151,10 @@ class Settings:
 
     @property
     def stochastic(self) -> bool:
-        """Whether this may draw noise on the way: the solver does, and is not a consistency
+        """Whether this may draw noise on the way: the solver or plan does, and is not a consistency
         function that ends at once."""
+        if isinstance(self.solver, Plan):
+            return any(isinstance(op, Combine) and op.noise != 0 for op in self.solver.ops)
         if not isinstance(self.solver, str | Solver):
             return False
         solver = get(self.solver) if isinstance(self.solver, str) else self.solver

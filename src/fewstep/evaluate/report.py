@@ -111,7 +111,7 @@ def seeds_table(record: dict[str, Any]) -> str:
     trained: dict[str, dict[int, dict[int, dict[str, Any]]]] = {}  # by name, training seed, budget
     students, plain = set(), []
     for row in record["rows"]:
-        if found := _training_seed(row, called[row["sampler"]]):
+        if found := training_seed(row, called[row["sampler"]]):
             name, seed = found
             trained.setdefault(name, {}).setdefault(seed, {})[row["nfe"]] = row
             students |= {name} if "student" in row else set()
@@ -151,8 +151,8 @@ def seeds_table(record: dict[str, Any]) -> str:
     return "\n\n".join(tables)
 
 
-def _training_seed(row: dict[str, Any], name: str) -> tuple[str, int] | None:
-    """What is trained without its seed, and the seed; None for what does not say one."""
+def training_seed(row: dict[str, Any], name: str) -> tuple[str, int] | None:
+    """What is trained, `name` without its seed, and the seed; None for what does not say one."""
     if "student" in row:
         seed = row["student"]["recipe"].get("seed", 0)
         return name.removesuffix(f"-{seed}"), seed
