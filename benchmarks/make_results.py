@@ -37,9 +37,8 @@ def judge(record: Record) -> str:
 
 
 def named(record: Record) -> Record:
-    """Without the learned solvers that only a folder of somebody's runs has, unless that is all."""
-    rows = [row for row in record["rows"] if row["grid"] or "student" in row]
-    rows += [row for row in record["rows"] if row not in rows and "/" not in row["sampler"]]
+    """Without what only a folder of somebody's runs has, unless that is all."""
+    rows = [row for row in record["rows"] if "/" not in row["sampler"]]
     return {**record, "rows": rows or record["rows"]}
 
 
@@ -117,8 +116,8 @@ def results_page(records: dict[str, Record]) -> str:
         if has_curves(record):
             parts += [
                 f"![The distance of the samplers against their evaluations and time]({stem}.svg)",
-                "Bars reach two standard errors to either side. Learned solvers that do not come "
-                "with the network are in the tables alone.",
+                "Bars reach two standard errors to either side. Learned solvers and students that "
+                "do not come with fewstep are in the tables alone.",
             ]
         for nfe in sorted({row["nfe"] for row in record["rows"]}):
             head = ["sampler", "setting", "error", "PSNR"]

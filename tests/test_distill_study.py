@@ -14,7 +14,7 @@ import pytest
 from test_splam_training import TINY, pictures, tiny_model, write_idx
 
 import fewstep
-from benchmarks import distill_study, distill_teachers, make_results
+from benchmarks import distill_lines, distill_study, distill_teachers, make_results
 from fewstep import models
 from fewstep.evaluate.report import seeds_table
 from fewstep.models.network import save_folder
@@ -258,3 +258,12 @@ def test_a_student_ships_with_its_figures_under_a_name(place: Path) -> None:
     with pytest.raises(ValueError, match="was distilled from a model that does not ship"):
         ship(folder, "other", None, models.BUILTIN)
     assert not (into / "other").exists()
+
+
+def test_targets_on_the_line_are_as_right_as_its_end_by_the_linear_rule(place: Path) -> None:
+    model = ["--model", str(place / "builtin" / "tiny"), "--dtype", "float32", "--seeds", "4"]
+    found = distill_lines.main([*model, "--points", "5", "--teacher", "ddim", "--substeps", "1"])
+    assert found.shape == (4, 3)
+    end, variance, linear = found[:-1].mean(0)  # the last interval ends where nothing is solved
+    assert linear < 1.2 * end
+    assert variance > 2 * linear

@@ -105,8 +105,7 @@ def seeds_table(record: dict[str, Any]) -> str:
     students the same of the difference to LCM with the same seed where there is one. Samplers that
     draw noise have no place among errors. Below them the training-free sampler that the first
     feature network prefers; among errors, the one with the least. Empty where nothing was trained
-    with more than one seed: students say theirs by their recipe, learned solvers by folders called
-    NAME-sSEED."""
+    with more than one seed: students lie in folders called NAME-SEED, learned solvers in NAME-sSEED."""
     called, judges = short_names(record), list(record["floor"])
     trained: dict[str, dict[int, dict[int, dict[str, Any]]]] = {}  # by name, training seed, budget
     students, plain = set(), []
@@ -115,7 +114,7 @@ def seeds_table(record: dict[str, Any]) -> str:
             name, seed = found
             trained.setdefault(name, {}).setdefault(seed, {})[row["nfe"]] = row
             students |= {name} if "student" in row else set()
-        elif row["grid"] is not None:
+        elif row["grid"] is not None and "student" not in row:
             plain.append(row)
     if all(len(runs) < 2 for runs in trained.values()):
         return ""
@@ -155,7 +154,7 @@ def training_seed(row: dict[str, Any], name: str) -> tuple[str, int] | None:
     """What is trained, `name` without its seed, and the seed; None for what does not say one."""
     if "student" in row:
         seed = row["student"]["recipe"].get("seed", 0)
-        return name.removesuffix(f"-{seed}"), seed
+        return (name.removesuffix(f"-{seed}"), seed) if name.endswith(f"-{seed}") else None
     stem, found, seed = name.rpartition("-s")
     return (stem, int(seed)) if found and seed.isdecimal() and row["grid"] is None else None
 
