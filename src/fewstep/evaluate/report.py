@@ -105,7 +105,8 @@ def seeds_table(record: dict[str, Any]) -> str:
     students the same of the difference to LCM with the same seed where there is one. Samplers that
     draw noise have no place among errors. Below them the training-free sampler that the first
     feature network prefers; among errors, the one with the least. Empty where nothing was trained
-    with more than one seed: students lie in folders called NAME-SEED, learned solvers in NAME-sSEED."""
+    with more than one seed: students lie in folders called NAME-SEED, learned solvers in
+    NAME-sSEED."""
     called, judges = short_names(record), list(record["floor"])
     trained: dict[str, dict[int, dict[int, dict[str, Any]]]] = {}  # by name, training seed, budget
     students, plain = set(), []
