@@ -84,13 +84,13 @@ def run_demo(
         raise ValueError("seeds must name at least one picture")
     if nfe < 1:
         raise ValueError(f"nfe must be at least 1, got {nfe}")
-    check_writable(out)
     model = load(model_name)
     if how := model.card.distilled:
         raise ValueError(
             f"{model_name} is a student of {how['teacher']}, and no network for solvers: see "
             f"fewstep demo --model {how['teacher']}, or fewstep sample {model_name}"
         )
+    check_writable(out)
     x_T, denoiser = model.prior(seeds, label=label), Counted(model.denoiser(label))
     names = list(dict.fromkeys(solvers or ("auto", *FAMILIES, *STOCHASTIC)))
     entrants = [_Entrant(model, denoiser, name, _settings(model, name, nfe)) for name in names]
