@@ -39,7 +39,7 @@ bench: $(DEV) ## Time what a solver adds to the network's own work
 	$(VENV)/bin/python benchmarks/step_overhead.py
 
 results: $(DEV) ## Write docs/results.md and the README's table from results/
-	$(VENV)/bin/python benchmarks/make_results.py
+	$(VENV)/bin/python studies/make_results.py
 
 setup: $(DEV) ## Only set up .venv, for work on fewstep itself
 

@@ -24,12 +24,12 @@ from typing import Any
 import torch
 
 import fewstep
+from fewstep.distillation import Pictures, Recipe
+from fewstep.distillation.subject import subject
+from fewstep.distillation.teacher import stepper
+from fewstep.distillation.training import Run
 from fewstep.noise import generator
-from fewstep.splam import Pictures, Recipe
-from fewstep.splam.processes import Team
-from fewstep.splam.subject import subject
-from fewstep.splam.teacher import stepper
-from fewstep.splam.training import Run
+from fewstep.train.processes import Team
 
 MOST = 1.15  # times the passes alone
 

@@ -81,7 +81,7 @@ def sampling(model: Model, batch: int, rounds: int) -> list[dict[str, Any]]:
     rows = []
     for method, base, plain in PAIRS:
         learned = fresh(model, method, base, features)
-        options: dict[str, Any] = {"grid": "time-uniform", "first": "mean"}
+        options: dict[str, Any] = {"grid": "time-uniform", "afs": "mean"}
 
         def ours(learned: Method = learned) -> None:
             fewstep.solve(denoiser, x_T, learned)
@@ -134,7 +134,7 @@ def training(unit: Model, model: Model, batch: int, batches: int) -> list[dict[s
             starts.append(clock(x.device))
 
         train(
-            denoiser, model.shape, method="amed", nfe=NFE, first="zero", batch=batch,
+            denoiser, model.shape, method="amed", nfe=NFE, afs="zero", batch=batch,
             trajectories=batch * batches, prior=model.prior, device=x.device, validation=1,
             validate_every=batches + 1, report=report, **teacher,
         )  # fmt: skip

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.stable_diffusion import stable_diffusion, weight_bytes
-from fewstep.models.pipelines.model import quiet
+from fewstep.models.pipeline import quiet
 
 ROOT = Path(__file__).parent.parent
 MOST = 1.1  # times the weights

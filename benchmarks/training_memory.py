@@ -18,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from fewstep.evaluate.captions import read_captions
+from fewstep.data.captions import read_captions
 
 
 def peak(pipeline: str, captions: Path, nfe: int, trajectories: int, batch: int) -> float:

@@ -41,7 +41,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fewstep import __version__
-from fewstep.evaluate.fashion import (
+from fewstep.data.idx import load_idx_folder, to_unit
+from fewstep.files import check_writable, file_hash, sweep, write_json, write_whole
+from fewstep.networks.features import (
     CARD_FILE,
     CLASSES,
     FORMAT,
@@ -50,10 +52,8 @@ from fewstep.evaluate.fashion import (
     load_feature_folder,
     make_trunk,
 )
-from fewstep.files import check_writable, file_hash, sweep, write_json, write_whole
-from fewstep.models.data import load_idx_folder, to_unit
-from fewstep.models.training import data_hash, sorted_header
 from fewstep.noise import generator
+from fewstep.train.network import data_hash, sorted_header
 
 CHECKPOINT = "checkpoint.safetensors"
 PROJECTOR = 256  # width of VICReg's projector

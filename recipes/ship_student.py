@@ -19,10 +19,10 @@ from safetensors import safe_open
 
 import fewstep
 from fewstep.evaluate.compare import read_comparison
-from fewstep.evaluate.report import setting_words
 from fewstep.files import write_json, write_whole
 from fewstep.models import BUILTIN, Card, read_card
 from fewstep.models.card import CARD_FILE, WEIGHTS_FILE
+from fewstep.report.tables import setting_words
 
 MOST = 6_000_000  # bytes of weights
 

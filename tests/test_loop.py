@@ -9,7 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import (
+
+import fewstep.solver as registry
+from fewstep.loop import State, iterate, solve
+from fewstep.noise import normal
+from fewstep.plan import Combine, Eval, Plan, flatten, freeze, nfe
+from tests.support.testbed import (
     ALL_SOLVERS,
     ODE_SOLVERS,
     SDE_SOLVERS,
@@ -23,11 +28,6 @@ from conftest import (
     noise,
     random_grid,
 )
-
-import fewstep.solver as registry
-from fewstep.loop import State, iterate, solve
-from fewstep.noise import normal
-from fewstep.plan import Combine, Eval, Plan, flatten, freeze, nfe
 
 SEEDS = [1, 2, 3]
 SIGMAS = random_grid(np.random.default_rng(3), 6)
@@ -126,19 +126,19 @@ def test_iterate_yields_each_accepted_state_and_ends_where_solve_does(name, mixt
     assert torch.equal(states[-1].x, solve(mixture, x, name, grid=SIGMAS, seeds=SEEDS))
 
 
-@pytest.mark.parametrize("first", ["zero", "mean"])
+@pytest.mark.parametrize("afs", ["zero", "mean"])
 @pytest.mark.parametrize("name", ODE_SOLVERS)
-def test_an_analytic_first_step_counts_nothing_and_shows_its_stand_in(name, first, mixture):
+def test_an_analytic_first_step_counts_nothing_and_shows_its_stand_in(name, afs, mixture):
     x = noise(3, SIGMAS[0])
     denoiser = Counted(mixture)
     states = []
-    for state in iterate(denoiser, x, name, grid=SIGMAS, first=first, final=True):
+    for state in iterate(denoiser, x, name, grid=SIGMAS, afs=afs, final=True):
         assert state.nfe == denoiser.calls
         states.append(state)
     assert torch.equal(states[-1].x, states[-1].denoised)  # the last D, to the bit
     if name in {"ddim", "lms-4", "deis-3", "dpmpp-2m"}:
         shrink = 1 - SIGMAS[0] / (1 + SIGMAS[0] ** 2) ** 0.5
-        stand_in = mixture.far_mean.expand_as(x) if first == "mean" else shrink * x
+        stand_in = mixture.far_mean.expand_as(x) if afs == "mean" else shrink * x
         torch.testing.assert_close(states[0].denoised, stand_in, rtol=0, atol=1e-14)
 
 
@@ -459,7 +459,7 @@ def test_seeds_must_be_one_per_picture(name, mixture):
 
 def test_the_mean_first_step_needs_a_mean():
     with pytest.raises(ValueError, match=r"needs denoiser\.far_mean"):
-        solve(lambda x, sigma: 0 * x, noise(3, 1.0), "ddim", grid=[1.0, 0.5], first="mean")
+        solve(lambda x, sigma: 0 * x, noise(3, 1.0), "ddim", grid=[1.0, 0.5], afs="mean")
 
 
 @pytest.mark.parametrize("grid", [[1.0], [1.0, 1.0], [1.0, 2.0], [1.0, -0.5], [torch.inf, 1.0]])
@@ -471,7 +471,7 @@ def test_grids_that_do_not_strictly_decrease_are_refused(grid, mixture):
 def test_a_plan_comes_with_its_grid_and_ends(mixture):
     plan = registry.get("ddim").plan(SIGMAS, "zero")
     assert nfe(plan) == len(SIGMAS) - 2
-    chosen: list[dict[str, Any]] = [{"grid": SIGMAS}, {"first": "zero"}, {"final": True}]
+    chosen: list[dict[str, Any]] = [{"grid": SIGMAS}, {"afs": "zero"}, {"final": True}]
     for options in chosen:
         with pytest.raises(ValueError, match="has its own grid, first step and end: leave out"):
             solve(mixture, noise(3, 10.0), plan, **options)

@@ -8,13 +8,13 @@ import math
 
 import pytest
 import torch
-from conftest import ALL_SOLVERS, Mixture, karras, largest, noise
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import kstest
 
 from fewstep.loop import solve
 from fewstep.noise import brownian, generator, key, normal
+from tests.support.testbed import ALL_SOLVERS, Mixture, karras, largest, noise
 
 SHAPE = (3, 4)
 

@@ -9,13 +9,21 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import ALL_SOLVERS, ODE_SOLVERS, SDE_SOLVERS, Counted, Mixture, noise, random_grid
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fewstep.solver as registry
 from fewstep.loop import solve
 from fewstep.plan import Combine, Eval, Plan, flatten, freeze, nfe
+from tests.support.testbed import (
+    ALL_SOLVERS,
+    ODE_SOLVERS,
+    SDE_SOLVERS,
+    Counted,
+    Mixture,
+    noise,
+    random_grid,
+)
 
 SEEDS = [1, 2]
 IRREGULAR = random_grid(np.random.default_rng(2), 6)
@@ -91,23 +99,23 @@ def test_a_plan_whose_header_contradicts_its_steps_is_refused():
 
 
 @pytest.mark.parametrize("last", LAST)
-@pytest.mark.parametrize("first", registry.FIRST_STEPS)
+@pytest.mark.parametrize("afs", registry.AFS)
 @pytest.mark.parametrize("name", ODE_SOLVERS)
 def test_the_flattened_row_applied_to_the_recorded_outputs_is_the_solution(
-    name, first, last, mixture
+    name, afs, last, mixture
 ):
     final, end = LAST[last]
     sigmas = [*IRREGULAR[:-1], end]
-    plan = registry.get(name).plan(sigmas, first, final)
+    plan = registry.get(name).plan(sigmas, afs, final)
     denoiser = Counted(mixture)
     x = noise(3, sigmas[0])
-    solved = solve(denoiser, x, name, grid=sigmas, first=first, final=final)
+    solved = solve(denoiser, x, name, grid=sigmas, afs=afs, final=final)
     row = flatten(plan)
     outputs = list(denoiser.outputs)
-    if first == "zero":  # its weight is that of x_T
+    if afs == "zero":  # its weight is that of x_T
         assert row[1] == 0
         outputs.insert(0, torch.zeros_like(x))
-    if first == "mean":
+    if afs == "mean":
         outputs.insert(0, mixture.far_mean.expand_as(x))
     assert len(row) == 1 + len(outputs)
     by_row = sum((w * d for w, d in zip(row[1:], outputs, strict=True)), row[0] * x)
@@ -151,19 +159,19 @@ def test_any_stream_of_operations_does_what_its_flattened_row_says(prediction, g
 
 @pytest.mark.parametrize("final", [False, True])
 @pytest.mark.parametrize(
-    "name, first",
-    [(name, first) for name in ODE_SOLVERS for first in registry.FIRST_STEPS]
+    "name, afs",
+    [(name, afs) for name in ODE_SOLVERS for afs in registry.AFS]
     + [(name, "none") for name in SDE_SOLVERS],
 )
 def test_a_budget_is_spent_exactly_or_refused_with_the_budgets_that_are_possible(
-    name, first, final, mixture
+    name, afs, final, mixture
 ):
     solver = registry.get(name)
     x = noise(2, mixture.sigma_max)
     refused = 0
     for budget in range(1, 13):
         denoiser = Counted(mixture)
-        options = {"seeds": SEEDS, "first": first, "final": final}
+        options = {"seeds": SEEDS, "afs": afs, "final": final}
         try:
             end = solve(denoiser, x, name, nfe=budget, sigma_max=20.0, sigma_min=0.01, **options)
         except ValueError as error:
@@ -172,12 +180,12 @@ def test_a_budget_is_spent_exactly_or_refused_with_the_budgets_that_are_possible
             assert possible
             assert budget not in possible
             for other in possible:
-                assert registry.intervals_for(solver, other, first, final) >= 1
+                assert registry.intervals_for(solver, other, afs, final) >= 1
             continue
         assert denoiser.calls == budget
         assert torch.isfinite(end).all()
     per_interval = {"heun": 2, "dpm-solver-2": 2, "dpm-solver-3": 3, "dpmpp-2s": 2, "churn": 2}
-    spent = (per_interval.get(name, 1) * n - (first != "none") + final for n in range(1, 15))
+    spent = (per_interval.get(name, 1) * n - (afs != "none") + final for n in range(1, 15))
     assert refused == 12 - len([n for n in spent if 1 <= n <= 12])
 
 
@@ -202,7 +210,7 @@ def test_a_solver_that_waits_for_the_network_has_no_plan():
 @pytest.mark.parametrize("name", SDE_SOLVERS)
 def test_an_analytic_first_step_of_a_stochastic_solver_is_refused(name):
     with pytest.raises(ValueError, match="is stochastic; an analytic first step goes with ODE"):
-        registry.get(name).plan(IRREGULAR, first="zero")
+        registry.get(name).plan(IRREGULAR, afs="zero")
 
 
 def test_a_last_denoising_step_after_zero_is_refused():
@@ -219,8 +227,8 @@ def test_unknown_names_and_options_are_refused_with_the_nearest():
         registry.get("ddim-eta:eta")
     with pytest.raises(ValueError, match=r"eta of ddim-eta must be .* at most 1, got 2\.0"):
         registry.get("ddim-eta:eta=2")
-    with pytest.raises(ValueError, match="first must be one of none, zero, mean, got 'one'"):
-        registry.get("ddim").plan(IRREGULAR, first="one")
+    with pytest.raises(ValueError, match="afs must be one of none, zero, mean, got 'one'"):
+        registry.get("ddim").plan(IRREGULAR, afs="one")
     with pytest.raises(ValueError, match="nfe must be from 1 to 10000, got 0"):
         registry.intervals_for(registry.get("ddim"), 0)
     with pytest.raises(ValueError, match="already a solver called 'ddim'"):

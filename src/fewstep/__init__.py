@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fewstep.loop import State, iterate, solve
     from fewstep.models import Model, load
     from fewstep.plan import Combine, Eval, Plan, Seen, flatten, freeze, nfe
-    from fewstep.sampling import Samples, sample
+    from fewstep.sampling.generate import Samples, sample
     from fewstep.solver import Solver, register
     from fewstep.solver import names as solvers
 
@@ -48,10 +48,22 @@ _HOMES = {
     "fewstep.loop": ("State", "iterate", "solve"),
     "fewstep.models": ("Model", "load"),
     "fewstep.plan": ("Combine", "Eval", "Plan", "Seen", "flatten", "freeze", "nfe"),
-    "fewstep.sampling": ("Samples", "sample"),
+    "fewstep.sampling.generate": ("Samples", "sample"),
     "fewstep.solver": ("Solver", "register", "solvers"),
 }
-_MODULES = ("evaluate", "learned", "splam")  # fewstep.learned.train needs no import of its own
+# modules that need no import of their own: fewstep.learned.train(...)
+_MODULES = (
+    "data",
+    "distillation",
+    "evaluate",
+    "grid",
+    "integrations",
+    "learned",
+    "models",
+    "noise",
+    "sampling",
+    "schedule",
+)
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 

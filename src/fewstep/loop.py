@@ -80,7 +80,7 @@ def resolve(
     solver: str | Solver | Runnable,
     nfe: int | None,
     grid: str | Sequence[float] | None,
-    first: str,
+    afs: str,
     final: bool,
     sigma_min: float | None = None,
     sigma_max: float | None = None,
@@ -99,7 +99,7 @@ def resolve(
     if not isinstance(solver, Solver):
         taken = {
             "grid": grid is not None,
-            "first": first != "none",
+            "afs": afs != "none",
             "final": final,
             "end": end != "sigma_min",
             "sigma_min": sigma_min is not None,
@@ -121,14 +121,14 @@ def resolve(
     if grid is not None and not isinstance(grid, str):
         if given or end != "sigma_min":
             raise ValueError("sigmas have their own ends: leave out end, sigma_min and sigma_max")
-        return solver.on(check_grid(grid), first, final)
+        return solver.on(check_grid(grid), afs, final)
     budget = DEFAULT_NFE if nfe is None else nfe
-    points = 1 + intervals_for(solver, budget, first, final, end)
+    points = 1 + intervals_for(solver, budget, afs, final, end)
     low = _end(denoiser, "sigma_min", sigma_min, DEFAULT_RANGE[0])
     high = _end(denoiser, "sigma_max", sigma_max, DEFAULT_RANGE[1])
     schedule = getattr(denoiser, "schedule", None)
     name = DEFAULT_GRID if grid is None else grid
-    return solver.on(end_at(make_grid(name, points, high, low, schedule), end), first, final)
+    return solver.on(end_at(make_grid(name, points, high, low, schedule), end), afs, final)
 
 
 def solve(
@@ -141,7 +141,7 @@ def solve(
     sigma_min: float | None = None,
     sigma_max: float | None = None,
     seeds: Sequence[int] | None = None,
-    first: str = "none",
+    afs: str = "none",
     final: bool = False,
     end: str = "sigma_min",
 ) -> Tensor:
@@ -160,7 +160,7 @@ def solve(
         decreasing sigmas
     sigma_min, sigma_max: the denoiser's own where left out, else 0.002 and 80
     seeds: one integer per picture, needed by stochastic solvers
-    first: analytic first step, at no evaluation: "none", "zero" as published, or "mean", which
+    afs: analytic first step, at no evaluation: "none", "zero" as published, or "mean", which
         needs `denoiser.far_mean` and a start at the denoiser's sigma_max
     final: spend the last evaluation at the grid's end and return its D
     end: where a named grid ends: "sigma_min", or "zero", its last point moved to 0, which costs
@@ -174,7 +174,7 @@ def solve(
     reuse = not torch.is_grad_enabled()
     x = x_T
     for state in _iterate(
-        denoiser, x_T, solver, nfe, grid, sigma_min, sigma_max, seeds, first, final, end, reuse
+        denoiser, x_T, solver, nfe, grid, sigma_min, sigma_max, seeds, afs, final, end, reuse
     ):
         x = state.x
     return x
@@ -190,7 +190,7 @@ def iterate(
     sigma_min: float | None = None,
     sigma_max: float | None = None,
     seeds: Sequence[int] | None = None,
-    first: str = "none",
+    afs: str = "none",
     final: bool = False,
     end: str = "sigma_min",
 ) -> Generator[State, State | None, None]:
@@ -202,14 +202,14 @@ def iterate(
     State are never written to again.
     """
     return _iterate(
-        denoiser, x_T, solver, nfe, grid, sigma_min, sigma_max, seeds, first, final, end, False
+        denoiser, x_T, solver, nfe, grid, sigma_min, sigma_max, seeds, afs, final, end, False
     )
 
 
 def _iterate(
-    denoiser, x_T, solver, nfe, grid, sigma_min, sigma_max, seeds, first, final, end, reuse
+    denoiser, x_T, solver, nfe, grid, sigma_min, sigma_max, seeds, afs, final, end, reuse
 ) -> Generator[State, State | None, None]:
-    program = resolve(solver, nfe, grid, first, final, sigma_min, sigma_max, denoiser, end)
+    program = resolve(solver, nfe, grid, afs, final, sigma_min, sigma_max, denoiser, end)
     if seeds is not None and len(seeds) != len(x_T):
         raise ValueError(f"seeds must have one entry per picture, got {len(seeds)} for {len(x_T)}")
     return _run(program, denoiser, x_T, seeds, reuse and not program.adapts)
@@ -220,8 +220,8 @@ def far_mean(denoiser: Denoiser) -> Tensor:
     mean = getattr(denoiser, "far_mean", None)
     if mean is None:
         raise ValueError(
-            "first='mean' needs denoiser.far_mean, the mean of D at sigma_max; "
-            "set it, or use first='zero'"
+            "afs='mean' needs denoiser.far_mean, the mean of D at sigma_max; "
+            "set it, or use afs='zero'"
         )
     return mean
 
@@ -235,8 +235,8 @@ def check_mean_start(sigma: Level, sigma_max: float | None) -> None:
         return
     if sigma < sigma_max:
         raise ValueError(
-            f"first='mean' holds at sigma_max, {sigma_max:g}, and this starts at {sigma:g}; "
-            "take first='none' or 'zero'"
+            f"afs='mean' holds at sigma_max, {sigma_max:g}, and this starts at {sigma:g}; "
+            "take afs='none' or 'zero'"
         )
 
 

@@ -74,7 +74,7 @@ def compare_command(
     grids: Annotated[str, typer.Option(help="Grids that are tried.")] = (
         "karras,log-snr,time-uniform"
     ),
-    firsts: Annotated[str, typer.Option(help="Analytic first steps that are tried.")] = (
+    afs: Annotated[str, typer.Option(help="Analytic first steps that are tried.")] = (
         "none,zero,mean"
     ),
     ends: Annotated[str, typer.Option(help="Ends that are tried.")] = "sigma_min,zero",
@@ -124,11 +124,11 @@ def compare_command(
         read_comparison,
     )
     from fewstep.evaluate.features import own_features, resolve_features
-    from fewstep.evaluate.geometry_report import check_matplotlib
     from fewstep.evaluate.references import Fine, References
-    from fewstep.evaluate.report import comparison_table, write_comparison
     from fewstep.files import check_writable
     from fewstep.models import load
+    from fewstep.report.geometry import check_matplotlib
+    from fewstep.report.tables import comparison_table, write_comparison
 
     if plots:
         check_matplotlib()
@@ -145,7 +145,7 @@ def compare_command(
         label=label,
         guidance=guidance,
         grids=words(grids, "grids"),
-        firsts=words(firsts, "firsts"),
+        afs=words(afs, "afs"),
         ends=words(ends, "ends"),
         screen=screen,
         choose_by=choose_by or (judges[0].label if judges else "error"),

@@ -29,8 +29,8 @@ def demo_command(
     seeds: SeedsOption = "0-11",
 ) -> None:
     """Every solver on the same seeds beside the exact solution: a table, a picture, a report."""
-    from fewstep.demo import run_demo
-    from fewstep.demo_report import render_table
+    from fewstep.report.demo import run_demo
+    from fewstep.report.demo_page import render_table
 
     chosen = parse_seeds(seeds)
     with progress_bar(False) as bar:

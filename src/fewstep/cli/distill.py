@@ -106,9 +106,9 @@ def distill_splam_command(
     command takes. `torchrun --nproc-per-node 2 -m fewstep distill splam ...` shares the work among
     processes.
     """
-    from fewstep import show
+    from fewstep.distillation import Recipe, distill
     from fewstep.models import load
-    from fewstep.splam import Recipe, distill
+    from fewstep.report import terminal as show
 
     recipe = Recipe(
         method=method,

@@ -112,9 +112,9 @@ def evaluate_command(
     if ("clip" in wanted) != (captions is not None):
         raise ValueError("--metrics clip and --captions FILE go together")
 
-    from fewstep.evaluate.captions import read_captions
+    from fewstep.data.captions import read_captions
+    from fewstep.data.sources import open_images, picture_shape
     from fewstep.evaluate.features import load_clip, resolve_features
-    from fewstep.evaluate.images import open_images, picture_shape
     from fewstep.evaluate.measure import evaluate, open_reference
     from fewstep.files import check_writable, write_json
 

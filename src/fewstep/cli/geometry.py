@@ -54,8 +54,8 @@ def geometry_command(
     Resumes a run that was cut short; seeds may be added to one that was not.
     """
     from fewstep.evaluate.geometry import run_geometry
-    from fewstep.evaluate.geometry_report import render_table
     from fewstep.models import load
+    from fewstep.report.geometry import render_table
 
     chosen = parse_seeds(seeds)
     with progress_bar(as_json) as bar:

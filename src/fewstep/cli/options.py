@@ -21,7 +21,7 @@ __all__ = [
     "NfeOption",
     "BudgetOption",
     "GridOption",
-    "FirstOption",
+    "AfsOption",
     "EndOption",
     "FinalOption",
     "SeedsOption",
@@ -72,7 +72,7 @@ GridOption = Annotated[
         rich_help_panel=SOLVER_PANEL,
     ),
 ]
-FirstOption = Annotated[
+AfsOption = Annotated[
     str | None,
     typer.Option(
         help="Analytic first step, at no evaluation: none, zero or mean.",

@@ -15,12 +15,12 @@ from fewstep.cli.app import app
 from fewstep.cli.options import (
     MACHINE_PANEL,
     SOLVER_PANEL,
+    AfsOption,
     BudgetOption,
     DeviceOption,
     DtypeOption,
     EndOption,
     FinalOption,
-    FirstOption,
     GridOption,
     JsonOption,
     ModelArgument,
@@ -110,7 +110,7 @@ def sample_command(
     solver: SolverOption = "auto",
     nfe: BudgetOption = None,
     grid: GridOption = None,
-    first: FirstOption = None,
+    afs: AfsOption = None,
     final: FinalOption = False,
     end: EndOption = None,
     head_start: Annotated[
@@ -177,14 +177,14 @@ def sample_command(
     Pictures that are there already, made with the same settings, are kept and skipped; with other
     settings, nothing is touched and the command says so.
     """
-    from fewstep import show
-    from fewstep.folder import sample_to_folder
     from fewstep.models import load
     from fewstep.plan import Plan
+    from fewstep.report import terminal as show
+    from fewstep.sampling.folder import sample_to_folder
 
     levels = parse_grid(grid)
     if plan is not None:
-        others = {"--nfe": nfe, "--grid": grid, "--first": first, "--final": final, "--end": end}
+        others = {"--nfe": nfe, "--grid": grid, "--afs": afs, "--final": final, "--end": end}
         others |= {"--solver": solver if solver != "auto" else None}
         refuse_beside("a plan has its own solver, budget and grid", others)
     elif levels is not None and not isinstance(levels, str):
@@ -207,7 +207,7 @@ def sample_command(
             solver=solver if plan is None else Plan.read(plan),
             nfe=nfe,
             grid=levels,
-            first=first,
+            afs=afs,
             final=final,
             end=end,
             guidance=guidance,
@@ -237,7 +237,7 @@ def _asked_for(
         names = [name.strip() for name in label.split(",")] if label is not None else None
         dealt = [names[i % len(names)] for i in range(len(chosen))] if names else None
         return {"seeds": chosen, "label": dealt, "prompt": prompt}
-    from fewstep.evaluate.captions import read_captions
+    from fewstep.data.captions import read_captions
 
     refuse_beside("--prompts has the texts", {"--prompt": prompt, "--label": label})
     captions = read_captions(prompts)
@@ -282,7 +282,7 @@ def plan_command(
     sigma_min: Annotated[
         float | None, typer.Option(help="The last noise level; the model's, or 0.002.")
     ] = None,
-    first: FirstOption = None,
+    afs: AfsOption = None,
     final: FinalOption = False,
     end: EndOption = None,
     list_all: Annotated[
@@ -299,9 +299,9 @@ def plan_command(
     as_json: JsonOption = False,
 ) -> None:
     """Show every coefficient of a solver as a table; --list names all solvers."""
-    from fewstep import show
     from fewstep.plan import levels as levels_of
-    from fewstep.sampling import plan_for
+    from fewstep.report import terminal as show
+    from fewstep.sampling.generate import plan_for
 
     console = Console()
     if list_all or solver is None:
@@ -326,7 +326,7 @@ def plan_command(
         grid=levels,
         sigma_min=sigma_min,
         sigma_max=sigma_max,
-        first=first,
+        afs=afs,
         final=final,
         end=end,
     )

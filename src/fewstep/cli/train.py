@@ -39,10 +39,10 @@ def train_network_command(
     Resumes, exactly, from the checkpoint in the output folder; ends with a model folder that every
     command takes.
     """
-    from fewstep import show
-    from fewstep.models.data import load_idx_folder
-    from fewstep.models.training import Recipe, check_names, export_network, train_network
-    from fewstep.models.unet import UNetConfig
+    from fewstep.data.idx import load_idx_folder
+    from fewstep.networks.unet import UNetConfig
+    from fewstep.report import terminal as show
+    from fewstep.train.network import Recipe, check_names, export_network, train_network
 
     images, labels = load_idx_folder(data)
     test_images, test_labels = load_idx_folder(data, "test")

@@ -15,8 +15,8 @@ from rich.table import Column
 
 from fewstep.cli.app import train_app
 from fewstep.cli.options import (
+    AfsOption,
     DeviceOption,
-    FirstOption,
     ModelArgument,
     NfeOption,
     parse_grid,
@@ -56,7 +56,7 @@ def train_solver_command(
     sigma_min: Annotated[
         float | None, typer.Option(help="The grid's lowest level. \\[default: the network's]")
     ] = None,
-    first: FirstOption = None,
+    afs: AfsOption = None,
     end: Annotated[
         str | None,
         typer.Option(
@@ -157,7 +157,7 @@ def train_solver_command(
     Resumes, exactly, from the checkpoint in the output folder; ends with a folder that every
     command takes as --solver.
     """
-    from fewstep.evaluate.captions import read_captions
+    from fewstep.data.captions import read_captions
     from fewstep.files import cache_folder
     from fewstep.learned import prompted, train
     from fewstep.loop import starts_at
@@ -178,7 +178,7 @@ def train_solver_command(
     options["parts"] = None if parts is None else tuple(part.strip() for part in parts.split(","))
     network = None
     if loss != "pixels":
-        from fewstep.evaluate.fashion import Clamped, load_feature_network
+        from fewstep.networks.features import Clamped, load_feature_network
 
         network = Clamped(load_feature_network(loss, device))
     about = {
@@ -199,10 +199,10 @@ def train_solver_command(
     if negative is not None:
         about["negative"] = negative
     levels = parse_grid(grid)
-    if method in ("tuned", "grid") and first is None:
+    if method in ("tuned", "grid") and afs is None:
         top = not isinstance(levels, list) or starts_at(levels[0], loaded.card.sigma_max)
         known = getattr(conditions([0]), "far_mean", None) is not None
-        first = "mean" if known and top else "none"
+        afs = "mean" if known and top else "none"
     with resumable(out), SolverBar() as bar:
         solver = train(
             conditions([0]),
@@ -214,7 +214,7 @@ def train_solver_command(
             batch=batch,
             grid=levels,
             sigma_min=sigma_min,
-            first=first,
+            afs=afs,
             end=end,
             teacher=teacher,
             inner=inner,

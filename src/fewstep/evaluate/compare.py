@@ -50,8 +50,8 @@ from fewstep.grid import GRIDS
 from fewstep.loop import resolve, solve
 from fewstep.models import Model, is_model, load, read_card
 from fewstep.models.card import POPULATION_FOLDER
-from fewstep.sampling import Settings, describe, locate
-from fewstep.solver import ENDS, FIRST_STEPS, Solver
+from fewstep.sampling.generate import Settings, describe, locate
+from fewstep.solver import AFS, ENDS, Solver
 from fewstep.solver.registry import MOST_EVALUATIONS
 
 __all__ = [
@@ -107,7 +107,7 @@ class Design:
     budgets: evaluations
     seeds: of the test
     label, guidance: the condition, one for all
-    grids, firsts, ends: what is screened
+    grids, afs, ends: what is screened
     screen: validation seeds of the last round; 0 chooses nothing: the card's or the usual setting
     screen_first: of the first round, which all settings enter
     choose_by: a judge's label, or "error"
@@ -121,7 +121,7 @@ class Design:
     label: int | str | None = None
     guidance: float | None = None
     grids: tuple[str, ...] = ("karras", "log-snr", "time-uniform")
-    firsts: tuple[str, ...] = ("none", "zero", "mean")
+    afs: tuple[str, ...] = ("none", "zero", "mean")
     ends: tuple[str, ...] = ("sigma_min", "zero")
     screen: int = 1000
     screen_first: int = 128
@@ -141,7 +141,7 @@ class Design:
         for nfe in self.budgets:
             if not 1 <= nfe <= MOST_EVALUATIONS:
                 raise ValueError(f"budgets must be from 1 to {MOST_EVALUATIONS}, got {nfe}")
-        for name, have in (("grids", GRIDS), ("firsts", FIRST_STEPS), ("ends", ENDS)):
+        for name, have in (("grids", GRIDS), ("afs", AFS), ("ends", ENDS)):
             unknown = [one for one in getattr(self, name) if one not in have]
             if unknown or not getattr(self, name):
                 got = unknown[0] if unknown else "none"
@@ -425,7 +425,7 @@ def protocol(workbench: Workbench, design: Design, judges: Sequence[Judge]) -> d
             "first_round": design.screen_first,
             "by": design.choose_by,
             "grids": design.grids,
-            "firsts": design.firsts,
+            "afs": design.afs,
             "ends": design.ends,
         },
         "features": {judge.label: judge.name for judge in judges},
@@ -612,17 +612,17 @@ def _candidates(
     except ValueError as error:
         return [], str(error)
     free = free and design.screen > 0
-    choices = itertools.product(design.grids, design.firsts, design.ends)
+    choices = itertools.product(design.grids, design.afs, design.ends)
     denoiser = workbench.denoiser()
     fit, why = [], ""
-    for grid, first, end in choices if free else [(None, None, None)]:
+    for grid, afs, end in choices if free else [(None, None, None)]:
         try:
-            settings = Settings.choose(model, solver, nfe, grid, first, end=end)
+            settings = Settings.choose(model, solver, nfe, grid, afs, end=end)
             resolve(**settings.arguments(), denoiser=denoiser)
         except ValueError as error:
             why = why or str(error)
             continue
-        if settings.first == "mean" and getattr(denoiser, "far_mean", None) is None:
+        if settings.afs == "mean" and getattr(denoiser, "far_mean", None) is None:
             why = why or "the model has no mean for the analytic first step"
             continue
         fit.append(settings)

@@ -257,7 +257,7 @@ def module_features(
 def own_features(model: str) -> tuple[str, ...]:
     """Names of the built-in feature networks for a model's pictures; the one that may choose comes
     first, the judge last. Empty where there is none."""
-    from fewstep.evaluate.fashion import feature_networks
+    from fewstep.networks.features import feature_networks
 
     return tuple(name for name in OWN.get(model, ()) if name in feature_networks())
 
@@ -271,7 +271,7 @@ def resolve_features(
     shape: of the pictures, (h, w, c), for finding a TorchScript network's dimension
     Errors: ValueError for an unknown name, or a file that is not what it should be.
     """
-    from fewstep.evaluate.fashion import feature_networks
+    from fewstep.networks.features import feature_networks
 
     if name in feature_networks():
         return _fashion(name, device)
@@ -293,7 +293,7 @@ def resolve_features(
 
 
 def _fashion(name: str, device: str | torch.device) -> Extractor:
-    from fewstep.evaluate.fashion import load_feature_network, reference_path
+    from fewstep.networks.features import load_feature_network, reference_path
 
     network = load_feature_network(name, device)
     preprocessing = Preprocessing(channels="grey", takes=32)

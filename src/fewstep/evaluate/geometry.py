@@ -51,7 +51,7 @@ from fewstep.files import check_writable, write_json, write_whole
 from fewstep.grid import check_grid, make_grid
 from fewstep.loop import DEFAULT_RANGE, iterate
 from fewstep.models import Model, load
-from fewstep.sampling import Settings, describe
+from fewstep.sampling.generate import Settings, describe
 from fewstep.solver import get
 
 __all__ = ["Curves", "Geometry", "measure", "run_geometry", "trace"]
@@ -335,7 +335,7 @@ def run_geometry(
     `out` that holds a run with other settings; FloatingPointError where the network returns NaN or
     infinity; OSError where `out` cannot be written; all but the second before any work.
     """
-    from fewstep.evaluate import geometry_report
+    from fewstep.report import geometry as geometry_report
 
     out, seeds = Path(out), tuple(int(seed) for seed in seeds)
     if not seeds:
@@ -513,7 +513,7 @@ def _protocol(
     grid: str | Sequence[float],
     points: int,
 ) -> dict[str, str]:
-    from fewstep.demo_report import count, span
+    from fewstep.report.demo_page import count, span
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     given = [

@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from fewstep.evaluate.captions import Captions, match_captions
+from fewstep.data.captions import Captions, match_captions
+from fewstep.data.sources import ARRAYS, Entry, Images, Unreadable, open_images
 from fewstep.evaluate.features import ClipScorer, Extractor
-from fewstep.evaluate.images import ARRAYS, Entry, Images, Unreadable, open_images
 from fewstep.evaluate.protocols import Protocol, check_protocol
 from fewstep.evaluate.statistics import (
     MOST_ROWS,

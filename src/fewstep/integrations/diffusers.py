@@ -30,7 +30,7 @@ from torch import Tensor
 from fewstep.denoiser import PREDICTIONS
 from fewstep.grid import check_grid, make_grid
 from fewstep.loop import Ledger, Runnable, _combine, _to_eps, find
-from fewstep.models.pipelines.process import FLOWS, Process, Shifted, read_process
+from fewstep.models.process import FLOWS, Process, Shifted, read_process
 from fewstep.plan import Combine, Eval, Op, Plan
 from fewstep.solver import Solver, end_at, get
 
@@ -114,8 +114,8 @@ class Staged:
                 continue
             if isinstance(op, Eval) and op.source == "mean":
                 raise ValueError(
-                    "first='mean' needs the mean of the network's D, which a scheduler does not "
-                    "know; take first='zero' or 'none'"
+                    "afs='mean' needs the mean of the network's D, which a scheduler does not "
+                    "know; take afs='zero' or 'none'"
                 )
             (parts[-1] if parts else before).append(op)
             if isinstance(op, Combine):
@@ -205,7 +205,7 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
 
     solver: a name of `fewstep.solvers()`, with options if need be ("ddim-eta:eta=0.5")
     grid: a name; uniform in the network's own time as "trailing" is, unless given
-    first: "none", or "zero" for the analytic first step, which saves the first evaluation
+    afs: "none", or "zero" for the analytic first step, which saves the first evaluation
     final, end: as in `fewstep.solve`; a named grid ends at 0 unless end="sigma_min"
     plan: a plan as a JSON object, in place of the five; `from_config` makes it
 
@@ -243,7 +243,7 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         max_image_seq_len: int = 4096,
         solver: str = "dpmpp-2m",
         grid: str = "trailing",
-        first: str = "none",
+        afs: str = "none",
         final: bool = False,
         end: str | None = None,
         plan: Mapping[str, Any] | None = None,
@@ -386,15 +386,15 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         return check_grid([*levels, low] if levels[-1] > low else levels)
 
     def _staged(self, levels: Sequence[float]) -> Staged:
-        first, final = self.config["first"], self.config["final"]
-        return Staged.cut(get(self.config["solver"]).plan(tuple(levels), first, final))
+        afs, final = self.config["afs"], self.config["final"]
+        return Staged.cut(get(self.config["solver"]).plan(tuple(levels), afs, final))
 
     def _arm(self, staged: Staged, device: str | torch.device | None) -> None:
         """Be ready to run it from the start."""
         if staged.moves and self.process.prediction == "flow":
             raise ValueError(
                 "pipelines of flow models give the network their noise as it is, with no room for "
-                "an analytic first step or another level; take first='none'"
+                "an analytic first step or another level; take afs='none'"
             )
         schedule, scale = self.process.schedule, self.process.time_scale
         times = [schedule.t(stage.told) * scale for stage in staged.stages]

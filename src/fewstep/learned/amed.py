@@ -24,7 +24,7 @@ from fewstep.learned.predictor import Predictor, Values, read_features
 from fewstep.learned.teacher import Recalled
 from fewstep.loop import State, iterate
 from fewstep.plan import Plan, Program, Seen, freeze
-from fewstep.solver import FIRST_STEPS
+from fewstep.solver import AFS
 
 __all__ = ["AMED", "PLUGIN", "Amed", "AmedKind"]
 
@@ -36,12 +36,12 @@ class Amed:
     kind: str
     base: str | None
     sigmas: tuple[float, ...]
-    first: str
+    afs: str
     predictor: Predictor
 
     def __post_init__(self) -> None:
-        if self.first not in FIRST_STEPS:
-            raise ValueError(f"first must be one of {', '.join(FIRST_STEPS)}, got {self.first!r}")
+        if self.afs not in AFS:
+            raise ValueError(f"afs must be one of {', '.join(AFS)}, got {self.afs!r}")
         if not self.sigmas[-1] > 0:
             raise ValueError(ENDS_ABOVE)
         base_of(self.base)
@@ -50,7 +50,7 @@ class Amed:
         """r, c and a of interval i. After an analytic first step the features count as zeros."""
         assert seen is not None  # the loop replies to every Eval
         count = self.predictor.features
-        asked = count and not (i == 0 and self.first != "none")
+        asked = count and not (i == 0 and self.afs != "none")
         features = read_features(seen, count) if asked else None
         return self.predictor(features, self.sigmas[i], self.sigmas[i + 1], seen.x.device)
 
@@ -60,11 +60,11 @@ class Amed:
     def _program(self, values: Any, detach: bool) -> Program:
         base, reads = base_of(self.base), self.predictor.features > 0
         return Program(
-            partial(base.ops, self.sigmas, values, self.first, reads, detach),
+            partial(base.ops, self.sigmas, values, self.afs, reads, detach),
             base.prediction,
             base.depth,
             self.sigmas,
-            2 * (len(self.sigmas) - 1) - (self.first != "none"),
+            2 * (len(self.sigmas) - 1) - (self.afs != "none"),
             adapts=True,
             name=self.kind if self.base is None else f"{self.kind} on {self.base}",
         )
@@ -78,7 +78,7 @@ class Amed:
             )
         base, rows = base_of(self.base), self.rows()
         return freeze(
-            base.ops(self.sigmas, lambda i, seen: rows[i], self.first, False),
+            base.ops(self.sigmas, lambda i, seen: rows[i], self.afs, False),
             prediction=base.prediction,
             depth=base.depth,
             solver=self.program().name,
@@ -148,28 +148,28 @@ class AmedKind:
     grid: str
 
     def recipe(
-        self, base: str | None, nfe: int, first: str | None, end: str | None, own_time: bool
+        self, base: str | None, nfe: int, afs: str | None, end: str | None, own_time: bool
     ) -> Recipe:
         if end not in (None, "sigma_min"):
             raise ValueError(ENDS_ABOVE)
         if base is not None and not self.plugin:
             raise ValueError(f"{self.name} has no base, got {base!r}; amed-plugin has one")
-        if first is None:
-            first = "zero" if nfe % 2 else "none"
-        if first not in FIRST_STEPS:
-            raise ValueError(f"first must be one of {', '.join(FIRST_STEPS)}, got {first!r}")
-        twice = nfe + (first != "none")
+        if afs is None:
+            afs = "zero" if nfe % 2 else "none"
+        if afs not in AFS:
+            raise ValueError(f"afs must be one of {', '.join(AFS)}, got {afs!r}")
+        twice = nfe + (afs != "none")
         if nfe < 1 or twice % 2:
-            spends = "an odd" if first != "none" else "an even"
-            other = "'none'" if first != "none" else "'zero' or 'mean'"
+            spends = "an odd" if afs != "none" else "an even"
+            other = "'none'" if afs != "none" else "'zero' or 'mean'"
             raise ValueError(
-                f"{self.name} with first={first!r} spends {spends} number of evaluations, got "
-                f"nfe={nfe}; take another, or first={other}"
+                f"{self.name} with afs={afs!r} spends {spends} number of evaluations, got "
+                f"nfe={nfe}; take another, or afs={other}"
             )
         chosen = base or self.base
         base_of(chosen)
         grid = "discrete" if own_time else self.grid
-        return Recipe(chosen, twice // 2, first, grid, "sigma_min", TEACHER, INNER, LR)
+        return Recipe(chosen, twice // 2, afs, grid, "sigma_min", TEACHER, INNER, LR)
 
     def fresh(
         self,
@@ -200,19 +200,19 @@ class AmedKind:
             )
         count = 0 if features is False else setup.features
         predictor = Predictor.fresh(count, scale_dir, scale_time, setup.seed, setup.device)
-        return Amed(self.name, setup.base, setup.sigmas, setup.first, predictor)
+        return Amed(self.name, setup.base, setup.sigmas, setup.afs, predictor)
 
     def read(
         self,
         base: str | None,
         sigmas: tuple[float, ...],
-        first: str,
+        afs: str,
         settings: dict[str, Any],
         tensors: dict[str, Tensor],
     ) -> Method:
         if (base is not None) != self.plugin:
             raise ValueError(f"base must {'' if self.plugin else 'not '}be given, got {base!r}")
-        return Amed(self.name, base, sigmas, first, Predictor(**settings, weights=tensors))
+        return Amed(self.name, base, sigmas, afs, Predictor(**settings, weights=tensors))
 
 
 # The authors' teachers are Heun with one inner point and the base itself with two. Third-order DEIS

@@ -50,7 +50,7 @@ def search_grid(
     parts: Sequence[Part],
     fine: tuple[float, ...],
     named: Mapping[str, tuple[float, ...]],
-    first: str,
+    afs: str,
     student: Callable[[tuple[float, ...]], Any],
     space: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -59,7 +59,7 @@ def search_grid(
     parts: the trajectories' starts, in as many parts as memory asks for
     fine: the levels among which a path is searched
     named: the grids that it has to beat, all of as many intervals, with the ends of `fine`
-    first: the analytic first step, of which the first cost is that
+    afs: the analytic first step, of which the first cost is that
     student: from a grid to the solver that is to run on it
     space: where ends are compared; None: as they are
 
@@ -73,7 +73,7 @@ def search_grid(
             f"a grid is searched among {len(fine) - 1} intervals, got {intervals}; take a named "
             "grid"
         )
-    costs, spread, targets = _measure(parts, fine, first)
+    costs, spread, targets = _measure(parts, fine, afs)
     seen = 1 + torch.tensor(fine, dtype=torch.float64).square() / spread
     candidates = dict(named)
     for q in WEIGHTS:
@@ -110,7 +110,7 @@ def shortest(costs: Tensor, edges: int) -> list[int]:
 
 
 def _measure(
-    parts: Sequence[Part], fine: tuple[float, ...], first: str
+    parts: Sequence[Part], fine: tuple[float, ...], afs: str
 ) -> tuple[Tensor, float, list[Tensor]]:
     """Sums of squares of the DDIM steps from each fine level to each, [n, n], the variance of the
     ends, and the ends."""
@@ -126,8 +126,8 @@ def _measure(
             )
         states = torch.stack(path.states)  # [n, b, ...]
         outputs: list[Any] = [seen.denoised for seen in path.seen]
-        if first != "none":
-            outputs[0] = next(iterate(denoiser, x_T, "ddim", grid=fine[:2], first=first)).denoised
+        if afs != "none":
+            outputs[0] = next(iterate(denoiser, x_T, "ddim", grid=fine[:2], afs=afs)).denoised
         for i, denoised in enumerate(outputs):
             rho = states.new_tensor([s / fine[i] for s in fine[i + 1 :]])
             rho = rho.reshape(-1, *[1] * x_T.ndim)
@@ -145,14 +145,14 @@ class OnGrid:
 
     base: str
     sigmas: tuple[float, ...]
-    first: str
+    afs: str
     kind: str = "grid"
 
     def program(self) -> Program:
         return self.plan().program()
 
     def plan(self) -> Plan:
-        plan = get(self.base).plan(self.sigmas, self.first, grid="searched")
+        plan = get(self.base).plan(self.sigmas, self.afs, grid="searched")
         return replace(plan, solver=f"{self.base} on a searched grid")
 
     def parameters(self) -> dict[str, Tensor]:
@@ -178,23 +178,23 @@ class GridKind:
     name: str = "grid"
 
     def recipe(
-        self, base: str | None, nfe: int, first: str | None, end: str | None, own_time: bool
+        self, base: str | None, nfe: int, afs: str | None, end: str | None, own_time: bool
     ) -> Recipe:
-        return start_recipe(self.name, base, nfe, first, end, own_time, SEARCH)
+        return start_recipe(self.name, base, nfe, afs, end, own_time, SEARCH)
 
     def fresh(self, setup: Setup) -> Method:
         assert setup.base is not None  # the recipe names one
-        return OnGrid(setup.base, setup.sigmas, setup.first)
+        return OnGrid(setup.base, setup.sigmas, setup.afs)
 
     def read(
         self,
         base: str | None,
         sigmas: tuple[float, ...],
-        first: str,
+        afs: str,
         settings: dict[str, Any],
         tensors: dict[str, Tensor],
     ) -> Method:
-        found = OnGrid(str(base), sigmas, first)
+        found = OnGrid(str(base), sigmas, afs)
         found.plan()  # speaks up about a solver or a first step that there is not
         return found
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from fewstep.denoiser import Denoiser
 from fewstep.learned.teacher import Path
 from fewstep.plan import Plan, Program
-from fewstep.solver import FIRST_STEPS, get, intervals_for
+from fewstep.solver import AFS, get, intervals_for
 
 __all__ = ["PURE_NOISE", "Kind", "Lesson", "Loss", "Method", "Recipe", "Setup", "start_recipe"]
 
@@ -30,7 +30,7 @@ class Recipe:
 
     base: the solver that is improved on, or None
     intervals: how many of them spend the budget
-    first: the analytic first step
+    afs: the analytic first step
     grid: by name; "search" has it found
     end: where a named grid ends: "sigma_min", or "zero"
     teacher, inner: its solver, and how many points it adds inside each interval
@@ -41,7 +41,7 @@ class Recipe:
 
     base: str | None
     intervals: int
-    first: str
+    afs: str
     grid: str
     end: str
     teacher: str
@@ -55,7 +55,7 @@ def start_recipe(
     name: str,
     base: str | None,
     nfe: int,
-    first: str | None,
+    afs: str | None,
     end: str | None,
     own_time: bool,
     grid: str | None = None,
@@ -68,14 +68,14 @@ def start_recipe(
     usual, named, best = "ipndm-3" if nfe > 3 else "ipndm-2", "time-uniform", "sigma_min"
     if own_time:  # where guidance is usual, under which ipndm starts far off
         usual, named, best = "dpmpp-2m", "trailing", "zero"
-    base, first, end = base or usual, first or "none", end or best
+    base, afs, end = base or usual, afs or "none", end or best
     solver = get(base)
-    if first not in FIRST_STEPS:
-        raise ValueError(f"first must be one of {', '.join(FIRST_STEPS)}, got {first!r}")
+    if afs not in AFS:
+        raise ValueError(f"afs must be one of {', '.join(AFS)}, got {afs!r}")
     if solver.stochastic or solver.adapts:
         raise ValueError(f"{name} starts from a deterministic solver with a plan, not {base}")
-    intervals = intervals_for(solver, nfe, first, end=end)
-    return Recipe(base, intervals, first, grid or named, end, "deis-4", 30, 2e-2, True, True)
+    intervals = intervals_for(solver, nfe, afs, end=end)
+    return Recipe(base, intervals, afs, grid or named, end, "deis-4", 30, 2e-2, True, True)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Setup:
 
     base: str | None
     sigmas: tuple[float, ...]
-    first: str
+    afs: str
     features: int
     seed: int
     device: torch.device
@@ -130,7 +130,7 @@ class Method(Protocol):
     @property
     def sigmas(self) -> tuple[float, ...]: ...
     @property
-    def first(self) -> str: ...
+    def afs(self) -> str: ...
 
     def program(self) -> Program:
         """For the loop; differentiable in the parameters."""
@@ -168,7 +168,7 @@ class Kind(Protocol):
     def name(self) -> str: ...
 
     def recipe(
-        self, base: str | None, nfe: int, first: str | None, end: str | None, own_time: bool
+        self, base: str | None, nfe: int, afs: str | None, end: str | None, own_time: bool
     ) -> Recipe:
         """Defaults for a budget.
 
@@ -190,7 +190,7 @@ class Kind(Protocol):
         self,
         base: str | None,
         sigmas: tuple[float, ...],
-        first: str,
+        afs: str,
         settings: dict[str, Any],
         tensors: dict[str, Tensor],
     ) -> Method:

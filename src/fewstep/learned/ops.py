@@ -48,10 +48,10 @@ class Base:
 
 
 def amed(
-    sigmas: Sequence[float], values: Source, first: str, features: bool, detach: bool = False
+    sigmas: Sequence[float], values: Source, afs: str, features: bool, detach: bool = False
 ) -> Ops:
     """AMED-Solver: two evaluations an interval."""
-    for i, (start, cur, nxt) in enumerate(_intervals(sigmas, first, features)):
+    for i, (start, cur, nxt) in enumerate(_intervals(sigmas, afs, features)):
         r, c, a = values(i, (yield start))
         mid = nxt**r * cur ** (1 - r)
         yield Combine((mid - cur,), mid, accept=False)
@@ -60,10 +60,10 @@ def amed(
 
 
 def on_dpm_solver_2(
-    sigmas: Sequence[float], values: Source, first: str, features: bool, detach: bool = False
+    sigmas: Sequence[float], values: Source, afs: str, features: bool, detach: bool = False
 ) -> Ops:
     """AMED-Plugin on DPM-Solver-2, whose fixed midpoint it replaces."""
-    for i, (start, cur, nxt) in enumerate(_intervals(sigmas, first, features)):
+    for i, (start, cur, nxt) in enumerate(_intervals(sigmas, afs, features)):
         r, c, a = values(i, (yield start))
         mid = nxt**r * cur ** (1 - r)
         yield Combine((mid - cur,), mid, accept=False)
@@ -76,7 +76,7 @@ def on_dpm_solver_2(
 def on_multistep(
     sigmas: Sequence[float],
     values: Source,
-    first: str,
+    afs: str,
     features: bool,
     detach: bool = False,
     *,
@@ -85,7 +85,7 @@ def on_multistep(
 ) -> Ops:
     """AMED-Plugin on a linear multistep rule, which takes a step to s and one on to nxt."""
     past: list[Level] = []
-    for i, (start, cur, nxt) in enumerate(_intervals(sigmas, first, features)):
+    for i, (start, cur, nxt) in enumerate(_intervals(sigmas, afs, features)):
         r, c, a = values(i, (yield start))
         mid = nxt**r * cur ** (1 - r)
         past = [cur, *past[: order - 1]]
@@ -122,12 +122,12 @@ def bases() -> list[str]:
 
 
 def _intervals(
-    sigmas: Sequence[float], first: str, features: bool
+    sigmas: Sequence[float], afs: str, features: bool
 ) -> Iterator[tuple[Eval, float, float]]:
     """Each interval's opening evaluation and its ends; the very first may be analytic."""
     for i, (cur, nxt) in enumerate(pairwise(sigmas)):
-        analytic = i == 0 and first != "none"
-        start = Eval(cur, source=first) if analytic else Eval(cur, features=features)  # type: ignore[arg-type]
+        analytic = i == 0 and afs != "none"
+        start = Eval(cur, source=afs) if analytic else Eval(cur, features=features)  # type: ignore[arg-type]
         yield start, cur, nxt
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from fewstep.denoiser import Denoiser
 from fewstep.learned.training import TRAINING, VALIDATION, Conditions
-from fewstep.models.memory import Memory
+from fewstep.models.texts import Memory
 from fewstep.noise import key
 
 __all__ = ["prompted"]

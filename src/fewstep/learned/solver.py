@@ -63,6 +63,7 @@ class LearnedSolver:
     def digest(self) -> str:
         """12 hexadecimal digits that name what was learned, wherever it is kept."""
         facts = {**self._facts(), "nfe": None}
+        facts["first"] = facts.pop("afs")  # the name that published digests were taken over
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         return digest.hexdigest()[:12]
 
@@ -132,7 +133,7 @@ class LearnedSolver:
             method = KINDS[values["method"]].read(
                 values["base"],
                 check_grid(values["sigmas"]),
-                values["first"],
+                values["afs"],
                 values["settings"],
                 tensors,
             )
@@ -150,7 +151,7 @@ class LearnedSolver:
             "method": self.method.kind,
             "base": self.method.base,
             "nfe": self.nfe,
-            "first": self.method.first,
+            "afs": self.method.afs,
             "sigmas": list(self.method.sigmas),
             "settings": self.method.settings(),
             "predictor_sha256": _hash(data) if data else None,

@@ -27,7 +27,6 @@ from fewstep import __version__
 from fewstep.denoiser import Denoiser
 from fewstep.files import sweep, write_whole
 from fewstep.grid import GRIDS, check_grid, make_grid
-from fewstep.interrupts import between_steps
 from fewstep.learned.grid_search import FINE, SEARCH, SEARCHED, search_grid
 from fewstep.learned.kinds import kind_of
 from fewstep.learned.method import Kind, Lesson, Method, Setup
@@ -46,6 +45,7 @@ from fewstep.loop import DEFAULT_RANGE, solve
 from fewstep.noise import normal
 from fewstep.schedule import Schedule
 from fewstep.solver import end_at
+from fewstep.train.interrupts import between_steps
 
 __all__ = ["Progress", "train"]
 
@@ -96,7 +96,7 @@ def train(
     loss_features: Callable[[Tensor], Tensor] | None = None,
     conditions: Conditions | None = None,
     out: Path | str | None = None,
-    first: str | None = None,
+    afs: str | None = None,
     end: str | None = None,
     teacher: str | None = None,
     inner: int | None = None,
@@ -127,11 +127,11 @@ def train(
     sigma_min, sigma_max: the denoiser's own where left out, else 0.002 and 80
     seed: decides the first weights and the noise
     loss_features: a network for methods with a loss at the end of the path; None is pixels. One
-        that is to see pictures needs `fewstep.evaluate.fashion.Clamped`, or the like
+        that is to see pictures needs `fewstep.networks.features.Clamped`, or the like
     conditions: conditions(seeds) draws one condition per seed and returns the denoiser bound to
         them; it must be a function of the seeds alone
     out: a folder for checkpoint, log and the result; a run that finds its checkpoint there resumes
-    first: the analytic first step: "none", "zero" as published, or "mean"
+    afs: the analytic first step: "none", "zero" as published, or "mean"
     end: where a named grid ends: "sigma_min", or "zero", which tuned can reach, and does unless
         told otherwise where the network has a time of its own
     teacher, inner: the teacher, a deterministic solver's name, and how many points it adds inside
@@ -179,7 +179,7 @@ def train(
             raise ValueError("sigmas have their own ends: leave out end, sigma_min and sigma_max")
         grid = check_grid(grid)
         end = "sigma_min" if grid[-1] > 0 else "zero"
-    recipe = kind.recipe(base, nfe, first, end, schedule is not None and schedule.own_time)
+    recipe = kind.recipe(base, nfe, afs, end, schedule is not None and schedule.own_time)
     if loss_features is not None and not recipe.whole:
         raise ValueError(
             f"{method} compares states step by step, in pixels: leave out loss_features (--loss)"
@@ -221,7 +221,7 @@ def train(
 
     def fresh(levels: tuple[float, ...]) -> Method:
         in_features = loss_features is not None
-        setup = Setup(recipe.base, levels, recipe.first, size, seed, place, in_features)
+        setup = Setup(recipe.base, levels, recipe.afs, size, seed, place, in_features)
         return kind.fresh(setup, **options)
 
     student = untrained = fresh(sigmas)
@@ -234,7 +234,7 @@ def train(
         "method": method,
         "nfe": nfe,
         "grid": named or "sigmas",
-        "first": recipe.first,
+        "afs": recipe.afs,
         "seed": seed,
         "trajectories": trajectories,
         "batch": batch,
@@ -261,7 +261,7 @@ def train(
         some = range(begin, begin + min(SEARCHED, trajectories))
         parts = [(bound(part), noise(part)) for part in _split(some, batch)]
         rivals = _named(points, high, low, recipe.end, schedule)
-        found = search_grid(parts, whole(FINE), rivals, recipe.first, fresh, loss_features)
+        found = search_grid(parts, whole(FINE), rivals, recipe.afs, fresh, loss_features)
         sigmas, student, untrained = found[0], *map(fresh, found)
     if recipe.whole:  # on a grid of its own, from end to end
         guide = Teacher(mentor, (sigmas[0], sigmas[-1]), whole(inner + 1))
@@ -465,10 +465,10 @@ class Run:
                 w.copy_(self.best[name])
         method, facts = self.method, dict(self.facts)
         tensors = {name: w.detach().cpu().clone() for name, w in method.tensors().items()}
-        best = kind.read(method.base, method.sigmas, method.first, method.settings(), tensors)
+        best = kind.read(method.base, method.sigmas, method.afs, method.settings(), tensors)
         validation = {"seeds": [VALIDATION, VALIDATION + facts.pop("validation")], **self.measured}
         model = facts.pop("model")
-        known = ("method", "base", "nfe", "first", "sigmas", "settings")
+        known = ("method", "base", "nfe", "afs", "sigmas", "settings")
         training = {k: v for k, v in facts.items() if k not in known}
         return LearnedSolver(best, model, {**training, "fewstep": __version__}, validation)
 
@@ -539,7 +539,7 @@ def _counted(sigmas: tuple[float, ...], intervals: int, nfe: int) -> tuple[float
     if len(sigmas) != intervals + 1:
         raise ValueError(
             f"nfe={nfe} is spent on {intervals + 1} sigmas here, got {len(sigmas)}; "
-            "give as many, or another nfe or first"
+            "give as many, or another nfe or afs"
         )
     return sigmas
 

@@ -85,7 +85,7 @@ class Tuned:
 
     base: str
     sigmas: tuple[float, ...]
-    first: str
+    afs: str
     sources: tuple[Source, ...]
     alphas: Tensor
     levels: Tensor
@@ -101,13 +101,13 @@ class Tuned:
         cls,
         base: str,
         sigmas: tuple[float, ...],
-        first: str,
+        afs: str,
         parts: Sequence[str] = PARTS,
         squared: bool = False,
         shift: float = 0.0,
     ) -> Tuned:
         """The base solver's own table, to learn from there."""
-        plan = get(base).plan(sigmas, first)
+        plan = get(base).plan(sigmas, afs)
         table = torch.tensor(stages(plan))  # [k + 1, 1 + k]
         alphas, weights = table[:, 0], table[:, 1:]
         rest = torch.where(alphas < 1, 1 - alphas, 1.0)
@@ -122,7 +122,7 @@ class Tuned:
         seen = [float(op.sigma) for op in plan.ops if isinstance(op, Eval)]
         levels = torch.tensor([*seen, sigmas[-1]], dtype=torch.float64)
         weights = weights / rest[:, None]
-        return cls(base, sigmas, first, sources, alphas, levels, weights, learned, squared, shift)
+        return cls(base, sigmas, afs, sources, alphas, levels, weights, learned, squared, shift)
 
     def table(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(alpha [k + 1], sigma [k + 1], told level [k], weights on the D's [k + 1, k]),
@@ -209,10 +209,10 @@ class TunedKind:
     name: str = "tuned"
 
     def recipe(
-        self, base: str | None, nfe: int, first: str | None, end: str | None, own_time: bool
+        self, base: str | None, nfe: int, afs: str | None, end: str | None, own_time: bool
     ) -> Recipe:
         grid = None if own_time else "search"
-        return start_recipe(self.name, base, nfe, first, end, own_time, grid)
+        return start_recipe(self.name, base, nfe, afs, end, own_time, grid)
 
     def fresh(
         self,
@@ -233,13 +233,13 @@ class TunedKind:
         if not 0 <= shift < math.inf:
             raise ValueError(f"shift must be finite and at least 0, got {shift}")
         assert setup.base is not None  # the recipe names one
-        return Tuned.start(setup.base, setup.sigmas, setup.first, parts, squared, shift)
+        return Tuned.start(setup.base, setup.sigmas, setup.afs, parts, squared, shift)
 
     def read(
         self,
         base: str | None,
         sigmas: tuple[float, ...],
-        first: str,
+        afs: str,
         settings: dict[str, Any],
         tensors: dict[str, Tensor],
     ) -> Method:
@@ -262,7 +262,7 @@ class TunedKind:
         if unknown := [source for source in sources if source not in SOURCES]:
             raise ValueError(f"sources must be some of {', '.join(SOURCES)}, got {unknown[0]!r}")
         alphas, levels, weights = values.values()
-        return Tuned(str(base), sigmas, first, sources, alphas, levels, weights, learned)
+        return Tuned(str(base), sigmas, afs, sources, alphas, levels, weights, learned)
 
 
 TUNED = TunedKind()

@@ -27,7 +27,7 @@ class Card:
     weights_sha256: hash of the weights file
     grid, end: the usual grid and its end, for a solver that is named without them
     auto: for each budget (as a string) the best known "solver" without training, and "grid",
-        "first" and "end" where they are not the usual ones; and "learned", the folder of a learned
+        "afs" and "end" where they are not the usual ones; and "learned", the folder of a learned
         solver beside the card that is better at exactly this budget
     distilled: for a network that was distilled, how, and the levels on which it may be sampled
     about: recipe, data, licence and figures, for people
@@ -73,7 +73,7 @@ class Card:
         for budget, entry in self.auto.items():
             if not _is_choice(budget, entry):
                 raise ValueError(
-                    "auto must give for each budget a solver, and perhaps grid, first, end and "
+                    "auto must give for each budget a solver, and perhaps grid, afs, end and "
                     f"learned, got {budget!r}: {entry!r}"
                 )
 
@@ -129,7 +129,7 @@ def _is_choice(budget: Any, entry: Any) -> bool:
         and isinstance(entry, dict)
         and isinstance(entry.get("solver"), str)
         and isinstance(entry.get("grid", ""), str | list | tuple)
-        and isinstance(entry.get("first", ""), str)
+        and isinstance(entry.get("afs", ""), str)
         and isinstance(entry.get("end", ""), str)
         and isinstance(entry.get("learned", ""), str)
     )

@@ -26,14 +26,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from fewstep.data.idx import to_pixels, to_unit
 from fewstep.denoiser import Bound, Guided, Wrapper
 from fewstep.files import file_hash, write_json, write_whole
 from fewstep.models.card import CARD_FILE, WEIGHTS_FILE, Card
-from fewstep.models.data import to_pixels, to_unit
-from fewstep.models.edm import denoise, denoise_with_features
 from fewstep.models.exact import gaussian_flow
-from fewstep.models.told import indices
-from fewstep.models.unet import UNet, UNetConfig
+from fewstep.networks.conditioning import indices
+from fewstep.networks.preconditioning import denoise, denoise_with_features
+from fewstep.networks.unet import UNet, UNetConfig
 from fewstep.noise import generator, normal
 
 __all__ = [

@@ -17,9 +17,9 @@ from fewstep.solver import rules
 from fewstep.solver.consistency import consistency
 from fewstep.solver.multistep import linear_multistep, unipc
 from fewstep.solver.registry import (
+    AFS,
     ALIASES,
     ENDS,
-    FIRST_STEPS,
     Range,
     Solver,
     end_at,
@@ -38,7 +38,7 @@ Family = Callable[[str, int, int, int, str], Solver]
 __all__ = [
     "ALIASES",
     "ENDS",
-    "FIRST_STEPS",
+    "AFS",
     "Range",
     "Solver",
     "end_at",

@@ -19,7 +19,7 @@ from fewstep.plan import Combine, Eval, Ops, Plan, Prediction, Program, freeze
 __all__ = [
     "ALIASES",
     "ENDS",
-    "FIRST_STEPS",
+    "AFS",
     "Range",
     "Solver",
     "end_at",
@@ -29,7 +29,7 @@ __all__ = [
     "register",
 ]
 
-FIRST_STEPS = ("none", "zero", "mean")
+AFS = ("none", "zero", "mean")
 ENDS = ("sigma_min", "zero")
 MOST_EVALUATIONS = 10_000  # in one budget; a typing error must not run for hours
 LARGEST = sys.float_info.max
@@ -96,16 +96,16 @@ class Solver:
         """Whether it needs the network's replies, so that it has no plan."""
         return self.evaluations is not None
 
-    def ops_on(self, sigmas: Sequence[float], first: str = "none", final: bool = False) -> Ops:
+    def ops_on(self, sigmas: Sequence[float], afs: str = "none", final: bool = False) -> Ops:
         """The operations on one grid, with an analytic first step and a last denoising step where
         asked for.
 
-        Errors: ValueError for an unknown `first`, for an analytic first step of a stochastic solver
+        Errors: ValueError for an unknown `afs`, for an analytic first step of a stochastic solver
         and for a last denoising step where the grid already ends at 0.
         """
-        if first not in FIRST_STEPS:
-            raise ValueError(f"first must be one of {', '.join(FIRST_STEPS)}, got {first!r}")
-        if first != "none" and self.stochastic:
+        if afs not in AFS:
+            raise ValueError(f"afs must be one of {', '.join(AFS)}, got {afs!r}")
+        if afs != "none" and self.stochastic:
             raise ValueError(
                 f"{self.name} is stochastic; an analytic first step goes with ODE solvers"
             )
@@ -114,14 +114,14 @@ class Solver:
                 "final adds a denoising step at the grid's end, but the grid ends at 0"
             )
         ops = self.ops(sigmas)
-        if first != "none":
-            ops = analytic_first(ops, first)
+        if afs != "none":
+            ops = with_afs(ops, afs)
         return denoise_last(ops, sigmas[-1], self.prediction) if final else ops
 
     def plan(
         self,
         sigmas: Sequence[float],
-        first: str = "none",
+        afs: str = "none",
         final: bool = False,
         grid: str = "custom",
     ) -> Plan:
@@ -130,19 +130,19 @@ class Solver:
             raise ValueError(f"{self.name} adapts to the network's features, so it has no plan")
         # a solver of our own has no state, so its plans may be kept; others may hold anything
         known = _REGISTRY.get(self.name) is self
-        return (_remembered if known else _drained)(self, tuple(sigmas), first, final, grid)
+        return (_remembered if known else _drained)(self, tuple(sigmas), afs, final, grid)
 
-    def on(self, sigmas: Sequence[float], first: str = "none", final: bool = False) -> Program:
+    def on(self, sigmas: Sequence[float], afs: str = "none", final: bool = False) -> Program:
         """What the loop runs on one grid. Errors as in `ops_on`."""
         if self.evaluations is None:
-            return self.plan(sigmas, first, final).program()
-        self.ops_on(sigmas, first, final).close()  # speaks up now about arguments that do not fit
+            return self.plan(sigmas, afs, final).program()
+        self.ops_on(sigmas, afs, final).close()  # speaks up now about arguments that do not fit
         return Program(
-            functools.partial(self.ops_on, sigmas, first, final),
+            functools.partial(self.ops_on, sigmas, afs, final),
             self.prediction,
             self.depth,
             tuple(sigmas),
-            self.evaluations(len(sigmas) - 1) - (first != "none") + final,
+            self.evaluations(len(sigmas) - 1) - (afs != "none") + final,
             adapts=True,
             name=self.name,
         )
@@ -178,9 +178,9 @@ def _number(value: float) -> str:
     return short if float(short) == value else repr(value)
 
 
-def _drained(solver: Solver, sigmas: tuple[float, ...], first: str, final: bool, grid: str) -> Plan:
+def _drained(solver: Solver, sigmas: tuple[float, ...], afs: str, final: bool, grid: str) -> Plan:
     return freeze(
-        solver.ops_on(sigmas, first, final),
+        solver.ops_on(sigmas, afs, final),
         prediction=solver.prediction,
         depth=solver.depth,
         solver=solver.name,
@@ -192,7 +192,7 @@ def _drained(solver: Solver, sigmas: tuple[float, ...], first: str, final: bool,
 _remembered = functools.lru_cache(maxsize=256)(_drained)
 
 
-def analytic_first(ops: Ops, source: str) -> Ops:
+def with_afs(ops: Ops, source: str) -> Ops:
     """The same operations, the first evaluation replaced by its analytic stand-in."""
     op = next(ops)
     assert isinstance(op, Eval)  # an ODE solver evaluates before it moves
@@ -299,16 +299,16 @@ def end_at(sigmas: tuple[float, ...], end: str) -> tuple[float, ...]:
     return (*sigmas[:-1], 0.0) if end == "zero" else sigmas
 
 
-def _spent(solver: Solver, intervals: int, first: str, final: bool, end: str) -> int:
+def _spent(solver: Solver, intervals: int, afs: str, final: bool, end: str) -> int:
     # any decreasing grid will do: no solver's count depends on where the points lie
     sigmas = tuple(80.0 * 0.5 ** (10 * i / intervals) for i in range(intervals + 1))
-    return solver.on(end_at(sigmas, end), first, final).evaluations
+    return solver.on(end_at(sigmas, end), afs, final).evaluations
 
 
 def intervals_for(
     solver: Solver,
     budget: int,
-    first: str = "none",
+    afs: str = "none",
     final: bool = False,
     end: str = "sigma_min",
 ) -> int:
@@ -321,7 +321,7 @@ def intervals_for(
         raise ValueError(f"nfe must be from 1 to {MOST_EVALUATIONS}, got {budget}")
 
     def spent(intervals: int) -> int:
-        return _spent(solver, intervals, first, final, end)
+        return _spent(solver, intervals, afs, final, end)
 
     one, two = spent(1), spent(2)
     low = 1 + max(0, budget - one) // max(1, two - one)  # where every interval costs the same
@@ -334,7 +334,7 @@ def intervals_for(
     if spent(low) == budget:
         return low
     spend = [n for n in map(spent, range(max(1, low - 2), low + 3)) if n > 0]
-    options = [f"first={first}"] * (first != "none") + ["final"] * final
+    options = [f"afs={afs}"] * (afs != "none") + ["final"] * final
     options += [f"end={end}"] * (end != "sigma_min")
     extra = f" with {', '.join(options)}" if options else ""
     can = f"it can spend {', '.join(map(str, spend))}, ..." if spend else "it spends none"

@@ -1,0 +1,1 @@
+"""Pictures, captions and training data, from disk."""

@@ -1,0 +1,144 @@
+"""One step of a distillation: what it draws, and the loss of it.
+
+    draw    n, gamma, noise          t = levels[n], s = levels[n + 1], x_t = x_0 + sigma_t eps
+    teacher x_s = a solver's step from x_t to s, under guidance: one batched call
+    target  f(x_s; s, gamma = 1) of the slow average of the student, without gradient
+    student f(x_gamma; sigma_gamma), x_gamma = (1 - gamma) x_s + gamma x_t
+            or, as published, told t and gamma
+    loss    pseudo-Huber of the difference, mean over everything
+
+With gamma = 1 throughout this is LCM. gamma has a point mass at 1, the only value at inference,
+which a uniform draw never gives. Every draw is a function of (seed, step).
+
+Sources: SPLAM, arXiv:2404.13903; Luo et al. 2023 (LCM), arXiv:2310.04378.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.denoiser import Bound, Condition, Guided, per_sample
+from fewstep.distillation.recipe import Recipe
+from fewstep.distillation.subject import Subject
+from fewstep.distillation.subpath import LOSSES, RULES, consistency, on_line
+from fewstep.distillation.teacher import Stepper
+from fewstep.loop import solve
+from fewstep.networks.conditioning import indices
+from fewstep.noise import generator
+
+__all__ = ["Draw", "Levels", "draw", "subpath_losses"]
+
+
+class Levels(NamedTuple):
+    """Tables over the training grid, float64 [points]: the levels, and the scalings of f there."""
+
+    sigma: Tensor
+    skip: Tensor
+    out: Tensor
+
+    @classmethod
+    def of(cls, sigmas: Sequence[float], boundary: Callable) -> Levels:
+        sigma = torch.tensor(sigmas, dtype=torch.float64)
+        return cls(sigma, *boundary(sigma))
+
+
+class Draw(NamedTuple):
+    """What one step draws, for each of its pictures, on the CPU.
+
+    chosen: index of the picture
+    n: the sub-path, from levels[n] to levels[n + 1]
+    gamma, guidance: float64
+    dropped: whether its condition is left out
+    eps: standard normal, [b, ...]
+    """
+
+    chosen: Tensor
+    n: Tensor
+    gamma: Tensor
+    guidance: Tensor
+    dropped: Tensor
+    eps: Tensor
+
+    def part(self, which: slice) -> Draw:
+        return Draw(*(value[which] for value in self))
+
+
+def draw(recipe: Recipe, step: int, count: int, paths: int, shape: Sequence[int]) -> Draw:
+    """The draws of one step, from `count` pictures and `paths` sub-paths; n is stratified."""
+    gen, b = generator(recipe.seed, "sub-paths", step), recipe.batch
+    n = (torch.arange(b) + torch.rand(b, generator=gen, dtype=torch.float64)) / b * paths
+    uniform, low_high = torch.rand(4, b, generator=gen, dtype=torch.float64), recipe.scales
+    gamma = torch.where(uniform[0] < recipe.ones, 1.0, uniform[1])
+    return Draw(
+        chosen=_batch_indices(recipe, step, count),
+        n=n.long().clamp(max=paths - 1),
+        gamma=gamma,
+        guidance=low_high[0] + (low_high[1] - low_high[0]) * uniform[2],
+        dropped=uniform[3] < recipe.dropout,
+        eps=torch.randn(b, *shape, generator=gen),
+    )
+
+
+def _batch_indices(recipe: Recipe, step: int, count: int) -> Tensor:
+    """The pictures of one step: walks through one fresh permutation of the data after another."""
+    start, parts, found = step * recipe.batch, [], 0
+    while found < recipe.batch:
+        epoch, offset = divmod(start + found, count)
+        order = torch.randperm(count, generator=generator(recipe.seed, "order", epoch))
+        parts.append(order[offset : offset + recipe.batch - found])
+        found += len(parts[-1])
+    return torch.cat(parts)
+
+
+def subpath_losses(
+    subject: Subject,
+    target: nn.Module,
+    step: Stepper,
+    levels: Levels,
+    drawn: Draw,
+    x_0: Tensor,
+    condition: Condition,
+    recipe: Recipe,
+) -> Tensor:
+    """The loss of each picture, [b], with gradients to subject.student.
+
+    target: the student's slow average
+    x_0: clean states on the device, [b, ...]; condition: theirs, b rows, dropped ones replaced
+    """
+    t, s = drawn.n, drawn.n + 1
+    sigma_t, sigma_s = (levels.sigma[i].to(x_0) for i in (t, s))
+    ones = torch.ones_like(drawn.gamma)
+    with torch.no_grad():
+        x_t = x_0 + per_sample(sigma_t, x_0) * drawn.eps.to(x_0)
+        teacher = _guided(subject, condition, drawn.guidance, recipe)
+        x_s = solve(teacher, x_t, step.program(drawn.n))
+        told = _told(recipe, ones, drawn.guidance, x_0)
+        denoised = subject.denoise(target, x_s, sigma_s, condition, told)
+        goal = consistency(x_s, denoised, ones, (levels.skip[s], levels.out[s]))
+    x_gamma = on_line(x_s, x_t, drawn.gamma)
+    q = levels.sigma[s] / levels.sigma[t]
+    ratio = RULES[recipe.level_rule](drawn.gamma, q)
+    level, scalings = sigma_t, (levels.skip[t], levels.out[t])
+    if recipe.tell != "gamma":  # eps divides by the told level, which is sigma_gamma then
+        sigma_gamma = ratio * levels.sigma[t]
+        level, scalings, ratio = sigma_gamma.to(x_0), subject.boundary(sigma_gamma), ones
+    told = _told(recipe, drawn.gamma, drawn.guidance, x_0)
+    denoised = subject.denoise(subject.student, x_gamma, level, condition, told)
+    estimate = consistency(x_gamma, denoised, ratio, scalings)
+    return LOSSES[recipe.loss](estimate - goal).flatten(1).mean(1)
+
+
+def _guided(subject: Subject, condition: Condition, scale: Tensor, recipe: Recipe) -> Any:
+    """The teacher under its conditions; both passes of guidance are one batched call."""
+    if recipe.scales == (1.0, 1.0):
+        return Bound(subject.teacher, condition)
+    return Guided(subject.teacher, scale, condition, subject.none)
+
+
+def _told(recipe: Recipe, gamma: Tensor, guidance: Tensor, x: Tensor) -> Tensor | None:
+    told = indices(recipe.told, gamma, guidance)
+    return None if told is None else told.to(x.device)

@@ -1,0 +1,177 @@
+"""A trained student as a model: the levels on which it is sampled, its card, its examination."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fewstep import __version__
+from fewstep.data.idx import to_unit
+from fewstep.data.images import contact_sheet, write_png
+from fewstep.evaluate import frechet_distance
+from fewstep.evaluate.references import References
+from fewstep.models import Model
+from fewstep.models.card import Card
+from fewstep.networks.features import load_feature_network
+from fewstep.sampling.generate import sample
+
+__all__ = ["Examination", "student_card", "student_levels"]
+
+BUDGETS = range(1, 9)  # evaluations for which a student's card has levels
+EXAMINED = (1, 2, 4)
+SAMPLERS = {"consistency": "", "consistency-ode": "_ode"}  # and what marks their figures
+FIRST_SEED = 1_000_000  # of those for validation
+FEATURES, LEAST = "fashion-a", 250  # a training metric, never the judge; pictures for a covariance
+SHOWN = 12  # pictures of each kind on a sheet
+
+
+def student_levels(levels: Sequence[float], nfe: int) -> tuple[float, ...]:
+    """The grid on which a student spends `nfe` evaluations: levels that it was trained on, spread
+    evenly from the first, then 0.
+
+    Level i of the evaluations is number floor(i (N - 1) / nfe) of the N of its training grid; the
+    last of these was never the start of a sub-path. Errors: ValueError where there are too few.
+    """
+    starts = len(levels) - 1
+    if not 1 <= nfe <= starts:
+        raise ValueError(f"a student on {starts} sub-paths takes 1 to {starts} nfe, got {nfe}")
+    return (*(levels[i * starts // nfe] for i in range(nfe)), 0.0)
+
+
+def student_card(
+    card: Card,
+    levels: Sequence[float],
+    facts: dict[str, Any],
+    run: dict[str, Any],
+    name: str,
+    sampler: str = "consistency",
+) -> Card:
+    """The card of a student: `auto` names its sampler with the levels for each budget.
+
+    facts: how it was distilled; run: all settings, and its data
+    sampler: "consistency", with fresh noise at every level, or "consistency-ode", without
+
+    Errors: ValueError for another sampler.
+    """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
+    auto = {
+        str(nfe): {"solver": sampler, "grid": list(student_levels(levels, nfe))}
+        for nfe in BUDGETS
+        if nfe < len(levels)
+    }
+    return replace(
+        card,
+        name=name,
+        summary=f"{facts['teacher']} distilled by {facts['method']}, {len(levels)} levels",
+        auto=auto,
+        distilled={**facts, "levels": list(levels)},
+        about={"fewstep": __version__, **run, "teacher": card.about},
+        folder=None,
+    )
+
+
+class Examination:
+    """Pictures of a student beside the teacher's fine solutions.
+
+    teacher: the model that is imitated
+    count: of pictures; as many of other seeds are what their distribution is compared with
+    labels, guidance: conditions of the pictures, the labels in turn; guidance is that of the
+        teacher, and of a student that is told it
+    """
+
+    def __init__(
+        self,
+        teacher: Model,
+        count: int,
+        *,
+        labels: Sequence[int | None] = (None,),
+        guidance: float | None = None,
+    ) -> None:
+        self.teacher, self.guidance, self.labels = teacher, guidance, labels
+        self.seeds = range(FIRST_SEED, FIRST_SEED + count)
+        self.others = range(self.seeds.stop, self.seeds.stop + count)
+
+    @cached_property
+    def reference(self) -> np.ndarray:
+        """The teacher's fine solutions of the same seeds, uint8 [n, h, w, c]."""
+        return self._fine(self.seeds)
+
+    @cached_property
+    def distance(self) -> Callable[[np.ndarray], float] | None:
+        """Frechet distance of pictures to fine solutions of other seeds, in the features of
+        fashion-a; None for pictures that it does not know, or too few.
+
+        Of other seeds, since with those of its own a sampler that keeps to its path would be nearer
+        than one with fresh noise, whichever pictures are better.
+        """
+        if self.reference.shape[1:] != (32, 32, 1) or len(self.seeds) < LEAST:
+            return None
+        network = load_feature_network(FEATURES)
+
+        def features(images: np.ndarray) -> np.ndarray:
+            return network(to_unit(torch.from_numpy(images)).permute(0, 3, 1, 2)).numpy()
+
+        others = features(self._fine(self.others))
+        return lambda images: float(frechet_distance(features(images), others))
+
+    def _fine(self, seeds: range) -> np.ndarray:
+        """From the cache, or solved now: the same solves that comparisons are made with."""
+        channels, height, width = self.teacher.shape
+        images = np.empty((len(seeds), height, width, channels), np.uint8)
+        for i, label in enumerate(self.labels):
+            mine = slice(i, None, len(self.labels))
+            if len(seeds[mine]):
+                solved = References(self.teacher, label=label, guidance=self.guidance)
+                ends = torch.from_numpy(solved.endpoints(seeds[mine])[:, 0])
+                images[mine] = self.teacher.decode(ends)
+        return images
+
+    def __call__(self, student: Model, guided: bool, sheet: Path | None) -> dict[str, float]:
+        """Distances of the student's pictures at each of `EXAMINED` nfe.
+
+        guided: whether the student is told the guidance scale
+        sheet: where to write the teacher's pictures and the student's, row by row, those of its own
+            sampler
+
+        Returns for each nfe rmse_*, root mean square of the difference from the fine solution of
+        the same seed in pixels of [-1, 1], and, where `distance` has it, fd_*; rmse_ode_* and
+        fd_ode_* are those of consistency-ode, and fd_fine is the distance of the fine solutions
+        themselves, the least that can be expected. Beyond one evaluation the fresh noise of the
+        other sampler is in its rmse.
+        """
+        figures: dict[str, float] = {}
+        rows = [self.reference[:SHOWN]]
+        turns = [self.labels[i % len(self.labels)] for i in range(len(self.seeds))]
+        for nfe in EXAMINED:
+            if str(nfe) not in student.card.auto:
+                continue
+            for sampler, mark in SAMPLERS.items():
+                if nfe == 1 and mark:
+                    continue  # one evaluation is the same with both
+                images = sample(
+                    student,
+                    solver=sampler,
+                    nfe=nfe,
+                    seeds=self.seeds,
+                    label=None if None in turns else turns,
+                    guidance=self.guidance if guided else None,
+                ).images
+                difference = (images.astype(np.float64) - self.reference) / 127.5
+                figures[f"rmse{mark}_{nfe}"] = float(np.sqrt(np.mean(difference**2)))
+                if self.distance is not None:
+                    figures[f"fd{mark}_{nfe}"] = self.distance(images)
+                if nfe == 1 or sampler == student.card.auto[str(nfe)]["solver"]:
+                    rows.append(images[:SHOWN])
+        if self.distance is not None:
+            figures["fd_fine"] = self.distance(self.reference)
+        if sheet is not None:
+            pictures = np.concatenate(rows)
+            write_png(sheet, contact_sheet(list(pictures), columns=len(rows[0])), figures)
+        return figures

@@ -1,0 +1,442 @@
+"""Reading pipelines: a folder of diffusers, a single file of Stable Diffusion, a name on the hub.
+
+What a folder holds is read from its model_index.json. Nothing in it is executed: classes come from
+diffusers and transformers alone, weights from safetensors, or from pickles that hold nothing but
+tensors (`weights_only`), with no way round.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from fewstep.files import file_hash
+from fewstep.models.card import Card
+from fewstep.models.families import FAMILIES, Family, sample_sides
+from fewstep.models.network import check_device
+from fewstep.models.pipeline import (
+    PipelineModel,
+    Size,
+    pixels_per_latent,
+    process_of,
+    quiet,
+)
+from fewstep.models.process import Process
+
+__all__ = ["INDEX_FILE", "from_pipe", "load_pipeline"]
+
+INDEX_FILE = "model_index.json"
+WEIGHTS = re.compile(r"diffusion_pytorch_model(\.(?P<variant>[\w-]+?))?(-\d+-of-\d+)?\.\w+")
+SAFE, PICKLED = (".safetensors",), (".bin", ".ckpt", ".pt", ".pth")
+# Components that judge or watermark pictures, or read pictures in place of text.
+LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
+LIBRARIES = ("diffusers", "transformers", "fewstep.integrations.diffusers")
+CONFIG_FILES = ["*.json", "*/*.json", "*/*.txt", "*/*.model"]
+LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    ImportError,
+    RuntimeError,
+    EOFError,
+    SafetensorError,
+    pickle.UnpicklingError,
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A pipeline on disk.
+
+    name: for the record
+    folder: with model_index.json and the configurations
+    single: the file with all weights, where they are not in the folder
+    """
+
+    name: str
+    folder: Path
+    single: Path | None = None
+
+    @property
+    def where(self) -> Path:
+        return self.single or self.folder
+
+
+def load_pipeline(
+    name_or_path: str | Path,
+    device: str = "cpu",
+    dtype: str = "float32",
+    compile: bool = False,
+    *,
+    config: str | Path | None = None,
+    size: Size | None = None,
+    slicing: bool = False,
+    tiling: bool = False,
+) -> PipelineModel:
+    """Load a pipeline of diffusers, recognised by what it holds.
+
+    name_or_path: a folder with model_index.json, a .safetensors or .ckpt file with all of a Stable
+        Diffusion, or a name on the Hugging Face hub
+    device, dtype, compile: as in `fewstep.load`
+    config: for a single file, a folder with the configurations and tokenizers of its class: a
+        diffusers folder of the same class, its weights not needed
+    size: (height, width) of the pictures in pixels; the size of training where left out
+    slicing, tiling: decode one picture at a time, or each in overlapping tiles: less memory
+
+    Errors: ValueError for what is not a pipeline, classes and processes that fewstep does not run,
+    missing components, damaged files, and pickles with anything but tensors in them.
+    """
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
+    place = check_device(device)
+    _import_diffusers(name_or_path)
+    source = find_source(name_or_path, config)
+    index, family = read_index(source)
+    check_components(source, index, family)
+    pipe = _read(source, index, family, dtype)
+    check_network(source.where, getattr(pipe, family.network))
+    vae = getattr(pipe, family.autoencoder) if family.autoencoder else None
+    if vae is not None and slicing:
+        vae.enable_slicing()
+    if vae is not None and tiling:
+        vae.enable_tiling()
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.to(place).eval().requires_grad_(False)
+    digest = _weights_hash(source, family, dtype)
+    return _model(pipe, family, source.name, digest, size, compile)
+
+
+def from_pipe(pipe: Any, *, size: Size | None = None, compile: bool = False) -> PipelineModel:
+    """The model of a pipeline that is in memory; its parts are shared, and left as they are.
+
+    pipe: of one of the classes that `load_pipeline` reads; what was changed on it (adapters,
+        device, dtype, slicing) holds
+    size, compile: as in `load_pipeline`
+
+    The card knows no hash of the weights, so nothing tells whether a learned solver is for them.
+    Errors: ValueError for other classes, and processes that fewstep does not run.
+    """
+    kind = type(pipe).__name__
+    if kind not in FAMILIES:
+        raise ValueError(f"pipe is a {kind}; fewstep runs {', '.join(FAMILIES)}")
+    family = FAMILIES[kind]
+    check_network(kind, getattr(pipe, family.network))
+    return _model(pipe, family, kind, "", size, compile)
+
+
+def _model(
+    pipe: Any, family: Family, name: str, digest: str, size: Size | None, compile: bool
+) -> PipelineModel:
+    net = getattr(pipe, family.network)
+    vae = getattr(pipe, family.autoencoder) if family.autoencoder else None
+    height, width = size or [side * pixels_per_latent(vae) for side in sample_sides(net)]
+    process = process_of(pipe, family, (height, width))
+    card = _card(name, type(pipe).__name__, family, net, process, digest)
+    forward = torch.compile(net) if compile else net
+    return PipelineModel(card, pipe, family, process, (height, width), forward)
+
+
+def find_source(name_or_path: str | Path, config: str | Path | None) -> Source:
+    """Where the files are; a hub name is fetched first."""
+    path = Path(name_or_path)
+    if path.is_dir():
+        if config is not None:
+            raise ValueError(
+                f"{path} is a folder, which has its own configuration; leave out config"
+            )
+        return Source(path.name or str(path), path)
+    if path.is_file():
+        if path.suffix not in SAFE + PICKLED:
+            raise ValueError(
+                f"{path} is not a file of weights; a single file is .safetensors or .ckpt"
+            )
+        _check_single(path)
+        return Source(path.name, _config_folder(path, config), path)
+    return Source(str(name_or_path), _fetch(str(name_or_path)))
+
+
+def read_index(source: Source) -> tuple[dict[str, Any], Family]:
+    """The model_index.json and the family of its class.
+
+    Errors: ValueError where it is missing or damaged, of an unknown class, or wants code that is
+    not diffusers' or transformers'.
+    """
+    path = source.folder / INDEX_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"{source.folder} is not a pipeline folder: one holds {INDEX_FILE}, and a folder with "
+            "config and weights for each component (unet, vae, scheduler, ...)"
+        )
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        name = index["_class_name"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is not the index of a pipeline: {error!r}") from None
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise ValueError(
+            f"{source.folder} is a pipeline of class {name!r}; fewstep runs {', '.join(FAMILIES)}"
+        )
+    for part, entry in _components(index).items():
+        if part not in LEFT_OUT and entry[0] not in LIBRARIES:
+            raise ValueError(
+                f"{path}: {part} is of module {entry[0]!r}, and fewstep takes classes from "
+                "diffusers and transformers alone, since code beside weights is not executed"
+            )
+        if str(entry[1]).endswith("Pipeline"):
+            raise ValueError(
+                f"{path}: {part} is a pipeline of its own, {entry[1]!r}, and is not read"
+            )
+        # some releases of diffusers take a file <part>/<library>.py for the library itself
+        if code := next((source.folder / part).glob("*.py"), None):
+            raise ValueError(f"{code} is code beside weights, which is not executed; remove it")
+    return index, FAMILIES[name]
+
+
+def check_components(source: Source, index: dict[str, Any], family: Family) -> None:
+    """Errors: ValueError that names the component that the index or the folder lacks."""
+    there = _components(index)
+    for part in (*family.needs, "scheduler"):
+        home = source.folder / part
+        file = source.folder / ("scheduler_config.json" if part == "scheduler" else "config.json")
+        if part not in there or not (home.is_dir() or file.is_file()):
+            what = "its index names none" if part not in there else f"there is no folder {home}"
+            raise ValueError(
+                f"{source.folder} has no {part} ({what}); a {index['_class_name']} needs "
+                f"{', '.join(family.needs)} and scheduler"
+            )
+
+
+def _components(index: dict[str, Any]) -> dict[str, list[str]]:
+    """The entries of the index that name a class: [library, class]."""
+    return {
+        name: value
+        for name, value in index.items()
+        if isinstance(value, list) and len(value) == 2 and value[0] is not None
+    }
+
+
+def _import_diffusers(name_or_path: str | Path) -> None:
+    try:
+        import diffusers  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        what = "" if Path(name_or_path).exists() else f"there is no folder {str(name_or_path)!r}; "
+        raise ValueError(
+            f"{what}pipelines need diffusers and transformers ({error}): "
+            "pip install 'fewstep[diffusers]'"
+        ) from None
+
+
+def _fetch(name: str) -> Path:
+    """A hub name's files, from the cache or from the hub."""
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    try:
+        with quiet():
+            return Path(DiffusionPipeline.download(name))
+    except Exception as error:  # the client's errors are of many libraries
+        raise ValueError(
+            f"there is no folder {name!r}, and the hub did not give it ({_line(error)}); "
+            "fetch it where there is a network and give its folder"
+        ) from None
+
+
+def _check_single(path: Path) -> None:
+    """Errors: ValueError where the file is damaged, or a pickle of more than tensors."""
+    try:
+        if path.suffix in SAFE:
+            from safetensors import safe_open
+
+            with safe_open(path, "pt"):  # type: ignore[no-untyped-call]
+                return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # pickles of another protocol
+            torch.load(path, map_location="meta", weights_only=True)
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read ({_line(error)}); fetch it again") from None
+    except pickle.UnpicklingError as error:
+        found = re.search(r"Unsupported (?:global|class)[^\n]*?([\w.]+) was not", str(error))
+        what = f" ({found[1]})" if found else ""
+        raise ValueError(
+            f"{path} holds more than tensors{what}, which fewstep never executes; "
+            "use the .safetensors of this model, or convert it where you trust it"
+        ) from None
+    except (RuntimeError, EOFError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read ({_line(error)}); fetch it again") from None
+
+
+def _config_folder(path: Path, config: str | Path | None) -> Path:
+    """The folder of configurations that goes with a single file."""
+    if config is not None:
+        if Path(config).is_dir():
+            return Path(config)
+        if Path(config).exists():
+            raise ValueError(f"config must be a folder with {INDEX_FILE}, got the file {config}")
+        repository = str(config)
+    else:
+        repository = _usual_config(path)
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=CONFIG_FILES))
+    except Exception as error:  # the client's errors are of many libraries
+        raise ValueError(
+            f"{path} has weights but no configuration, and the hub did not give {repository!r} "
+            f"({_line(error)}); pass config=FOLDER, a diffusers folder of the same class"
+        ) from None
+
+
+def _usual_config(path: Path) -> str:
+    """The hub's name for the configurations of a file's class, guessed by diffusers from its
+    keys."""
+    from diffusers.loaders import single_file_utils as utils
+
+    try:
+        checkpoint = utils.load_single_file_checkpoint(str(path), local_files_only=True)
+        return utils.fetch_diffusers_config(checkpoint)["pretrained_model_name_or_path"]
+    except LOAD_ERRORS as error:
+        raise ValueError(
+            f"the class of {path} cannot be told from its keys ({_line(error)}); pass "
+            "config=FOLDER, a diffusers folder of the same class"
+        ) from None
+
+
+def network_files(source: Source, family: Family) -> tuple[dict[str | None, list[Path]], Path]:
+    """The network's weight files by variant (None: without), and their folder."""
+    home = source.folder / family.network
+    home = home if home.is_dir() else source.folder
+    found: dict[str | None, list[Path]] = {}
+    for kinds in (SAFE, PICKLED):
+        for file in sorted(home.iterdir()):
+            match = WEIGHTS.fullmatch(file.name)
+            if match and file.suffix in kinds:
+                found.setdefault(match["variant"], []).append(file)
+        if found:
+            break
+    return found, home
+
+
+def _variant(source: Source, family: Family, dtype: str) -> str | None:
+    """Which variant of the weights to read: the one for the dtype, else the plain one, else what
+    there is."""
+    found, home = network_files(source, family)
+    if not found:
+        raise ValueError(
+            f"{home} has no weights; it needs a diffusion_pytorch_model.safetensors, or its parts"
+        )
+    half = {"float16": "fp16", "bfloat16": "bf16"}.get(dtype)
+    for wanted in (half, None, *sorted(str(name) for name in found)):
+        if wanted in found:
+            return wanted
+    return None
+
+
+def _read(source: Source, index: dict[str, Any], family: Family, dtype: str) -> Any:
+    """The pipeline, on the CPU, without the components that fewstep leaves out."""
+    import diffusers
+
+    with quiet():
+        kind = getattr(diffusers, index["_class_name"])
+    options: dict[str, Any] = dict.fromkeys(LEFT_OUT[:1]) if "safety_checker" in index else {}
+    options |= {name: None for name in LEFT_OUT[1:] if name in index}
+    there = _components(index)
+    options |= {
+        name: None
+        for name in family.optional
+        if name not in there or not (source.folder / name).is_dir()
+    }
+    if "requires_safety_checker" in index:
+        options["requires_safety_checker"] = False
+    if index["_class_name"] == "StableDiffusionXLPipeline":
+        options["add_watermarker"] = False
+    options[_dtype_key()] = getattr(torch, dtype)
+    try:
+        with _loading():
+            if source.single is not None:
+                return kind.from_single_file(
+                    str(source.single), config=str(source.folder), local_files_only=True, **options
+                )
+            options |= {"variant": _variant(source, family, dtype), "local_files_only": True}
+            return kind.from_pretrained(str(source.folder), **options)
+    except LOAD_ERRORS as error:
+        reason = _line(error)
+        raise ValueError(f"{source.where} cannot be loaded as {kind.__name__}: {reason}") from None
+
+
+@contextmanager
+def _loading() -> Iterator[None]:
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # names of arguments that are to change
+        yield
+
+
+def _dtype_key() -> str:
+    import diffusers
+
+    return "torch_dtype" if diffusers.__version__.startswith("0.") else "dtype"
+
+
+def check_network(where: str | Path, net: Any) -> None:
+    """Errors: ValueError for a network that wants more than x_t, t and text."""
+    config = net.config
+    if config.get("num_class_embeds") or config.get("class_embed_type"):
+        raise ValueError(
+            f"{where}: its network wants class labels, which fewstep does not give to pipelines"
+        )
+    inputs, outputs = config.in_channels, config.get("out_channels") or config.in_channels
+    if outputs not in (inputs, 2 * inputs):
+        raise ValueError(
+            f"{where}: its network reads {inputs} channels and writes {outputs}, so it is "
+            "made for in-painting or editing, which fewstep does not run"
+        )
+
+
+def _card(name: str, kind: str, family: Family, net: Any, process: Process, digest: str) -> Card:
+    flow = process.prediction == "flow"
+    return Card(
+        name=name,
+        network={"class": type(net).__name__},
+        summary=f"{kind} of diffusers, {process.prediction} prediction",
+        sigma_min=process.sigma_min,
+        sigma_max=process.sigma_max,
+        sigma_data=1.0 if family.autoencoder else 0.5,
+        feature_module=family.tap(net),
+        weights_sha256=digest,
+        # The network's own time is the usual grid for such networks, and the only sensible one
+        # where sigma_max is huge (flows, zero terminal SNR).
+        grid="trailing",
+        end="zero",
+        auto={"1": {"solver": "dpmpp-2m"}},
+        about={"pipeline": kind, "prediction": process.prediction, "flow": flow},
+        kind="pipeline",
+    )
+
+
+def _weights_hash(source: Source, family: Family, dtype: str) -> str:
+    """SHA-256 of the denoising network's weights, or of the single file; of the list of hashes
+    where they are in parts."""
+    if source.single is not None:
+        return file_hash(source.single)
+    found, _ = network_files(source, family)
+    hashes = [file_hash(path) for path in found[_variant(source, family, dtype)]]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def _line(error: BaseException) -> str:
+    """An error of another library in one short line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:300] + " ..."

@@ -1,0 +1,1 @@
+"""Sampling pictures with a model: settings, request, generation, the folder of pictures."""

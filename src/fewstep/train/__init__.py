@@ -1,0 +1,1 @@
+"""Trainings: of a network here; what every training needs."""

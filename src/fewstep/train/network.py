@@ -1,0 +1,527 @@
+"""Training the built-in kind of network: EDM's denoising loss over the whole range of noise.
+
+Half of each batch draws its noise level log-normally, as EDM does, and half log-uniformly over
+[sigma_min, sigma_max], both stratified within the batch; few-step sampling lives on the high-noise
+end, which the log-normal alone hardly visits. The learning rate is flat after a warm-up and falls
+linearly to zero over the last part of the run; the average of the weights has a window that grows
+with the run (power-function EMA).
+
+Every random draw is a function of (seed, step), so a run that is killed and resumed from its last
+checkpoint takes exactly the path of one that was not. A run can also be taken further with more
+pictures: it is then on the path of the longer run only if it stopped before its own cool-down,
+since the learning rate depends on the length (after one, it goes up again).
+
+Sources: Karras et al. 2022 (EDM), arXiv:2206.00364; Karras et al. 2024 (EDM2, the EMA),
+arXiv:2312.02696.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fewstep import __version__
+from fewstep.data.idx import to_unit
+from fewstep.files import check_writable, sweep, write_whole
+from fewstep.models.card import CARD_FILE, WEIGHTS_FILE, Card
+from fewstep.models.network import check_device, data_statistics, far_means, save_folder
+from fewstep.networks.preconditioning import denoise
+from fewstep.networks.unet import UNet, UNetConfig
+from fewstep.noise import generator
+from fewstep.train.interrupts import between_steps
+
+__all__ = ["Progress", "Recipe", "check_names", "export_network", "train_network"]
+
+P_MEAN, P_STD = -1.2, 1.2  # the log-normal of EDM, its table 1
+EMA_GAMMA = 16.97  # a window of 5 % of the run so far; EDM2, section 3.1
+CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides the trained weights, to the bit, on one kind of machine.
+
+    pictures: length of the run, rounded up to whole batches
+    warmup: pictures until the learning rate is reached
+    cooldown: the last share of the run, over which it falls to zero
+    dtype: the network's arithmetic
+
+    Errors: ValueError for a number outside its range.
+    """
+
+    pictures: int = 1_500_000
+    batch: int = 128
+    lr: float = 1e-3
+    warmup: int = 20_000
+    cooldown: float = 0.3
+    label_dropout: float = 0.2
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    sigma_data: float = 0.5
+    dtype: str = "bfloat16"
+    seed: int = 0
+    network: UNetConfig = UNetConfig()
+
+    def __post_init__(self) -> None:
+        if self.pictures < 1 or self.batch < 2 or self.batch % 2:
+            raise ValueError(
+                "pictures must be positive and batch even, "
+                f"got pictures={self.pictures}, batch={self.batch}"
+            )
+        if self.dtype not in ("bfloat16", "float32"):
+            raise ValueError(f"dtype must be bfloat16 or float32, got {self.dtype}")
+        for name, fine, rule in (
+            ("lr", 0 < self.lr < math.inf, "positive"),
+            ("warmup", self.warmup >= 0, "at least 0"),
+            ("cooldown", 0 <= self.cooldown <= 1, "between 0 and 1"),
+            ("label_dropout", 0 <= self.label_dropout <= 1, "between 0 and 1"),
+            ("sigma_min", 0 < self.sigma_min < self.sigma_max, "positive and below sigma_max"),
+            ("sigma_max", self.sigma_max < math.inf, "finite"),
+            ("sigma_data", 0 < self.sigma_data < math.inf, "positive"),
+            ("seed", -(2**63) <= self.seed < 2**63, "a 64-bit integer"),
+        ):
+            if not fine:
+                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)}")
+
+    @property
+    def total_steps(self) -> int:
+        return math.ceil(self.pictures / self.batch)
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of the update after `step` earlier ones."""
+        rise = (step + 1) * self.batch / self.warmup if self.warmup else 1.0
+        fall = (self.total_steps - step) / (self.cooldown * self.total_steps + 1)
+        return self.lr * min(1.0, rise, fall)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Recipe:
+        return cls(**{**values, "network": UNetConfig(**values["network"])})
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One training step, as `train_network` reports it. loss: EDM's, over the log-normal half of
+    the batch."""
+
+    step: int
+    total_steps: int
+    loss: float
+    lr: float
+    pictures_per_second: float
+    validation: dict[str, float] | None = None
+
+
+def noise_levels(recipe: Recipe, gen: torch.Generator) -> Tensor:
+    """sigma [batch]: the first half log-normal, the second log-uniform, each stratified."""
+    half = recipe.batch // 2
+    u = (torch.arange(half) + torch.rand(2, half, generator=gen, dtype=torch.float64)) / half
+    log_normal = P_MEAN + P_STD * math.sqrt(2) * torch.erfinv(
+        (2 * u[0] - 1).clamp(-1 + 1e-9, 1 - 1e-9)
+    )
+    low, high = math.log(recipe.sigma_min), math.log(recipe.sigma_max)
+    log_uniform = low + (high - low) * u[1]
+    return torch.cat((log_normal.clamp(low, high), log_uniform)).exp().float()
+
+
+def batch_indices(count: int, recipe: Recipe, step: int) -> Tensor:
+    """The pictures of one step: walks through one fresh permutation of the data after another."""
+    start, parts = step * recipe.batch, []
+    while sum(map(len, parts)) < recipe.batch:
+        epoch, offset = divmod(start + sum(map(len, parts)), count)
+        order = torch.randperm(count, generator=generator(recipe.seed, "epoch", epoch))
+        parts.append(order[offset : offset + recipe.batch - sum(map(len, parts))])
+    return torch.cat(parts)
+
+
+def weighted_errors(
+    net: UNet, x_0: Tensor, sigma: Tensor, label: Tensor, eps: Tensor, recipe: Recipe
+) -> Tensor:
+    """EDM's loss per picture: (sigma^2 + sd^2) / (sigma sd)^2 times the mean squared error, [b]."""
+    x = x_0 + sigma[:, None, None, None] * eps
+    dtype = getattr(torch, recipe.dtype)
+    with torch.autocast(x.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        error = denoise(net, x, sigma, label, recipe.sigma_data) - x_0
+    weight = (sigma.square() + recipe.sigma_data**2) / (sigma * recipe.sigma_data).square()
+    return weight * error.square().mean(dim=(1, 2, 3))
+
+
+class Run:
+    """The state of a training run: weights, their average, Adam's moments and the step count.
+
+    data: hash of what it is trained on, kept in its checkpoints
+    """
+
+    def __init__(self, recipe: Recipe, device: torch.device, data: str) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            self.net = UNet(recipe.network).to(device)
+        self.recipe, self.device, self.data, self.step = recipe, device, data, 0
+        self.names = [name for name, _ in self.net.named_parameters()]
+        self.weights = list(self.net.parameters())
+        self.ema = [w.detach().clone() for w in self.weights]
+        self.adam = torch.optim.Adam(self.weights, lr=recipe.lr, betas=(0.9, 0.99), fused=True)
+        for w in self.weights:
+            zeros = torch.zeros_like(w)
+            self.adam.state[w] = {
+                "step": torch.zeros((), dtype=torch.float32, device=device),
+                "exp_avg": zeros,
+                "exp_avg_sq": zeros.clone(),
+            }
+
+    def tensors(self) -> dict[str, Tensor]:
+        out = {}
+        for name, w, average in zip(self.names, self.weights, self.ema, strict=True):
+            state = self.adam.state[w]
+            out |= {f"weights.{name}": w.detach(), f"ema.{name}": average}
+            out |= {f"{moment}.{name}": state[moment] for moment in ("exp_avg", "exp_avg_sq")}
+        return out
+
+    def save(self, path: Path) -> None:
+        metadata = {
+            "step": str(self.step),
+            "recipe": json.dumps(asdict(self.recipe)),
+            "data": self.data,
+        }
+        write_whole(path, sorted_header(safetensors.torch.save(self.tensors(), metadata)))
+
+    @torch.no_grad()
+    def restore(self, path: Path) -> None:
+        """Take up the state in `path`.
+
+        Errors: ValueError where it is no file, cut short, of another recipe, of other data, of
+        other shapes, or longer than the run that is asked for.
+        """
+        if not path.is_file():
+            raise ValueError(f"{path} is not a file; remove it, or give another folder")
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                if "recipe" not in metadata or "step" not in metadata:
+                    raise ValueError(f"{path} is not a training checkpoint of fewstep")
+                theirs, step = read_recipe(path, metadata)
+                if differing := differences(theirs, self.recipe):
+                    raise ValueError(
+                        f"{path} was made with {', '.join(differing)}; "
+                        "give the same, or another folder"
+                    )
+                # checkpoints from before the key "data" was written are taken on trust
+                if metadata.get("data", self.data) != self.data:
+                    raise ValueError(
+                        f"{path} was trained on other pictures or labels; "
+                        "give its data, or another folder"
+                    )
+                if step > self.recipe.total_steps:
+                    raise ValueError(
+                        f"{path} is at {step * theirs.batch} pictures, past the "
+                        f"{self.recipe.pictures} asked for; ask for as many or more, "
+                        "or give another folder"
+                    )
+                tensors = self.tensors()
+                for name, tensor in tensors.items():
+                    if (shape := file.get_slice(name).get_shape()) != list(tensor.shape):
+                        raise ValueError(
+                            f"{path} cannot be read ({name} has shape {shape}, not "
+                            f"{list(tensor.shape)}); remove it to start again"
+                        )
+                for name, tensor in tensors.items():
+                    tensor.copy_(file.get_tensor(name))
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{path} cannot be read ({error}); remove it to start again") from None
+        self.step = step
+        for state in self.adam.state.values():
+            state["step"].fill_(self.step)
+
+    def update(self, images: Tensor, labels: Tensor) -> float:
+        """One optimiser step; returns EDM's loss, over the log-normal half."""
+        recipe, gen = self.recipe, generator(self.recipe.seed, "batch", self.step)
+        chosen = batch_indices(len(images), recipe, self.step)
+        sigma = noise_levels(recipe, gen)
+        dropped = torch.rand(recipe.batch, generator=gen) < recipe.label_dropout
+        label = torch.where(dropped, recipe.network.classes, labels[chosen])
+        x_0 = to_unit(images[chosen])
+        eps = torch.randn(x_0.shape, generator=gen)
+        x_0, sigma, label, eps = (t.to(self.device) for t in (x_0, sigma, label, eps))
+
+        lr = recipe.lr_at(self.step)
+        for group in self.adam.param_groups:
+            group["lr"] = lr
+        losses = weighted_errors(self.net, x_0, sigma, label, eps, recipe)
+        losses.mean().backward()
+        torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
+        self.adam.step()
+        self.adam.zero_grad()
+        self.step += 1
+        decay = (1 - 1 / self.step) ** (EMA_GAMMA + 1)
+        with torch.no_grad():
+            for average, w in zip(self.ema, self.weights, strict=True):
+                average.lerp_(w, 1 - decay)
+        return losses[: recipe.batch // 2].mean().item()
+
+    def averaged(self) -> UNet:
+        """A copy of the network with the averaged weights."""
+        net = copy.deepcopy(self.net)
+        net.load_state_dict(dict(zip(self.names, self.ema, strict=True)))
+        return net.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def validate(net: UNet, images: Tensor, labels: Tensor, recipe: Recipe) -> dict[str, float]:
+    """EDM's loss on held-out pictures, same noise every time, with and without class.
+
+    Also far_error: root mean square of D(sigma_max z; sigma_max) minus the data mean, averaged over
+    z, without class; a network at fault there ruins every few-step sampler.
+    """
+    device, gen = next(net.parameters()).device, generator("validation")
+    count = len(images) - len(images) % 2
+    law = replace(recipe, batch=2 * count)
+    sigma = noise_levels(law, gen)[:count]
+    sigma = sigma[torch.randperm(count, generator=gen)]
+    sums, none = [0.0, 0.0], torch.full((count,), recipe.network.classes)
+    far = torch.zeros(images.shape[1:], device=device)
+    for part in torch.arange(count).split(250):
+        x_0, eps = to_unit(images[part]), torch.randn(len(part), *images.shape[1:], generator=gen)
+        x_0, eps, level = x_0.to(device), eps.to(device), sigma[part].to(device)
+        for i, label in enumerate((labels, none)):
+            errors = weighted_errors(net, x_0, level, label[part].to(device), eps, recipe)
+            sums[i] += errors.sum().item() / count
+        top = torch.full_like(level, recipe.sigma_max)
+        far += denoise(net, eps * recipe.sigma_max, top, none[part].to(device)).sum(0) / count
+    mean = to_unit(images).mean(0).to(device)
+    return {
+        "loss": sums[0],
+        "loss_without_class": sums[1],
+        "far_error": (far - mean).square().mean().sqrt().item(),
+    }
+
+
+def train_network(
+    images: Tensor,
+    labels: Tensor,
+    held_out: tuple[Tensor, Tensor],
+    out: Path | str,
+    recipe: Recipe,
+    *,
+    device: str | torch.device = "cpu",
+    checkpoint_every: int = 100,
+    validate_every: int = 1000,
+    report: Callable[[Progress], None] = lambda progress: None,
+    resumed: Callable[[int], None] = lambda step: None,
+) -> UNet:
+    """Train to the end of the recipe, resuming from a checkpoint in `out` where there is one.
+
+    images: uint8 [n, c, h, w]
+    labels: int64 [n]
+    held_out: the same, for validation
+    checkpoint_every, validate_every: in steps
+    report: called after every step
+    resumed: called once, with the step, where there was a checkpoint
+
+    Returns the network with averaged weights, float32. `out` receives checkpoint.safetensors and
+    log.jsonl (one line per validation).
+
+    Resuming takes exactly the path of an undisturbed run of the same `pictures`. More pictures than
+    the checkpoint's run had, even one that was finished, are allowed: see the module's docstring.
+    On Ctrl-C the step is finished and a checkpoint saved before KeyboardInterrupt goes on.
+
+    Errors, all before the first step: ValueError for data that do not go with the recipe, a device
+    that is not to be had, a checkpoint of another recipe or other data, or an `out` that holds
+    another model; OSError where `out` cannot be written. Later, FloatingPointError where the loss
+    is not finite (the last checkpoint stays).
+    """
+    if checkpoint_every < 1 or validate_every < 1:
+        raise ValueError(
+            "checkpoint_every and validate_every must be at least 1, "
+            f"got {checkpoint_every} and {validate_every}"
+        )
+    out, place = Path(out), check_device(device)
+    check_data(images, labels, held_out, recipe)
+    check_folder(out)
+    run = Run(recipe, place, data_hash(images, labels))
+    if (path := out / CHECKPOINT).exists():
+        run.restore(path)
+        resumed(run.step)
+    for name in (CHECKPOINT, LOG, WEIGHTS_FILE, CARD_FILE):
+        sweep(out / name)
+    lines = [line for line in log_lines(out / LOG) if line["step"] <= run.step]
+    begun, first = time.perf_counter(), run.step
+    with between_steps() as stopping:
+        while run.step < recipe.total_steps:
+            loss = run.update(images, labels)
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"the loss is {loss} at step {run.step}; the last checkpoint stays, "
+                    "try a lower lr"
+                )
+            last = run.step == recipe.total_steps
+            validation = None
+            if last or run.step % validate_every == 0:
+                validation = validate(run.averaged(), *held_out, recipe)
+            speed = (run.step - first) * recipe.batch / (time.perf_counter() - begun)
+            progress = Progress(
+                run.step, recipe.total_steps, loss, recipe.lr_at(run.step), speed, validation
+            )
+            if validation:
+                lines.append({"step": run.step, "pictures": run.step * recipe.batch, **validation})
+                write_whole(out / LOG, "".join(json.dumps(e) + "\n" for e in lines).encode())
+            stop = stopping()
+            if last or stop or run.step % checkpoint_every == 0:
+                run.save(path)
+            report(progress)
+            if stop:
+                raise KeyboardInterrupt
+    return run.averaged()
+
+
+def export_network(
+    net: UNet,
+    recipe: Recipe,
+    images: Tensor,
+    labels: Tensor,
+    out: Path | str,
+    *,
+    name: str,
+    classes: Sequence[str] = (),
+    summary: str = "",
+    about: dict[str, Any] | None = None,
+) -> Card:
+    """Write a model folder from a trained network: float16 weights, statistics of the data, the
+    card.
+
+    images, labels: the training data, for its statistics
+    classes: names, indices where left out
+    about: more facts for the card, which says the recipe and the version of fewstep in any case
+
+    Errors: ValueError for names that do not go with the recipe, or where `out` holds another model.
+    """
+    out, count = Path(out), recipe.network.classes
+    names = check_names(tuple(classes) or tuple(map(str, range(count))), count)
+    check_folder(out)
+    stats = data_statistics(images, labels, count)
+    rounded = copy.deepcopy(net).half().float()  # what will be loaded
+    stats["far_mean"] = far_means(rounded, recipe.sigma_max, recipe.sigma_data)
+    card = Card(
+        name=name,
+        network=asdict(recipe.network),
+        summary=summary,
+        classes=names,
+        sigma_min=recipe.sigma_min,
+        sigma_max=recipe.sigma_max,
+        sigma_data=recipe.sigma_data,
+        about={"fewstep": __version__, "recipe": asdict(recipe), **(about or {})},
+    )
+    return save_folder(out, card, net, stats)
+
+
+def check_names(names: Sequence[str], classes: int) -> tuple[str, ...]:
+    """The names of classes. Errors: ValueError where there are too few or too many, or one is empty
+    or given twice."""
+    if len(names) != classes:
+        raise ValueError(f"classes must name {classes} classes, got {len(names)}")
+    if not all(names) or len(set(names)) != len(names):
+        raise ValueError(f"classes must have a name each, no two the same, got {','.join(names)!r}")
+    return tuple(names)
+
+
+def check_data(
+    images: Tensor, labels: Tensor, held_out: tuple[Tensor, Tensor], recipe: Recipe
+) -> None:
+    """Errors: ValueError where pictures or labels do not go with the recipe, or with each other."""
+    config = recipe.network
+    shape = (config.channels, config.size, config.size)
+    for what, pictures, theirs in (("training", images, labels), ("held-out", *held_out)):
+        if pictures.dtype != torch.uint8 or tuple(pictures.shape[1:]) != shape:
+            raise ValueError(
+                f"{what} pictures must be uint8 of shape {shape}, "
+                f"got {pictures.dtype}, {tuple(pictures.shape[1:])}"
+            )
+        if len(pictures) < 2 or theirs.shape != (len(pictures),):
+            raise ValueError(
+                f"there must be at least 2 {what} pictures with a label each, "
+                f"got {len(pictures)} and labels of shape {tuple(theirs.shape)}"
+            )
+        low, high = int(theirs.min()), int(theirs.max())
+        if low < 0 or high >= max(1, config.classes):
+            raise ValueError(
+                f"{what} labels must lie below the {config.classes} classes, got {low} to {high}"
+            )
+    if recipe.batch > len(images):
+        raise ValueError(f"batch must be at most the {len(images)} pictures, got {recipe.batch}")
+    for label, count in enumerate(torch.bincount(labels, minlength=config.classes).tolist()):
+        if count < 2:
+            raise ValueError(f"every class needs at least 2 pictures, class {label} has {count}")
+
+
+def check_folder(out: Path) -> None:
+    """Errors: OSError where `out` cannot be written, ValueError where it holds a model that did not
+    come from a checkpoint beside it."""
+    check_writable(out)
+    others = [name for name in (CARD_FILE, WEIGHTS_FILE) if (out / name).exists()]
+    if others and not (out / CHECKPOINT).exists():
+        raise ValueError(
+            f"{out} has a {others[0]} but no {CHECKPOINT}, so it is another model; "
+            "give another folder"
+        )
+
+
+def data_hash(images: Tensor, labels: Tensor) -> str:
+    """SHA-256 of the shapes and the values of pictures and labels, in hexadecimal."""
+    digest = hashlib.sha256()
+    for values in (images.to(torch.uint8), labels.to(torch.int64)):
+        digest.update(repr(tuple(values.shape)).encode())
+        digest.update(values.contiguous().cpu().numpy().data)
+    return digest.hexdigest()
+
+
+def read_recipe(path: Path, metadata: dict[str, str]) -> tuple[Recipe, int]:
+    """Recipe and step of a checkpoint.
+
+    Errors: ValueError, naming the file, where this version cannot read them.
+    """
+    try:
+        return Recipe.from_dict(json.loads(metadata["recipe"])), int(metadata["step"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} has a recipe that this version of fewstep does not know ({error!r}); "
+            "update fewstep, or give another folder"
+        ) from None
+
+
+def differences(theirs: Recipe, ours: Recipe) -> list[str]:
+    """What two recipes differ in besides their length, "lr=0.001 (now 0.002)" and so on."""
+    one, other = ({**asdict(r), **asdict(r.network)} for r in (theirs, ours))
+    names = [name for name in one if name not in ("pictures", "network")]
+    return [f"{n}={one[n]} (now {other[n]})" for n in names if one[n] != other[n]]
+
+
+def sorted_header(data: bytes) -> bytes:
+    """A safetensors file with its metadata sorted, so that equal contents are equal bytes: the
+    library writes the keys in random order."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[end:]
+
+
+def log_lines(path: Path) -> Iterator[dict[str, float]]:
+    """One dictionary per validation so far. Errors: ValueError where it is not such a log."""
+    try:
+        for text in path.read_text().splitlines() if path.exists() else ():
+            line = json.loads(text)
+            int(line["step"])
+            yield line
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a training log ({error!r}); move it away") from None

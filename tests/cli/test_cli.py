@@ -1,0 +1,471 @@
+"""The command as a user types it: in a subprocess, by exit code, output and files."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fewstep import __version__
+from fewstep import solvers as solver_names
+from fewstep.cli import main
+from fewstep.cli.options import parse_seeds, resumable
+from fewstep.data.images import contact_sheet, read_png, write_png
+from fewstep.models import read_card
+
+
+def fewstep(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "fewstep", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"},
+        timeout=120,
+    )
+
+
+def in_process(*arguments: Any) -> int:
+    """The same command without a process of its own, which costs seconds: its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["fewstep", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    return ended.value.code or 0  # type: ignore[return-value]
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+def test_sample_writes_skips_and_refuses_to_mix(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    first = fewstep("sample", "--out", out, "--seeds", "0-2", "--nfe", 3, "--solver", "ddim")
+    assert first.returncode == 0, first.stderr
+    before = hashes(out)
+    assert set(before) == {"000000.png", "000001.png", "000002.png", "sheet.png"}
+    picture, metadata = read_png(out / "000001.png")
+    assert picture.shape == (32, 32, 1)
+    assert metadata is not None
+    known = {key: metadata[key] for key in ("seed", "solver", "nfe")}
+    assert known == {"seed": 1, "solver": "ddim", "nfe": 3}
+    assert len(metadata["weights"]) == 64
+
+    base = ("sample", "--out", out, "--seeds", "0-3", "--solver", "ddim")
+    assert in_process(*base, "--nfe", 3, "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["skipped"] == 3
+    assert result["network_calls"] == 3
+    assert [Path(p).name for p in result["files"]] == [f"00000{i}.png" for i in range(4)]
+    after = hashes(out)
+    assert all(after[name] == before[name] for name in before if name != "sheet.png")
+
+    assert in_process(*base, "--nfe", 4) == 2
+    assert "nfe=3 (now 4)" in capsys.readouterr().err
+    assert hashes(out) == after
+
+
+def test_running_twice_gives_the_same_files(tmp_path: Path) -> None:
+    more = ("--seeds", "7,9", "--label", "bag,1", "--guidance", 2)
+    for name in "ab":
+        assert fewstep("sample", "--out", tmp_path / name, *more).returncode == 0
+    assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
+
+
+def test_a_lost_picture_alone_is_made_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("sample", "--out", tmp_path, "--seeds", "0-3", "--nfe", 2)
+    assert in_process(*arguments) == 0
+    before, lost = hashes(tmp_path), read_png(tmp_path / "000002.png")[0]
+    (tmp_path / "000002.png").unlink()
+    capsys.readouterr()
+    assert in_process(*arguments, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["skipped"] == 3
+    kept = {k: v for k, v in before.items() if k not in ("000002.png", "sheet.png")}
+    assert {k: hashes(tmp_path)[k] for k in kept} == kept
+    # alone in its batch now: equal to float32 rounding, one grey level
+    made = read_png(tmp_path / "000002.png")[0]
+    assert np.abs(made.astype(int) - lost.astype(int)).max() <= 1
+
+
+def test_batches_and_processes_give_the_same_pictures(tmp_path: Path) -> None:
+    base = ("sample", "--nfe", 3, "--solver", "dpmpp-2m-sde")
+    assert in_process(*base, "--out", tmp_path / "one", "--seeds", "0-5") == 0
+    for seeds, batch in (("3-5", 2), ("0-2", 1)):
+        done = fewstep(*base, "--out", tmp_path / "two", "--seeds", seeds, "--batch", batch)
+        assert done.returncode == 0, done.stderr
+    for seed in range(6):
+        a, b = (read_png(tmp_path / n / f"{seed:06d}.png")[0].astype(int) for n in ("one", "two"))
+        assert np.abs(a - b).max() <= 1  # one grey level: float32 rounding
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["sample", "nope"], ["nope", "fewstep models"]),
+        (["sample", "fashion-mnits"], ["fashion-mnist"]),
+        (["sample", "--solver", "dpmp"], ["dpmp", "dpmpp-2m"]),
+        (["sample", "--solver", "heun", "--nfe", "5", "--afs", "none"], ["heun", "4, 6"]),
+        (["sample", "--seeds", "9-1"], ["seeds", "9-1"]),
+        (["sample", "--seeds", "a"], ["seeds", "0-63"]),
+        (["sample", "--seeds", "0-99999999999"], ["at most"]),
+        (["sample", "--grid", "80,1,2"], ["decreas"]),
+        (["sample", "--grid", "8,x"], ["80,9,1"]),
+        (["sample", "--label", "hat"], ["hat", "boot"]),
+        (["sample", "--guidance", "2"], ["label"]),
+        (["sample", "--device", "cuda:9"], ["cuda:9"]),
+        (["sample", "--device", "toaster"], ["toaster"]),
+        (["sample", "--dtype", "int8"], ["int8", "bfloat16"]),
+        (["sample", "--out", "/proc/nowhere"], ["/proc/nowhere"]),
+        (["plan", "unknown-solver"], ["unknown-solver"]),
+        (["plan", "dpm-solver-3", "--nfe", "4"], ["3, 6"]),
+        (["plan", "ddim", "--sigma-max", "0.001"], ["sigma_max"]),
+        (["models", "nope"], ["nope"]),
+        (["train", "network", "--data", "nowhere", "--out", "x"], ["train-images-idx3"]),
+        (["demo", "--model", "nope"], ["nope"]),
+        (["demo", "--seeds", "x"], ["seeds"]),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    arguments: list[str],
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert in_process(*arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("fewstep: ")
+    assert all(word in error for word in words), error
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_an_error_leaves_no_traceback_in_a_real_process() -> None:
+    done = fewstep("sample", "--seeds", "9-1")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "fewstep: seeds must rise and stay below 2^63, got '9-1'\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["sample", "--nfe", "x"], ["--nfe"]),
+        (["sample", "--gird", "karras"], ["--gird", "--grid"]),
+        (["nope"], ["nope"]),
+        (["sample", "--grid", ""], ["--grid is empty"]),
+        (["sample", "--out", ""], ["--out is empty"]),
+        (["sample", "--label="], ["--label is empty"]),
+        (["plan", ""], ["empty"]),
+        (["sample", "--grid", ","], ["80,9,1"]),
+        (["sample", "--label", "bag,"], ["''"]),
+        (["sample", "--label", "troser"], ["troser", "did you mean trouser?"]),
+        (["sample", "--guidance", "nan", "--label", "bag"], ["guidance"]),
+        (["sample", "--head-start", "nan"], ["head_start"]),
+        (["sample", "--head-start", "0"], ["head_start"]),
+        (["sample", "--afs", "mean", "--head-start", "20"], ["afs='mean'", "80", "20"]),
+        (["sample", "--grid", "80,9,1", "--nfe", "2"], ["sigmas", "--nfe"]),
+        (["sample", "--grid", "80,9,1", "--end", "zero"], ["sigmas", "--end"]),
+        (["sample", "--final", "--end", "zero"], ["final", "0"]),
+        (["sample", "--grid", "discrete"], ["discrete", "karras"]),
+        (["sample", "--solver", "dpm-solver-2:r=0"], ["r of dpm-solver-2"]),
+        (["sample", "--plan", "nowhere.json"], ["nowhere.json"]),
+        (["plan", "auto"], ["auto", "model"]),
+        (["plan", "ddim", "--grid", "9,1", "--nfe", "1"], ["sigmas", "--nfe"]),
+        (["plan", "ddim", "--grid", "9,1", "--sigma-max", "9"], ["sigmas", "--sigma-max"]),
+        (["plan", "ddim", "--grid", "trailing"], ["trailing", "karras"]),
+    ],
+)
+def test_usage_errors_and_contradictions_are_one_line_and_leave_no_folder(
+    arguments: list[str],
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert in_process(*arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("fewstep: ")
+    assert all(word in error for word in words), error
+    assert "schedule=" not in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_says_so_and_keeps_what_was_finished(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    line = ["sample", "--out", out, "--seeds", "0-9999", "--batch", "1", "--nfe", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fewstep", *map(str, line)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    while not (out / "000001.png").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output, error = process.communicate(timeout=60)
+    assert (process.returncode, output) == (130, "")
+    assert error == (
+        f"fewstep: stopped; {out} holds what was done, run the same command again to go on\n"
+    )
+    for path in out.glob("*.png"):
+        assert read_png(path)[0].shape == (32, 32, 1)
+
+
+def test_ctrl_c_anywhere_else_says_so_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fewstep.models.builtin", stop)
+    assert in_process("models") == 130
+    assert capsys.readouterr().err == "fewstep: stopped; what was finished is kept\n"
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert in_process("--version") == 0
+    assert capsys.readouterr().out == f"fewstep {__version__}\n"
+    assert in_process("sample", "--help") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert not [line for line in lines if "bool" in line and "--help" not in line]
+    assert in_process() == 2  # no command: the help
+    assert "Commands" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (["--nfe", "3"], "nfe=2 (now 3)"),
+        (["--nfe", "2", "--solver", "heun"], "solver=ddim (now heun)"),
+        (["--nfe", "2", "--label", "1", "--guidance", "2"], "guidance=None (now 2.0)"),
+    ],
+)
+@pytest.mark.parametrize("left", ["all", "no sheet", "no pictures"])
+def test_one_folder_holds_one_kind_of_pictures_whatever_their_seeds(
+    left: str, change: list[str], word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ["sample", "--out", tmp_path, "--solver", "ddim"]
+    assert in_process(*base, "--seeds", "0-1", "--nfe", "2") == 0
+    if left == "no sheet":  # as after Ctrl-C
+        (tmp_path / "sheet.png").unlink()
+    elif left == "no pictures":
+        for path in tmp_path.glob("0*.png"):
+            path.unlink()
+    before = hashes(tmp_path)
+    assert in_process(*base, "--seeds", "5-6", *change) == 2
+    assert word in capsys.readouterr().err
+    assert hashes(tmp_path) == before
+    assert in_process(*base, "--seeds", "5-6", "--nfe", "2") == 0
+
+
+def test_a_cut_picture_of_ours_may_be_removed_a_foreign_one_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["sample", "--out", tmp_path, "--seeds", "0", "--nfe", "2"]
+    assert in_process(*line) == 0
+    path = tmp_path / "000000.png"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-30])
+    assert in_process(*line) == 2
+    assert capsys.readouterr().err == f"fewstep: {path} was cut short; remove it\n"
+    for foreign in (b"my holiday", whole[:20], b""):
+        path.write_bytes(foreign)
+        assert in_process(*line) == 2
+        error = capsys.readouterr().err
+        assert "not made by fewstep; choose another --out" in error
+        assert "remove" not in error
+
+
+def test_a_plan_in_a_file_stands_for_a_solver(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "plan.json"
+    assert in_process("plan", "unipc_2", "--nfe", "3", "--grid", "log-snr", "--json") == 0
+    file.write_text(capsys.readouterr().out)
+    one, two = tmp_path / "one", tmp_path / "two"
+    base = ["sample", "--seeds", "0-2", "--out"]
+    assert in_process(*base, one, "--plan", file) == 0
+    assert "unipc-2, plan " in capsys.readouterr().out
+    same = ["--solver", "unipc-2", "--nfe", "3", "--grid", "log-snr"]
+    assert in_process(*base, two, *same) == 0
+    for seed in range(3):
+        a, b = (read_png(out / f"{seed:06d}.png")[0] for out in (one, two))
+        np.testing.assert_array_equal(a, b)
+    capsys.readouterr()
+    assert in_process(*base, tmp_path / "three", "--plan", file, "--nfe", "3") == 2
+    assert "leave out --nfe" in capsys.readouterr().err
+    for text in ("{}", "[1]", "no json", "\xff"):
+        file.write_text(text, encoding="latin-1")
+        assert in_process(*base, tmp_path / "three", "--plan", file) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert "plan.json" in error
+
+
+def test_plan_shows_what_auto_is_on_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert in_process("plan", "auto", "--model", "fashion-mnist", "--nfe", "5", "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    known = read_card("fashion-mnist").auto["5"]
+    assert known["learned"] == "solvers/tuned/5"
+    assert (plan["solver"], plan["grid"]) == (f"tuned from {known['solver']}", "learned")
+    assert sum(op["op"] == "eval" and op.get("source", "net") == "net" for op in plan["ops"]) == 5
+    assert (plan["sigmas"][0], plan["sigmas"][-1]) == (80.0, 0.002)
+
+
+def test_plan_lists_the_solvers_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert in_process("plan", "--list", "--json") == 0
+    listed = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
+    assert set(solver_names()) <= set(listed)
+    assert "euler-a" in listed["ddim-eta"]["aliases"]
+    assert listed["ddim-eta"]["options"]["eta"]["default"] == 1.0
+
+
+def test_the_line_at_the_end_says_what_was_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert in_process("sample", "--out", tmp_path / "a", "--seeds", "4", "--nfe", "2") == 0
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line.startswith("1 picture: ")
+    assert not any(word in line for word in ("label", "guidance", "head start", "end="))
+    more = ["--label", "bag,boot", "--guidance", "2", "--head-start", "20", "--end", "zero"]
+    out = ["--out", tmp_path / "b"]
+    assert in_process("sample", *out, "--seeds", "4-5", "--nfe", "2", *more) == 0
+    line = capsys.readouterr().out
+    given = [read_png(tmp_path / "b" / f"00000{seed}.png")[1] for seed in (4, 5)]
+    assert [metadata["label"] for metadata in given if metadata] == ["bag", "boot"]
+    for word in ("label bag,boot", "guidance 2", "head start 20", "end=zero", "4 network calls"):
+        assert word in line, line
+    final = ["--solver", "ddim", "--grid", "80,9,0.1", "--final", "--seeds", "0"]
+    assert in_process("sample", "--out", tmp_path / "c", *final) == 0
+    assert "ddim on sigmas 80, 9, 0.1, final, 3 evaluations" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert in_process("sample", "--out", tmp_path, "--seeds", "0", "--nfe", "2") == 2
+    error = capsys.readouterr().err
+    assert error == f"fewstep: {tmp_path / '000000.png'}: No space left on device\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_killed_runs_left_is_swept_and_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = tmp_path / ".000003.png.abcdefgh.partial", tmp_path / ".000004.png.abcd_fgh.partial"
+    other = tmp_path / ".notes.txt.abcdefgh.partial"
+    for path in (old, new, other):
+        path.write_bytes(b"half")
+    for path in (old, other):
+        os.utime(path, (time.time() - 3600, time.time() - 3600))
+    assert in_process("sample", "--out", tmp_path, "--seeds", "0", "--nfe", "2") == 0
+    assert not old.exists()
+    assert new.exists()  # a process beside this one may be writing it
+    assert other.exists()
+
+
+def test_a_file_in_the_way_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "000000.png").write_bytes(b"my holiday")
+    assert in_process("sample", "--out", tmp_path, "--seeds", "0") == 2
+    assert "000000.png" in capsys.readouterr().err
+    assert (tmp_path / "000000.png").read_bytes() == b"my holiday"
+
+
+def test_plan_shows_the_coefficients(capsys: pytest.CaptureFixture[str]) -> None:
+    in_process("plan", "dpmpp-2m", "--nfe", 3)
+    rows = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert rows.count("eval") == rows.count("combine") == 3
+    in_process("plan", "ddim", "--grid", "80,8,1", "--json")
+    plan = json.loads(capsys.readouterr().out)
+    combine = [op for op in plan["ops"] if op["op"] == "combine"]
+    assert [op["a"] for op in combine] == pytest.approx([0.1, 0.125])
+    assert [op["b"][0] for op in combine] == pytest.approx([0.9, 0.875])
+
+
+def test_plan_lists_every_solver(capsys: pytest.CaptureFixture[str]) -> None:
+    in_process("plan", "--list")
+    listed = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert {"ddim", "unipc-3-bh1", "dpmpp-2m-sde"} <= listed
+
+
+def test_models_lists_the_built_in_network(capsys: pytest.CaptureFixture[str]) -> None:
+    in_process("models")
+    assert "fashion-mnist" in capsys.readouterr().out
+    in_process("models", "fashion-mnist")
+    assert json.loads(capsys.readouterr().out)["classes"][9] == "boot"
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys, fewstep.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    for command in ("sample", "plan", "models", "demo"):
+        assert command in fewstep("--help").stdout
+
+
+def test_seeds_are_kept_in_order_and_once() -> None:
+    assert parse_seeds("5,0-2,1") == [5, 0, 1, 2]
+
+
+def test_a_contact_sheet_holds_every_picture_in_place() -> None:
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (32, 32, 1), dtype=np.uint8) for _ in range(5)]
+    sheet = contact_sheet(images, columns=3, gap=2)
+    assert sheet.shape == (2 * 66 + 2, 3 * 66 + 2, 1)
+    for i, image in enumerate(images):
+        top, left = 2 + (i // 3) * 66, 2 + (i % 3) * 66
+        np.testing.assert_array_equal(sheet[top : top + 64 : 2, left : left + 64 : 2], image)
+
+
+def test_png_metadata_round_trips_and_pictures_open_elsewhere(tmp_path: Path) -> None:
+    colour = np.random.default_rng(0).integers(0, 256, (8, 6, 3), dtype=np.uint8)
+    write_png(tmp_path / "a.png", colour, {"seed": 1, "grid": [80.0, 0.002]})
+    image, metadata = read_png(tmp_path / "a.png")
+    np.testing.assert_array_equal(image, colour)
+    assert metadata == {"seed": 1, "grid": [80.0, 0.002]}
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a.png")), colour)
+
+
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [
+        ("file", "holds what was done, run the same command again to go on"),
+        ("full", "holds what was done, run the same command again to go on"),
+        ("empty", "nothing was saved yet"),
+        ("hidden", "nothing was saved yet"),
+        ("none", "nothing was saved yet"),
+    ],
+)
+def test_what_is_said_of_stopped_work_is_so(made, told, tmp_path, capsys):
+    path = tmp_path / "out"
+    if made == "file":
+        path.write_bytes(b"state")
+    elif made != "none":
+        path.mkdir()
+        if made in ("full", "hidden"):
+            (path / ("a" if made == "full" else ".a.partial")).write_bytes(b"")
+    with pytest.raises(SystemExit) as stopped, resumable(path):
+        raise KeyboardInterrupt
+    assert stopped.value.code == 130
+    assert told in capsys.readouterr().err

@@ -1,0 +1,1 @@
+"""What tests share: an exact test bed, and small pipelines of diffusers."""
