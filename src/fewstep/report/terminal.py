@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from rich import progress as bars
 from rich.console import Console
@@ -155,7 +155,7 @@ class Progress:
         self.what, self.done, self.began = "", 0, time.monotonic()
         self.said = self.began
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         self.bar.start()
         return self
 
