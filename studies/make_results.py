@@ -91,8 +91,8 @@ def results_page(records: dict[str, Record]) -> str:
         "# Results",
         "Written by `make results` from the files in `results/`; never edited by hand. What the "
         "columns mean stands in [Compare samplers](compare.md), and how quality is measured in "
-        "[Measure pictures](evaluate.md). The README's table has the last excess column: the distance "
-        "by the network that no setting was chosen by.",
+        "[Measure pictures](evaluate.md). The README's table has the last excess column: "
+        "the distance by the network that no setting was chosen by.",
     ]
     for stem, record in records.items():
         names, references = list(record["floor"]), record["references"]

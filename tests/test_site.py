@@ -1,4 +1,4 @@
-"""The documents and the API reference as one site: it builds without a warning, and needs no host."""
+"""The documents and the API reference as one site: no warnings, and no other host."""
 
 from __future__ import annotations
 
