@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +29,7 @@ from torch import Tensor
 from fewstep.files import cache_folder, write_whole
 from fewstep.loop import solve
 from fewstep.models import Model
+from fewstep.text import slug
 
 __all__ = ["Fine", "References"]
 
@@ -49,7 +51,7 @@ class Fine:
 class References:
     """Reference endpoints of one model under one condition.
 
-    label, guidance: the condition, the same for all seeds
+    label, guidance, prompt: the condition, the same for all seeds
     folder: of the cache; `cache_folder()` unless given
     batch: pictures at a time
     """
@@ -60,6 +62,7 @@ class References:
     guidance: float | None = None
     folder: Path | None = None
     batch: int = 50
+    prompt: str | None = None
 
     def facts(self) -> dict[str, Any]:
         """Everything that the endpoints depend on but the seed, JSON-ready."""
@@ -69,6 +72,7 @@ class References:
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "label": self.label,
             "guidance": self.guidance,
+            **({} if self.prompt is None else {"prompt": self.prompt}),
             **asdict(self.fine),
         }
 
@@ -98,13 +102,34 @@ class References:
         ours, theirs = (one.endpoints(seeds)[:, 0].astype(float) for one in (self, finer))
         return float(np.sqrt(np.square(ours - theirs).reshape(len(seeds), -1).mean(1)).mean())
 
+    def missing(self, seeds: Sequence[int]) -> int:
+        """How many of the seeds would be solved now."""
+        parts = [seeds[start : start + CHUNK] for start in range(0, len(seeds), CHUNK)]
+        kept = bool(self.model.card.weights_sha256)
+        return sum(len(part) for part in parts if not (kept and self._path(part).is_file()))
+
+    @torch.inference_mode()
+    def seconds_per_evaluation(self) -> float:
+        """Wall time of one evaluation of one picture, from one batch."""
+        x = self.model.prior(range(self.batch))
+        level = torch.full((len(x),), float(self.model.card.sigma_max), device=x.device)
+        begun = time.perf_counter()
+        self._denoiser()(x, level).cpu()
+        return (time.perf_counter() - begun) / len(x)
+
+    def _denoiser(self) -> Any:
+        return self.model.denoiser(self.label, self.prompt, self.guidance)
+
+    def _path(self, seeds: Sequence[int]) -> Path:
+        key = json.dumps({**self.facts(), "seeds": list(seeds)}, sort_keys=True)
+        digest = hashlib.sha256(key.encode()).hexdigest()[:24]
+        folder = (self.folder or cache_folder()) / "references" / slug(self.model.card.name)
+        return folder / f"{seeds[0]}-{seeds[-1]}-{digest}.npy"
+
     def _chunk(self, seeds: tuple[int, ...]) -> np.ndarray:
         if not self.model.card.weights_sha256:
             return self._solved(seeds)
-        key = json.dumps({**self.facts(), "seeds": seeds}, sort_keys=True)
-        digest = hashlib.sha256(key.encode()).hexdigest()[:24]
-        folder = (self.folder or cache_folder()) / "references" / self.model.card.name
-        path = folder / f"{seeds[0]}-{seeds[-1]}-{digest}.npy"
+        path = self._path(seeds)
         shape = (len(seeds), 2, *self.model.shape)
         try:
             with open(path, "rb") as file:
@@ -117,11 +142,10 @@ class References:
         buffer = io.BytesIO()
         np.save(buffer, values, allow_pickle=False)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             write_whole(path, buffer.getvalue())
         except OSError as error:
             why = error.strerror or error
-            warnings.warn(f"reference solves are not kept in {folder}: {why}", stacklevel=1)
+            warnings.warn(f"reference solves are not kept in {path.parent}: {why}", stacklevel=1)
         return values
 
     def _solved(self, seeds: Sequence[int]) -> np.ndarray:
@@ -129,7 +153,7 @@ class References:
 
     @torch.inference_mode()
     def _solve(self, seeds: Sequence[int]) -> np.ndarray:
-        denoiser = self.model.denoiser(self.label, None, self.guidance)
+        denoiser = self._denoiser()
         x = solve(denoiser, self.model.prior(seeds), **asdict(self.fine))
         low = float(getattr(denoiser, "sigma_min", 0.002))
         clean: Tensor = denoiser(x, torch.full((len(x),), low, device=x.device))

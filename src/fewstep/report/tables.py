@@ -1,4 +1,4 @@
-"""A comparison as a terminal table, CSV and JSON; `comparison_html` draws the page."""
+"""A comparison's rows in order and in words, as CSV, and as Markdown over training seeds."""
 
 from __future__ import annotations
 
@@ -6,24 +6,12 @@ import csv
 import io
 import math
 from collections.abc import Mapping
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
-from fewstep.evaluate.compare import Comparison
-from fewstep.files import write_json, write_whole
-
-__all__ = [
-    "comparison_csv",
-    "comparison_table",
-    "ordered",
-    "setting_words",
-    "short_names",
-    "seeds_table",
-    "write_comparison",
-]
+__all__ = ["comparison_csv", "ordered", "seeds_table", "setting_words", "short_names"]
 
 PLAIN = (
     "sampler",
@@ -55,35 +43,6 @@ def short_names(record: dict[str, Any]) -> dict[str, str]:
     last = {name: PurePath(name).name if "/" in name else name for name in names}
     short = list(last.values())
     return {name: last[name] if short.count(last[name]) == 1 else name for name in names}
-
-
-def comparison_table(record: dict[str, Any]) -> Table:
-    """For the terminal: by budget, the best first."""
-    judges, called = list(record["floor"]), short_names(record)
-    table = Table(
-        box=None,
-        pad_edge=False,
-        header_style="bold",
-        title=_title(record),
-        title_justify="left",
-        caption="\n".join(f"left out: {why}" for why in record.get("left_out", {}).values()),
-        caption_justify="left",
-    )
-    for name in ("NFE", "sampler", "setting"):
-        table.add_column(name, no_wrap=name != "setting")
-    # numbers whole on a terminal of 80 columns: the settings and the heads give way, and the PSNR,
-    # which only says the error again, is left to the files
-    for name in ("error", *(f"excess FD-{judge}" for judge in judges), "ms"):
-        table.add_column(name, justify="right", min_width=0 if name == "ms" else 12)
-    for row in ordered(record):
-        cells = [str(row["nfe"]), called[row["sampler"]], setting_words(row)]
-        spread = "" if row["error_se"] is None else f" ± {row['error_se']:.3f}"
-        cells.append(f"{row['error']:.3f}{spread}")
-        for judge in judges:
-            fd = row["fd"][judge]
-            cells.append(f"{fd['excess']:.2f} ± {fd['excess_se']:.2f}")
-        table.add_row(*cells, f"{1000 * row['seconds']:.1f}")
-    return table
 
 
 def ordered(record: dict[str, Any]) -> list[dict[str, Any]]:
@@ -202,22 +161,3 @@ def comparison_csv(record: dict[str, Any]) -> str:
         numbers = [row["fd"][judge][what] for judge in judges for what in distances]
         writer.writerow([*plain, *numbers, *(row["fd_data"].get(judge, "") for judge in judges)])
     return out.getvalue()
-
-
-def write_comparison(result: Comparison, out: Path, plots: bool = True) -> tuple[Path, ...]:
-    """comparison.json, .csv and report.html in a folder; returns their paths."""
-    from fewstep.report.comparison import comparison_html  # it imports this module
-
-    paths = out / "comparison.json", out / "comparison.csv", out / "report.html"
-    write_json(paths[0], result.record)
-    write_whole(paths[1], comparison_csv(result.record).encode())
-    write_whole(paths[2], comparison_html(result.record, result.strips, plots).encode())
-    return paths
-
-
-def _title(record: dict[str, Any]) -> str:
-    return (
-        f"{record['model']['name']} {record['model']['weights'][:8]}, seeds {record['seeds']}, "
-        f"error to {record['references']['solver']} at "
-        f"{record['references']['nfe']} NFE (own error {record['references']['own_error']:.1e})"
-    )

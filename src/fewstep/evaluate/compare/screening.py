@@ -1,0 +1,131 @@
+"""The setting of each solver: what fits, and which is best on the validation seeds."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+
+from fewstep.evaluate.compare.bench import Judge, Workbench
+from fewstep.evaluate.compare.design import FINALISTS, Design
+from fewstep.evaluate.statistics import Statistics
+from fewstep.loop import resolve
+from fewstep.models import Model
+from fewstep.sampling.generate import Settings, locate
+from fewstep.solver import Solver
+
+__all__ = ["all_candidates", "check_solvers", "choose"]
+
+STUDENT_SAMPLERS = ("consistency", "consistency-ode")  # what is screened for a student
+
+
+def choose(
+    workbench: Workbench,
+    design: Design,
+    judges: dict[str, Judge],
+    candidates: Sequence[Settings],
+) -> tuple[Settings, dict[str, Any] | None]:
+    """The best of the settings on the validation seeds, and how it was chosen.
+
+    By a distance, a setting's pictures are compared with the exact solutions of the same seeds: the
+    scatter of the seeds, which a population would add, cancels. Not so for fresh noise: where a
+    candidate draws it, all are compared with the population, or those without it would have the
+    better of it.
+    """
+    if len(candidates) == 1:
+        return candidates[0], None
+    fresh = any(one.stochastic for one in candidates)
+
+    def score(settings: Settings, seeds: Sequence[int]) -> float:
+        run = workbench.run(settings, seeds)
+        if design.choose_by == "error":
+            return float(np.sqrt(run.mse).mean())
+        judge = judges[design.choose_by]
+        features = workbench.features(judge, run.images, run.digest)
+        ours = Statistics.of(features, extractor=judge.name)
+        if fresh:
+            return ours.frechet(workbench.population(judge, design))
+        exact = workbench.features(judge, *workbench.exact(seeds))
+        return ours.frechet(Statistics.of(exact, extractor=judge.name))
+
+    few = design.validation[: design.screen_first]
+    scored = sorted((score(one, few), i) for i, one in enumerate(candidates))
+    if len(few) < design.screen:
+        finalists = [i for _, i in scored[:FINALISTS]]
+        scored = sorted((score(candidates[i], design.validation), i) for i in finalists)
+    best, i = scored[0]
+    return candidates[i], {"score": best, "of": len(candidates)}
+
+
+def all_candidates(
+    workbench: Workbench, design: Design
+) -> tuple[dict[tuple[int, str], list[Settings]], dict[str, str]]:
+    """The settings to choose from for each budget and solver, and the reasons of those that have
+    none."""
+    check_solvers(workbench.model, design, workbench.students)
+    candidates, left_out = {}, {}
+    for nfe, solver in itertools.product(design.budgets, design.solvers):
+        fit, why = _candidates(workbench.of(solver), design, solver, nfe)
+        if fit:
+            candidates[nfe, solver] = fit
+        else:
+            left_out[f"{solver}@{nfe}"] = why
+    if not candidates:
+        reason = next(iter(left_out.values()))
+        raise ValueError(f"none of the solvers can spend any of the budgets: {reason}")
+    return candidates, left_out
+
+
+def check_solvers(model: Model, design: Design, students: Collection[str] = ()) -> None:
+    """Errors: ValueError for a solver that is not there for any of the budgets."""
+    for solver in set(design.solvers) - {"auto", *students}:
+        problems = []
+        for nfe in design.budgets:
+            try:
+                locate(model, solver, nfe)
+            except ValueError as error:
+                problems.append(error)
+        if len(problems) == len(design.budgets):
+            raise problems[0]
+
+
+def _candidates(
+    workbench: Workbench, design: Design, solver: str, nfe: int
+) -> tuple[list[Settings], str]:
+    """The settings that fit, and why the first of the others does not. "auto" and learned solvers
+    leave nothing to choose; of a student it is its sampler, where there is more than one level and
+    a distance to choose by, for the error is none with fresh noise."""
+    model = workbench.model
+    if solver in workbench.students:
+        choice = design.screen > 0 and nfe > 1 and design.choose_by != "error"
+        samplers = STUDENT_SAMPLERS if choice else ("auto",)
+        built_in = model.card.built_in_guidance
+        if design.label is not None and built_in not in (None, design.guidance):
+            return [], f"{solver} has guidance {built_in:g} built in, not {design.guidance}"
+        try:
+            workbench.denoiser()
+            return [Settings.choose(model, sampler, nfe) for sampler in samplers], ""
+        except ValueError as error:
+            return [], str(error)
+    try:
+        free = solver != "auto" and isinstance(locate(model, solver, nfe), Solver)
+    except ValueError as error:
+        return [], str(error)
+    free = free and design.screen > 0
+    choices = itertools.product(workbench.grids(design), design.afs, design.ends)
+    denoiser = workbench.denoiser()
+    fit, why = [], ""
+    for grid, afs, end in choices if free else [(None, None, None)]:
+        try:
+            settings = Settings.choose(model, solver, nfe, grid, afs, end=end)
+            resolve(**settings.arguments(), denoiser=denoiser)
+        except ValueError as error:
+            why = why or str(error)
+            continue
+        if settings.afs == "mean" and getattr(denoiser, "far_mean", None) is None:
+            why = why or "the model has no mean for the analytic first step"
+            continue
+        fit.append(settings)
+    return fit, why
