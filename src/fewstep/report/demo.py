@@ -1,302 +1,194 @@
-"""The demo: every solver family on the same seeds, beside the exact solution.
+"""How the demo's results look: one picture for a document, and a page.
 
-    error of a picture = sqrt(mean((x - x_exact)^2))        x in [-1, 1]
-
-x_exact is a fine solve of the same probability-flow ODE from the same noise. A second fine solve,
-by another method on another grid, says how exact it is. Every solver runs with the package's
-defaults, the Karras grid over the model's range and no analytic step: nothing is chosen on the
-pictures shown. "auto" runs with what the model's card names for the budget. The stochastic solvers
-leave the ODE, so they have pictures but no error. Students of the model that ship with fewstep run
-from the same noise too, at 1, 2 and 4 evaluations, as far as the budget goes.
+Nothing is computed here: the numbers come from `fewstep.evaluate.demo`.
 """
 
 from __future__ import annotations
 
-import datetime
-import math
-import os
-import platform
-import statistics
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
+from PIL import Image, ImageDraw, ImageFont
 
-from fewstep import __version__
 from fewstep.data.images import write_png
-from fewstep.denoiser import Counted
-from fewstep.files import check_writable, write_whole
-from fewstep.loop import iterate, solve
-from fewstep.models import Model, load, students_of
-from fewstep.report.demo_page import DemoResult, Row, count, page, poster, span
-from fewstep.sampling.generate import Settings
-from fewstep.solver import Solver, get, intervals_for
+from fewstep.evaluate.demo import DemoResult, Row
+from fewstep.files import write_whole
+from fewstep.report.figures import COLOURS, FAINT, INK, LINE, PAPER
+from fewstep.report.pages import Cell, Group, Line, Sheet, Strip, render, shown_pictures
+from fewstep.text import clean, count, label, span
 
-__all__ = ["FAMILIES", "STOCHASTIC", "run_demo"]
+__all__ = ["demo_page", "error_words", "ms_words", "own_error", "poster", "write_demo"]
 
-# One of each family. lms, ipndm-v and deis-rho are one method under three names.
-FAMILIES = (
-    "ddim", "heun", "dpm-solver-2", "dpm-solver-3", "dpmpp-2s", "dpmpp-2m", "dpmpp-3m",
-    "exp-adams-3", "unipc-2", "deis-3", "ipndm-2", "ipndm-4", "lms-3",
-)  # fmt: skip
-STOCHASTIC = ("ddim-eta", "churn", "dpmpp-2m-sde")
-STUDENT_BUDGETS = (1, 2, 4)
-
-# On the built-in network these two differ by 1e-4, most of which is the second one's error. RMSE of
-# solvers at 5 evaluations is 0.1 and more.
-EXACT = ("exp-adams-4", 80, "karras")
-CHECK = ("dpm-solver-3", 120, "log-snr")
-CHECK_SEEDS = 4
-FINER = 8  # the exact solution spends at least so many times the budget
-ROUNDS = 3  # timings per solver, of which the median counts
-TIMING_SECONDS = 30.0  # no further round once the last one would end later than this
+SHOWN = 16  # pictures in a row of the poster at most; the numbers are over all seeds
+MARGIN, LABELS, TILE, GAP, SKIP = 44, 292, 96, 3, 30  # pixels, of the poster
 
 
-@torch.no_grad()
-def run_demo(
-    model_name: str = "fashion-mnist",
-    out: Path | str = "demo",
-    *,
-    nfe: int = 5,
-    seeds: Sequence[int] = range(12),
-    label: int | str | None = None,
-    solvers: Sequence[str] | None = None,
-    command: str = "fewstep demo",
-    report: Callable[[str, int, int], None] = lambda what, done, total: None,
-) -> DemoResult:
-    """Run every solver family on the same seeds; write demo.png and demo.html into `out`.
-
-    nfe: the budget; a solver that cannot spend it gets the next larger one that it can
-    solvers: these instead of all, and no students
-    command: what the report gives as its origin
-    report: called with what is under way, and with the work done and in total, in evaluations of
-        one picture
-
-    Errors: OSError where `out` cannot be written, before any work; ValueError for unknown names and
-    for a student, whose trajectories no solver follows.
-    """
-    out, seeds = Path(out), tuple(int(seed) for seed in seeds)
-    if not seeds:
-        raise ValueError("seeds must name at least one picture")
-    if nfe < 1:
-        raise ValueError(f"nfe must be at least 1, got {nfe}")
-    model = load(model_name)
-    if how := model.card.distilled:
-        raise ValueError(
-            f"{model_name} is a student of {how['teacher']}, and no network for solvers: see "
-            f"fewstep demo --model {how['teacher']}, or fewstep sample {model_name}"
-        )
-    check_writable(out)
-    x_T, denoiser = model.prior(seeds, label=label), Counted(model.denoiser(label))
-    names = list(dict.fromkeys(solvers or ("auto", *FAMILIES, *STOCHASTIC)))
-    entrants = [_Entrant(model, denoiser, name, _settings(model, name, nfe)) for name in names]
-    for name in () if solvers else students_of(model.card):
-        entrants += _student(name, nfe, label)
-    exact, check = _fine(EXACT, nfe), _fine(CHECK, nfe)
-    few = min(len(seeds), CHECK_SEEDS)
-    each = sum(entrant.settings.nfe for entrant in entrants) * len(seeds)
-    total = exact.nfe * len(seeds) + check.nfe * few + ROUNDS * each
-    bench = _Bench(x_T, seeds, total, report)
-    fine = _Entrant(model, denoiser, "exact solution", exact)
-    x, seconds = bench.watched(fine, len(seeds))
-    other, _ = bench.watched(_Entrant(model, denoiser, "check of it", check), few)
-    reference = _row(fine, _Run(x, exact.nfe, [seconds]), other, exact.nfe)
-    runs = _race(bench, entrants)
-    report("writing", total, total)
-
-    rows = []
-    for entrant, run in zip(entrants, runs, strict=True):
-        rows.append(_row(entrant, run, None if entrant.settings.stochastic else x, nfe))
-    rows.sort(key=lambda row: math.inf if row.rmse is None else row.rmse)
-    rounds = len(runs[0].seconds)
-    protocol = _protocol(model, command, seeds, label, exact, check, few, rounds)
-    result = DemoResult(model.card.name, nfe, seeds, tuple(rows), reference, protocol)
+def write_demo(result: DemoResult, out: Path) -> DemoResult:
+    """demo.png and demo.html in a folder; the result with their paths."""
     files = (out / "demo.png", out / "demo.html")
-    write_png(files[0], np.asarray(poster(result)), protocol)
-    write_whole(files[1], page(result).encode())
+    write_png(files[0], np.asarray(poster(result)), result.protocol)
+    write_whole(files[1], demo_page(result))
     return replace(result, files=files)
 
 
-@dataclass(frozen=True, eq=False)
-class _Entrant:
-    """A row to be: a sampler and how it runs, on the demo's model or on a student of it."""
-
-    model: Model
-    denoiser: Counted
-    name: str
-    settings: Settings
-
-    @property
-    def student(self) -> bool:
-        return bool(self.model.card.distilled)
+# Words.
 
 
-@dataclass(frozen=True, eq=False)
-class _Run:
-    """Where a solver ended, [n, ...], the evaluations it spent, and the seconds of each round."""
-
-    x: Tensor
-    nfe: int
-    seconds: list[float]
+def own_error(result: DemoResult) -> str:
+    """The exact solution's distance to its check, one figure."""
+    value = result.exact.rmse or 0.0
+    return np.format_float_positional(value, precision=1, fractional=False, trim="-")
 
 
-@dataclass
-class _Bench:
-    """Solves from one start against the clock, and reports the work done."""
-
-    x_T: Tensor
-    seeds: tuple[int, ...]
-    total: int
-    report: Callable[[str, int, int], None]
-    done: int = 0
-
-    def watched(self, entrant: _Entrant, count: int) -> tuple[Tensor, float]:
-        """A long solve of the first `count` seeds, reported as it goes: its end and its seconds."""
-        x, seeds, how = self.x_T[:count], self.seeds[:count], entrant.settings.arguments()
-        self.report(entrant.name, self.done, self.total)
-        begun = time.perf_counter()
-        for state in iterate(entrant.denoiser, x, **how, seeds=seeds):
-            x = state.x
-            self.report(entrant.name, self.done + state.nfe * count, self.total)
-        self.done += entrant.settings.nfe * count
-        return x, time.perf_counter() - begun
-
-    def timed(self, entrant: _Entrant) -> tuple[Tensor, float]:
-        """A solve of all seeds with nothing in between: its end and its seconds."""
-        settings = entrant.settings
-        self.report(entrant.name, self.done, self.total)
-        begun = time.perf_counter()
-        x = solve(entrant.denoiser, self.x_T, **settings.arguments(), seeds=self.seeds)
-        seconds = time.perf_counter() - begun
-        self.done += settings.nfe * len(self.seeds)
-        return x, seconds
+def ms_words(row: Row) -> str:
+    """Milliseconds a picture."""
+    return f"{row.ms:.1f}" if row.ms < 9.95 else f"{row.ms:.0f}"
 
 
-def _race(bench: _Bench, entrants: Sequence[_Entrant]) -> list[_Run]:
-    """Every one once a round, in turn, so that a busy moment is not one solver's."""
-    runs: list[_Run] = []
-    begun = time.perf_counter()
-    for done in range(ROUNDS):
-        spent = time.perf_counter() - begun
-        if done and spent * (done + 1) / done > TIMING_SECONDS:
-            break
-        for i, entrant in enumerate(entrants):
-            before = entrant.denoiser.evaluations
-            x, seconds = bench.timed(entrant)
-            if done:
-                runs[i].seconds.append(seconds)
-            else:
-                runs.append(_Run(x, entrant.denoiser.evaluations - before, [seconds]))
-    return runs
+def error_words(row: Row) -> tuple[str, str]:
+    """The error and its standard error, in figures."""
+    spread = row.standard_error
+    return f"{row.rmse:.3f}", "" if spread is None else f"± {spread:.3f}"
 
 
-def _student(name: str, nfe: int, label: int | str | None) -> list[_Entrant]:
-    """A student at its budgets up to nfe; none where it imitates guidance, which nothing here
-    has."""
-    student = load(name)
-    if student.card.distilled.get("guidance") not in (None, 1):
-        return []
-    denoiser = Counted(student.denoiser(label))
-    return [
-        _Entrant(student, denoiser, name, Settings.choose(student, "auto", budget))
-        for budget in STUDENT_BUDGETS
-        if budget <= nfe and str(budget) in student.card.auto
-    ]
+def _caption(result: DemoResult, row: Row) -> str:
+    """What stands under a solver's name beside its pictures."""
+    if row is result.exact:
+        return count(row.nfe, "evaluation")
+    if row.errors is None:
+        return f"{count(row.nfe, 'evaluation')}, stochastic"
+    error = f"error {error_words(row)[0]}"
+    if row.student:
+        return f"{count(row.nfe, 'evaluation')}, {error}"
+    # of a learned solver's name, "tuned from ipndm-3 5ac1e314215b", the first word has room
+    called = row.about.partition(",")[0].partition(" ")[0]
+    return f"{called}, {error}" if row.solver == "auto" else error
 
 
-def _solver(settings: Settings) -> Solver | None:
-    """The registered one, or None for a learned one."""
-    return get(settings.solver) if isinstance(settings.solver, str) else None
+def _off(result: DemoResult, row: Row) -> str:
+    """What a solver spent that could not spend the budget; else nothing."""
+    off = row is not result.exact and not row.student and row.nfe != result.nfe
+    return f"{row.nfe} evaluations" if off else ""
 
 
-def _settings(model: Model, name: str, nfe: int) -> Settings:
-    """The defaults, or the card's choice for "auto", at the first budget from nfe on that fits."""
-    settings = Settings.choose(model, name, nfe)
-    solver = _solver(settings)
-    if solver is None or not isinstance(settings.grid, str):
-        return settings
-    for budget in range(nfe, nfe + 8):
-        try:
-            intervals_for(solver, budget, settings.afs, settings.final, settings.end)
-        except ValueError:
-            continue
-        return Settings(**{**settings.arguments(), "nfe": budget})
-    # raises, and says why
-    intervals_for(solver, nfe, settings.afs, settings.final, settings.end)
-    return settings
+def _full_bar(result: DemoResult) -> float:
+    """The error that fills a bar: the worst, but at most 1, the way from black to middle grey."""
+    return min(1.0, max((row.rmse or 0.0 for row in result.ode_rows), default=1.0)) or 1.0
 
 
-def _fine(recipe: tuple[str, int, str], nfe: int) -> Settings:
-    solver, least, grid = recipe
-    return Settings(solver, max(least, FINER * nfe - FINER * nfe % 3), grid, "none", False)
+def _title(result: DemoResult) -> str:
+    names = {row.solver for row in result.rows if not row.student} - {"auto"} or {"auto"}
+    return f"Same noise, {count(result.nfe, 'evaluation')}, {count(len(names), 'solver')}"
 
 
-def _row(entrant: _Entrant, run: _Run, target: Tensor | None, nfe: int) -> Row:
-    """target: what errors are measured to, perhaps of fewer pictures; nfe: the budget asked for."""
-    model, name, settings = entrant.model, entrant.name, entrant.settings
-    solver = _solver(settings)
-    errors = None
-    if target is not None:
-        gap = run.x[: len(target)].double() - target.double()
-        errors = gap.flatten(1).square().mean(1).sqrt().cpu().numpy()
-    grid = settings.grid if isinstance(settings.grid, str) else "its own"
-    words = [f"{grid} grid"]
-    if settings.afs != "none":
-        words.append(f"analytic first step ({settings.afs})")
-    if settings.end == "zero":
-        words.append("to 0")
-    if settings.final:
-        words.append("last denoising step")
-    if run.nfe != nfe and not entrant.student:
-        words.append(f"cannot spend {nfe}")
-    called = settings.record()["solver"]
-    about = solver.summary if solver is not None and name == solver.name else called
-    if name == "auto":
-        what = "the card's choice" if model.card.auto else "as the card names none"
-        about = f"{called}, {what}"
-    elif entrant.student:
-        about = f"another network, distilled by {model.card.distilled['method']}"
-    return Row(
-        name,
-        about,
-        ", ".join(words),
-        run.nfe,
-        1000 * statistics.median(run.seconds) / len(run.x),
-        run.x.cpu().numpy(),
-        model.decode(run.x),
-        errors,
-        entrant.student,
+def _fair(result: DemoResult) -> str:
+    """How the settings were chosen."""
+    if result.screened:
+        return "each solver at its best setting on other seeds"
+    return "solvers that the card does not name at their usual setting"
+
+
+# The picture.
+
+
+def poster(result: DemoResult) -> Image.Image:
+    """All strips with their labels on one sheet, RGB."""
+    shown = min(len(result.seeds), SHOWN)
+    scale = max(1, round(TILE / result.exact.pictures.shape[1]))
+    strip = _strip(result.exact.pictures[:shown], scale)
+    height, width = strip.shape[:2]
+    pitch, left, blocks = height + 9, MARGIN + LABELS, result.blocks
+    top = MARGIN + 116
+    tall = top + sum(len(block) * pitch + SKIP for block in blocks) + MARGIN + 6
+    sheet = Image.new("RGB", (max(left + width + MARGIN, 1000), tall), PAPER)
+    draw = ImageDraw.Draw(sheet)
+
+    def write(
+        x: float, y: float, text: str, size: int, fill: str = INK, anchor: str = "ls"
+    ) -> None:
+        font = ImageFont.load_default(size=size)
+        draw.text((x, y), clean(text), fill=fill, font=font, anchor=anchor)
+
+    write(MARGIN - 1, MARGIN + 30, _title(result), 38)
+    same = f"{result.model}: every row starts from the same noise, {_fair(result)}"
+    write(MARGIN, MARGIN + 66, same, 21, FAINT)
+    for i, seed in enumerate(result.seeds[:shown]):
+        middle = left + (i + 0.5) * (width + GAP) / shown - GAP / 2
+        write(middle, top - 8, str(seed), 17, FAINT, "ms")
+    write(left - 18, top - 8, "seed", 17, FAINT, "rs")
+    y = top
+    for block in blocks:
+        for row in block:
+            tile = Image.fromarray(_strip(row.pictures[:shown], scale))
+            sheet.paste(tile.convert("RGB"), (left, y), tile.getchannel("A"))
+            base = y + height // 2
+            write(MARGIN, base - 5, label(row.solver, 24), 25)
+            write(MARGIN, base + 22, _caption(result, row), 19, FAINT)
+            if row.rmse is not None and row is not result.exact:
+                long = max(2.0, (LABELS - 24) * min(1.0, row.rmse / _full_bar(result)))
+                draw.rectangle((MARGIN, base + 32, MARGIN + long, base + 35), fill=COLOURS[0])
+                write(left - 24, base + 22, _off(result, row), 17, COLOURS[0], "rs")
+            y += pitch
+        y += SKIP
+        if block is not blocks[-1]:
+            rule = y - SKIP // 2 - 5
+            draw.line((MARGIN, rule, left + width, rule), fill=LINE, width=2)
+    foot = "error: RMSE to the exact solution, pixels in [-1, 1], mean over"
+    write(MARGIN, tall - MARGIN, f"{foot} {count(len(result.seeds), 'seed')}", 19, FAINT)
+    return sheet
+
+
+def _strip(pictures: np.ndarray, scale: int) -> np.ndarray:
+    """Pictures side by side, enlarged, with transparent gaps: uint8 [h, w, c + 1]."""
+    n, height, width, channels = pictures.shape
+    big = pictures.repeat(scale, axis=1).repeat(scale, axis=2)
+    cells = np.zeros((n, height * scale, width * scale + GAP, channels + 1), dtype=np.uint8)
+    cells[:, :, : width * scale, :channels] = big
+    cells[:, :, : width * scale, channels] = 255
+    return np.concatenate(list(cells), axis=1)[:, :-GAP]
+
+
+# The page.
+
+
+def demo_page(result: DemoResult) -> bytes:
+    """The report as one HTML file that needs nothing else."""
+    exact, shown, width, height = shown_pictures(result.exact.pictures)
+    blocks = [[_strip_of(result, row) for row in block] for block in result.blocks]
+    best = result.ode_rows[0] if result.ode_rows else None
+    return render(
+        "demo.html.j2",
+        kicker=f"fewstep demo, {result.model}",
+        title=_title(result),
+        result=result,
+        fair=_fair(result),
+        best=best and (best.solver, count(best.nfe, "evaluation"), ms_words(best)),
+        exact=(result.exact.nfe, ms_words(result.exact), own_error(result)),
+        students=", ".join(dict.fromkeys(row.solver for row in result.student_rows)),
+        more=count(len(result.seeds) - shown, "more seed") if len(result.seeds) > shown else "",
+        sheet=Sheet(exact, width, height, [Group("", blocks=blocks)], result.seeds[:shown]),
+        heads=["solver", "error", "evaluations", "ms a picture", "setting"],
+        groups=[Group("", [_line(result, row) for row in block]) for block in result.blocks],
+        protocol=list(result.protocol.items()),
     )
 
 
-def _protocol(
-    model: Model,
-    command: str,
-    seeds: Sequence[int],
-    label: int | str | None,
-    exact: Settings,
-    check: Settings,
-    few: int,
-    rounds: int,
-) -> dict[str, str]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    times = f"median of {rounds} rounds" if rounds > 1 else "one round"
-    return {
-        "command": command,
-        "model": f"{model.card.name}, weights SHA-256 {model.card.weights_sha256}",
-        "label": "none: the network without class" if label is None else str(label),
-        "seeds": span(seeds),
-        "exact solution": f"{exact.solver}, {exact.nfe} evaluations, {exact.grid} grid",
-        "check of it": f"{check.solver}, {check.nfe} evaluations, {check.grid} grid, "
-        f"seeds {span(seeds[:few])}",
-        "time": f"all {len(seeds)} pictures as one batch, {times}",
-        "software": f"fewstep {__version__}, torch {torch.__version__}, "
-        f"Python {platform.python_version()}",
-        "machine": f"{platform.system()} {platform.machine()}, {count(cores or 1, 'core')}, "
-        f"{count(torch.get_num_threads(), 'thread')}",
-        "date": datetime.datetime.now().astimezone().date().isoformat(),
-    }
+def _strip_of(result: DemoResult, row: Row) -> Strip:
+    url, shown, *_ = shown_pictures(row.pictures)
+    off = _off(result, row) if row.errors is not None else ""
+    return Strip(row.solver, _caption(result, row), url, shown, off)
+
+
+def _line(result: DemoResult, row: Row) -> Line:
+    if row is result.exact:
+        error = Cell(f"checked to {own_error(result)}")
+    elif row.errors is None:
+        error = Cell("stochastic")
+    else:
+        value, spread = error_words(row)
+        share = 100 * min(1.0, (row.rmse or 0.0) / _full_bar(result))
+        error = Cell(value, spread, bar=share)
+    about = f"{row.about}, {_off(result, row)}" if _off(result, row) else row.about
+    cells = [error, Cell(str(row.nfe)), Cell(ms_words(row)), Cell("", row.settings)]
+    return Line(row.solver, about, cells)
