@@ -33,7 +33,7 @@ __all__ = [
     "read_json",
     "record",
     "shown",
-    "slug",
+    "as_slug",
 ]
 
 T = TypeVar("T")
@@ -66,7 +66,7 @@ def unprintable(text: str) -> str | None:
     return None
 
 
-def slug(text: str) -> str:
+def as_slug(text: str) -> str:
     """A name made of any text: what is not a letter, digit or one of . _ + - becomes a dash."""
     kept = "".join(c if c.isalnum() or c in "._+-" else "-" for c in text)
     return kept.lstrip("._+-")[:128] or "unnamed"

@@ -33,7 +33,7 @@ from fewstep.models.pipeline import (
     quiet,
 )
 from fewstep.models.process import Process
-from fewstep.records import slug
+from fewstep.records import as_slug
 
 __all__ = ["INDEX_FILE", "from_pipe", "load_pipeline"]
 
@@ -409,7 +409,7 @@ def check_network(where: str | Path, net: Any) -> None:
 def _card(name: str, kind: str, family: Family, net: Any, process: Process, digest: str) -> Card:
     flow = process.prediction == "flow"
     return Card(
-        name=slug(name),
+        name=as_slug(name),
         network={"class": type(net).__name__},
         summary=f"{kind} of diffusers, {process.prediction} prediction",
         sigma_min=process.sigma_min,
