@@ -176,7 +176,7 @@ def _open(file: IO[bytes]) -> Image.Image:
             warnings.simplefilter("ignore")
             picture = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
-        raise Unreadable(f"it is in none of the formats {', '.join(FORMATS)}") from None
+        raise Unreadable(f"it is of no format among {', '.join(FORMATS)}") from None
     except Exception as error:  # see `decode`
         raise Unreadable(reason(error)) from None
     if picture.width * picture.height > MOST_PIXELS:
