@@ -17,8 +17,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from fewstep.report.comparison import deciding, draw_curves
-from fewstep.report.geometry import LIGHT
+from fewstep.report.comparison import curves_file
 from fewstep.report.tables import ordered, seeds_table, setting_words, short_names
 
 ROOT = Path(__file__).parents[1]
@@ -157,8 +156,7 @@ def has_curves(record: Record) -> bool:
 def figure(record: Record) -> bytes:
     """The judge's distance against evaluations and wall time, as SVG; its last line says which
     numbers it was drawn from, for its other bytes change with matplotlib."""
-    shown = named(record)
-    return draw_curves(shown, deciding(shown), LIGHT) + mark(record)
+    return curves_file(named(record)) + mark(record)
 
 
 def mark(record: Record) -> bytes:

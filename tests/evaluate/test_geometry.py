@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 import json
 import math
 import re
@@ -21,10 +20,12 @@ from torch import Tensor
 
 from fewstep.cli import main
 from fewstep.data.images import read_png
-from fewstep.evaluate.geometry import measure, run_geometry, trace
+from fewstep.evaluate.curves import measure, trace
+from fewstep.evaluate.geometry import run_geometry
 from fewstep.models import Card
 from fewstep.models.exact import DataSet, Gaussian
-from fewstep.report.geometry import render_table
+from fewstep.report.geometry import write_geometry
+from fewstep.report.terminal import geometry_table
 from tests.support.testbed import Counted, Mixture, karras, largest, noise
 
 GRID = karras(40, 80.0, 0.01)
@@ -93,7 +94,7 @@ def test_lengths_and_norms():
 
 def test_many_pixels_are_taken_in_parts(monkeypatch):
     whole = measure(POINTS)
-    monkeypatch.setattr("fewstep.evaluate.geometry.COLUMNS", 3)
+    monkeypatch.setattr("fewstep.evaluate.curves.COLUMNS", 3)
     parts = measure(POINTS)
     np.testing.assert_allclose(parts.distances, whole.distances, rtol=0, atol=1e-12)
     np.testing.assert_allclose(parts.norms, whole.norms, rtol=0, atol=1e-12)
@@ -241,10 +242,10 @@ def wide(seed: int = 0) -> Gaussian:
     return Gaussian(torch.full((1, 2, 4), -0.5), torch.from_numpy(vectors), variances, 0.01)
 
 
-def run(out: Path, bed: Any = None, **more: Any) -> Any:
+def run(out: Path, bed: Any = None, plots: bool = False, **more: Any) -> Any:
     model = Exact(wide() if bed is None else bed)
-    given = {"seeds": range(3), "points": 12, "plots": False, **more}
-    return run_geometry(model, out, **given), model
+    result = run_geometry(model, out, **{"seeds": range(3), "points": 12, **more})  # type: ignore[arg-type]
+    return write_geometry(result, out) if plots else result, model
 
 
 def test_numbers_are_written_whole_and_are_those_of_the_curves(tmp_path):
@@ -296,7 +297,7 @@ def test_batches_that_are_done_outlast_a_crash(tmp_path):
             return super().prior(seeds)
 
     with pytest.raises(KeyboardInterrupt):
-        run_geometry(Stops(wide()), tmp_path, seeds=range(3), points=12, batch=1, plots=False)  # type: ignore[arg-type]
+        run_geometry(Stops(wide()), tmp_path, seeds=range(3), points=12, batch=1)  # type: ignore[arg-type]
     assert [path.name for path in tmp_path.iterdir()] == ["geometry.safetensors"]
     _, model = run(tmp_path)
     assert model.drawn[0] == [2]
@@ -351,7 +352,7 @@ def test_the_table_shows_these_numbers(tmp_path):
     result, _ = run(tmp_path)
     console = Console(width=80)
     with console.capture() as captured:
-        console.print(render_table(result))
+        console.print(geometry_table(result))
     line = next(one for one in captured.get().splitlines() if one.startswith("2 components"))
     share = 100 * result.x.shares[:, :2].sum(1).mean()
     shown = float(line.split()[2])
@@ -380,14 +381,14 @@ def test_the_picture_fills_a_slide_and_says_how_it_was_made(drawn):
 def test_the_page_needs_nothing_from_outside_and_shows_the_numbers(drawn):
     page = drawn.files[3].read_text()
     sources = re.findall(r'(?:src|srcset)="([^"]*)"', page)
-    assert len(sources) == 8  # four plots, each for light and dark
+    assert len(sources) == 6  # three plots, each for a wide and a narrow screen
     for source in sources:
         kind, _, data = source.partition(",")
         assert kind == "data:image/svg+xml;base64"
         assert ElementTree.fromstring(base64.b64decode(data)).tag.endswith("svg")
     assert not re.search(r"<(script|link|iframe|object|embed|base)\b|https?://|@import", page)
     far = (drawn.x.from_span[:, 1] / math.sqrt(8)).max(1).mean()
-    assert f">{far:.2g}<" in page
+    assert f"{far:.2g}</span>" in page
     assert "&lt;here&gt;" in page
     assert "<here>" not in page
 
@@ -403,13 +404,6 @@ def test_what_is_degenerate_is_drawn_all_the_same(tmp_path, bed):
     json.dumps(result.to_dict(), allow_nan=False)
     assert len(result.files) == 4
     assert "1 trajectory" in result.files[3].read_text()
-
-
-def test_without_matplotlib_one_line_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'fewstep\[evaluate\]'.*--no-plots"):
-        run(tmp_path / "new", plots=True)
-    assert not (tmp_path / "new").exists()
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):

@@ -18,13 +18,13 @@ from typer.testing import CliRunner
 import fewstep
 from fewstep.cli import app
 from fewstep.evaluate.compare import Design, Workbench, compare
+from fewstep.evaluate.demo import run_demo
 from fewstep.evaluate.features import own_features, resolve_features
 from fewstep.evaluate.references import Fine, References
 from fewstep.learned import LearnedSolver
 from fewstep.learned.tuned import Tuned
 from fewstep.models import BUILTIN, builtin
 from fewstep.plan import Plan, levels
-from fewstep.report.demo import run_demo
 from fewstep.sampling.generate import Settings, plan_for
 from studies import ship_solvers
 from tests.learned.test_training import Tapped, short, solver
@@ -53,7 +53,7 @@ def folder(tmp_path) -> Path:
         entry.pop("learned", None)
     for nfe in SIGMAS:
         tuned(nfe, card["weights_sha256"]).save(here / "solvers" / "tuned" / str(nfe))
-    card["auto"]["3"]["learned"] = "solvers/tuned/3"
+    card["auto"]["3"]["learned"] = "tuned"
     (here / "card.json").write_text(json.dumps(card))
     return here
 
@@ -139,7 +139,7 @@ def test_compare_takes_them_by_their_names(folder, tmp_path):
 
 
 def test_the_demo_shows_them(folder, tmp_path):
-    told = run_demo(str(folder), tmp_path, nfe=3, seeds=[0], solvers=("auto", "ddim"))
+    told = run_demo(str(folder), nfe=3, seeds=[0], solvers=("auto", "ddim"))
     row = next(row for row in told.rows if row.solver == "auto")
     assert row.about.startswith("tuned from ipndm-2")
     assert row.errors is not None
@@ -274,7 +274,7 @@ def test_a_solver_file_that_cannot_be_read_is_one_line(tmp_path):
     cases = {
         "is not a learned solver of fewstep, or was cut": path.read_text()[:40],
         "update fewstep": json.dumps({**whole, "format": "fewstep-solver/2"}),
-        "it lacks 'settings'": json.dumps({k: v for k, v in whole.items() if k != "settings"}),
+        "it lacks settings": json.dumps({k: v for k, v in whole.items() if k != "settings"}),
     }
     for message, text in cases.items():
         path.write_text(text)
@@ -289,7 +289,7 @@ def test_a_solver_file_that_cannot_be_read_is_one_line(tmp_path):
 
 
 def test_a_long_name_leaves_room_for_the_pictures(folder, tmp_path):
-    told = run_demo(str(folder), tmp_path, nfe=3, seeds=[0], solvers=("auto", "ddim"))
+    told = run_demo(str(folder), nfe=3, seeds=[0], solvers=("auto", "ddim"))
     page = next(path for path in told.files if path.suffix == ".html").read_text()
     assert re.search(r'<span class="about figure">tuned, error 0\.\d+', page)
 

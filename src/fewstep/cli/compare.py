@@ -18,7 +18,6 @@ from fewstep.cli.options import (
     JsonOption,
     ModelArgument,
     parse_seeds,
-    progress_bar,
     resumable,
 )
 
@@ -71,9 +70,9 @@ def compare_command(
             help="Validation seeds that choose each setting; 0: the usual settings.", min=0
         ),
     ] = 1000,
-    grids: Annotated[str, typer.Option(help="Grids that are tried.")] = (
-        "karras,log-snr,time-uniform"
-    ),
+    grids: Annotated[
+        str | None, typer.Option(help="Grids that are tried; all that the model has if left out.")
+    ] = None,
     afs: Annotated[str, typer.Option(help="Analytic first steps that are tried.")] = (
         "none,zero,mean"
     ),
@@ -85,7 +84,8 @@ def compare_command(
         int, typer.Option(help="Evaluations of a reference solve.", min=8, max=1000)
     ] = 40,
     label: Annotated[str | None, typer.Option(help="Class name or index, for all.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale; needs --label.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text, for models that take one.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
     batch: Annotated[int, typer.Option(help="Pictures at a time.", min=1)] = 50,
     cache: Annotated[
         Path | None,
@@ -101,7 +101,7 @@ def compare_command(
         typer.Option(help="An earlier comparison.json of the same protocol whose rows are kept."),
     ] = None,
     plots: Annotated[
-        bool, typer.Option("--plots/--no-plots", help="Curves in the report; needs matplotlib.")
+        bool, typer.Option("--plots/--no-plots", help="Figures in the report.")
     ] = True,
     as_json: JsonOption = False,
 ) -> None:
@@ -127,11 +127,9 @@ def compare_command(
     from fewstep.evaluate.references import Fine, References
     from fewstep.files import check_writable
     from fewstep.models import load
-    from fewstep.report.geometry import check_matplotlib
-    from fewstep.report.tables import comparison_table, write_comparison
+    from fewstep.report.comparison import write_comparison
+    from fewstep.report.terminal import Progress, comparison_table
 
-    if plots:
-        check_matplotlib()
     budgets, test_seeds = parse_budgets(nfe), tuple(parse_seeds(seeds))
     earlier = read_comparison(beside) if beside else None
     loaded = load(model, device=device, dtype=dtype, compile=compile)
@@ -144,7 +142,8 @@ def compare_command(
         seeds=test_seeds,
         label=label,
         guidance=guidance,
-        grids=words(grids, "grids"),
+        prompt=prompt,
+        grids=words(grids, "grids") if grids is not None else (),
         afs=words(afs, "afs"),
         ends=words(ends, "ends"),
         screen=screen,
@@ -154,17 +153,14 @@ def compare_command(
     students = load_students(loaded, design.solvers, device=device, dtype=dtype, compile=compile)
     check_solvers(loaded, design, students)
     check_writable(out)
-    references = References(exact, Fine(nfe=reference_nfe), label, guidance, cache, batch)
+    references = References(exact, Fine(nfe=reference_nfe), label, guidance, cache, batch, prompt)
     command = shlex.join(["fewstep", *sys.argv[1:]])
-    with resumable(out), progress_bar(as_json) as bar:
-        task = bar.add_task("starting", total=None)
-
-        def report(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total)
-
+    with resumable(out), Progress(as_json) as report:
         bench = Workbench(loaded, references, out, batch, report, students)
         if earlier is not None:  # now, and not after hours of work
             check_protocol(protocol(bench, design, judges), earlier)
+        if forecast := bench.forecast(design, judges):
+            report.say(forecast)
         result = compare(bench, design, judges, command=command)
         if earlier is not None:
             result = Comparison(merge(result.record, earlier), result.strips)

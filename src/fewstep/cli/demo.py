@@ -13,7 +13,6 @@ from fewstep.cli.options import (
     NfeOption,
     SeedsOption,
     parse_seeds,
-    progress_bar,
 )
 
 
@@ -29,18 +28,17 @@ def demo_command(
     seeds: SeedsOption = "0-11",
 ) -> None:
     """Every solver on the same seeds beside the exact solution: a table, a picture, a report."""
-    from fewstep.report.demo import run_demo
-    from fewstep.report.demo_page import render_table
+    from fewstep.evaluate.demo import run_demo
+    from fewstep.files import check_writable
+    from fewstep.report.demo import write_demo
+    from fewstep.report.terminal import Progress, demo_table
 
     chosen = parse_seeds(seeds)
-    with progress_bar(False) as bar:
-        task = bar.add_task("starting", total=None)
-
-        def report(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total)
-
+    check_writable(out)
+    with Progress() as report:
         command = f"fewstep demo --out {out} --model {model} --nfe {nfe} --seeds {seeds}"
-        result = run_demo(model, out, nfe=nfe, seeds=chosen, command=command, report=report)
-    Console().print(render_table(result))
+        result = run_demo(model, nfe=nfe, seeds=chosen, command=command, report=report)
+    result = write_demo(result, out)
+    Console().print(demo_table(result))
     for path in result.files:
         print(path)

@@ -20,7 +20,6 @@ from fewstep.cli.options import (
     SeedsOption,
     parse_grid,
     parse_seeds,
-    progress_bar,
 )
 
 
@@ -43,7 +42,7 @@ def geometry_command(
         int | None, typer.Option(help="Trajectories at a time; left out, by memory.", min=1)
     ] = None,
     plots: Annotated[
-        bool, typer.Option("--plots/--no-plots", help="PNG, SVG and HTML; needs matplotlib.")
+        bool, typer.Option("--plots/--no-plots", help="PNG, SVG and HTML too.")
     ] = True,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
@@ -55,15 +54,11 @@ def geometry_command(
     """
     from fewstep.evaluate.geometry import run_geometry
     from fewstep.models import load
-    from fewstep.report.geometry import render_table
+    from fewstep.report.geometry import write_geometry
+    from fewstep.report.terminal import Progress, geometry_table
 
     chosen = parse_seeds(seeds)
-    with progress_bar(as_json) as bar:
-        task = bar.add_task("starting", total=None)
-
-        def report(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total)
-
+    with Progress(as_json) as report:
         result = run_geometry(
             load(model, device=device, dtype=dtype),
             out,
@@ -75,13 +70,13 @@ def geometry_command(
             prompt=prompt,
             guidance=guidance,
             batch=batch,
-            plots=plots,
             command=shlex.join(["fewstep", *sys.argv[1:]]),
             report=report,
         )
+    result = write_geometry(result, out) if plots else result
     if as_json:
         print(json.dumps(result.to_dict()))
         return
-    Console().print(render_table(result))
+    Console().print(geometry_table(result))
     for path in result.files:
         print(path)

@@ -171,8 +171,8 @@ def run_demo(
     model = load(model_name)
     if how := model.card.distilled:
         raise ValueError(
-            f"{model_name} is a student of {how['teacher']}, and no network for solvers: see "
-            f"fewstep demo --model {how['teacher']}, or fewstep sample {model_name}"
+            f"{model_name} is a student of {how.teacher}, and no network for solvers: see "
+            f"fewstep demo --model {how.teacher}, or fewstep sample {model_name}"
         )
     x_T, denoiser = model.prior(seeds, label=label), Counted(model.denoiser(label))
     names = list(dict.fromkeys(solvers or ("auto", *FAMILIES, *STOCHASTIC)))
@@ -293,7 +293,7 @@ def _student(name: str, nfe: int, label: int | str | None) -> list[_Entrant]:
     """A student at its budgets up to nfe; none where it imitates guidance, which nothing here
     has."""
     student = load(name)
-    if student.card.distilled.get("guidance") not in (None, 1):
+    if student.card.distilled and student.card.distilled.guidance not in (None, 1):
         return []
     denoiser = Counted(student.denoiser(label))
     return [
@@ -356,8 +356,8 @@ def _about(entrant: _Entrant) -> str:
     called = settings.record()["solver"]
     if entrant.name == "auto":
         return f"{called}, {'the card names it' if card.auto else 'as the card names none'}"
-    if entrant.student:
-        return f"another network, distilled by {card.distilled['method']}"
+    if card.distilled:
+        return f"another network, distilled by {card.distilled.method}"
     solver = get(settings.solver) if isinstance(settings.solver, str) else None
     return solver.summary if solver is not None and entrant.name == solver.name else called
 

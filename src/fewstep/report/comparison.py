@@ -399,11 +399,8 @@ def _below(record: Record, row: Row, judge: str) -> str:
 
 def _setting(row: Row) -> str:
     """A setting in words; what "auto" and a learned solver's folder stand for comes before it."""
-    words = [
-        f"{row['solver']}: {setting_words(row)}"
-        if row["sampler"] != row["solver"]
-        else setting_words(row)
-    ]
+    named = row["sampler"] == row["solver"] or "student" in row
+    words = [setting_words(row) if named else f"{row['solver']}: {setting_words(row)}"]
     if row["network_calls"] != row["nfe"]:  # guidance doubles them
         words.append(count(row["network_calls"], "network call"))
     return ", ".join(words + ["stochastic"] * bool(row.get("stochastic")))

@@ -16,7 +16,7 @@ from fewstep.evaluate.demo import DemoResult, Row
 from fewstep.files import write_whole
 from fewstep.report.figures import COLOURS, FAINT, INK, LINE, PAPER
 from fewstep.report.pages import Cell, Group, Line, Sheet, Strip, render, shown_pictures
-from fewstep.text import clean, count, label, span
+from fewstep.text import clean, count, label
 
 __all__ = ["demo_page", "error_words", "ms_words", "own_error", "poster", "write_demo"]
 

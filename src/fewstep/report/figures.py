@@ -39,7 +39,7 @@ PAPER, INK, FAINT, LINE = "#fbfaf7", "#1d1c1a", "#6f6b63", "#d8d3c8"
 COLOURS = ("#b5502b", "#1f5f8b", "#5a8f3c", "#c08a1e", "#7a4f9e", "#2aa198", "#8c857a")
 MARKERS, DASHES = "osD^vPX", ("-", "--", ":")
 BOLD = 4  # curves drawn stronger than the others
-STYLE = {
+STYLE: Any = {
     "font.family": "sans-serif", "font.size": 10, "text.parse_math": False,
     "axes.titlesize": 12, "axes.titleweight": "bold", "axes.titlelocation": "left",
     "axes.labelsize": 10, "axes.labelcolor": FAINT, "axes.edgecolor": LINE,

@@ -10,18 +10,25 @@ from typing import TYPE_CHECKING, Any, Self
 from rich import progress as bars
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fewstep.plan import Combine, Plan, flatten, in_numbers, nfe
+from fewstep.report.tables import ordered, setting_words, short_names
 from fewstep.solver import ALIASES, Range, get, names
-from fewstep.text import clean, count, styled
+from fewstep.text import clean, count, span, styled
 
 if TYPE_CHECKING:
+    from fewstep.evaluate.demo import DemoResult
+    from fewstep.evaluate.geometry import Geometry
     from fewstep.sampling.folder import FolderResult
     from fewstep.train.network import Progress as TrainingProgress
 
 __all__ = [
     "Progress",
     "TrainingBar",
+    "comparison_table",
+    "demo_table",
+    "geometry_table",
     "plan_table",
     "sampling_line",
     "solver_list",
@@ -125,6 +132,81 @@ def sampling_line(made: int, result: FolderResult, what: dict[str, Any], seconds
         f"{seconds:.2f} s",
     ]
     return clean(f"{count(made, 'picture')}{kept}: {', '.join(filter(None, parts))}")
+
+
+def demo_table(result: DemoResult) -> Table:
+    """The demo's numbers."""
+    from fewstep.report.demo import error_words, ms_words, own_error  # draws too, so it is slow
+
+    title = f"{result.model}: {count(result.nfe, 'evaluation')}, seeds {span(result.seeds)}"
+    table = _table(
+        title,
+        "error: RMSE to the exact solution in [-1, 1], mean over seeds ± standard error; the exact "
+        f"solution is checked to {own_error(result)}",
+    )
+    table.add_column("solver", no_wrap=True)
+    for name in ("NFE", "ms/picture", "error", ""):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    table.add_column("setting", overflow="fold")
+    for row in (row for block in result.blocks for row in block):
+        error = ("stochastic", "") if row.errors is None else error_words(row)
+        about = row.about.partition(",")[0] + ", " if row.solver == "auto" else ""
+        cells = (row.solver, row.nfe, ms_words(row), *error, about + row.settings)
+        if row is result.exact:
+            cells = (row.solver, row.nfe, ms_words(row), "0", "", row.about)
+        table.add_row(*map(styled, cells), style="dim" if row is result.exact else "")
+    return table
+
+
+def geometry_table(result: Geometry) -> Table:
+    """The shape of trajectories."""
+    from fewstep.report.geometry import geometry_rows, small, trajectories  # as above
+
+    table = _table(
+        f"{result.model}: {trajectories(result)} of {len(result.sigmas)} points",
+        "share: of the variance of one trajectory's points, mean over seeds ± standard deviation; "
+        "distance: root mean square per pixel, mean of the points, and of the farthest one. On "
+        f"twice the points the trajectories differ by {small(result.check['largest'])} at most",
+    )
+    table.add_column("within", no_wrap=True)
+    for name in ("share of x, %", "distance", "farthest", "share of D, %", "farthest"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in geometry_rows(result):
+        table.add_row(*row)
+    return table
+
+
+def comparison_table(record: dict[str, Any]) -> Table:
+    """A comparison by budget, the best first."""
+    judges, called, references = list(record["floor"]), short_names(record), record["references"]
+    table = _table(
+        f"{record['model']['name']} {record['model']['weights'][:8]}, seeds {record['seeds']}, "
+        f"error to {references['solver']} at {references['nfe']} NFE (own error "
+        f"{references['own_error']:.1e})",
+        *(f"left out: {why}" for why in record.get("left_out", {}).values()),
+    )
+    for name in ("NFE", "sampler", "setting"):
+        table.add_column(name, no_wrap=name != "setting")
+    # numbers whole on a terminal of 80 columns: the settings and the heads give way, and the PSNR,
+    # which only says the error again, is left to the files
+    for name in ("error", *(f"excess FD-{judge}" for judge in judges), "ms"):
+        table.add_column(styled(name), justify="right", min_width=0 if name == "ms" else 12)
+    for row in ordered(record):
+        cells = [str(row["nfe"]), called[row["sampler"]], setting_words(row)]
+        spread = "" if row["error_se"] is None else f" ± {row['error_se']:.3f}"
+        cells.append(f"{row['error']:.3f}{spread}")
+        for judge in judges:
+            fd = row["fd"][judge]
+            cells.append(f"{fd['excess']:.2f} ± {fd['excess_se']:.2f}")
+        table.add_row(*map(styled, cells), f"{1000 * row['seconds']:.1f}")
+    return table
+
+
+def _table(title: str, *notes: str) -> Table:
+    return Table(
+        box=None, pad_edge=False, header_style="bold", title=styled(title), title_justify="left",
+        caption=Text("\n").join(map(styled, notes)), caption_justify="left",
+    )  # fmt: skip
 
 
 class Progress:

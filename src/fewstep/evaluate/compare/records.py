@@ -8,16 +8,106 @@ import platform
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic asks for it before Python 3.12
 
 from fewstep.evaluate.compare.bench import Judge, Workbench
 from fewstep.evaluate.compare.design import Design, seeds_text
+from fewstep.records import read_json
+from fewstep.text import clean
 
 __all__ = ["check_protocol", "machine", "merge", "protocol", "read_comparison"]
 
 FORMAT = "fewstep-comparison/1"
+
+# What a page or a table reads; there may be more.
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0)]
+Words = Annotated[str, Field(max_length=10_000)]
+
+
+class Distance(TypedDict):
+    value: Number
+    se: Number
+    excess: Number
+    excess_se: Number
+
+
+class Row(TypedDict):
+    sampler: Words
+    solver: Words
+    nfe: Annotated[int, Field(ge=1)]
+    network_calls: Count
+    grid: Words | list[Number] | None
+    afs: Words | None
+    end: Words | None
+    final: bool
+    error: Number
+    error_se: Number | None
+    psnr: Number
+    seconds: Positive
+    source: Count
+    fd: dict[Words, Distance]
+    fd_data: dict[Words, Number]
+
+
+class Machine(TypedDict):
+    processor: Words
+    cores: Count | None
+    threads: Count
+    gpu: Words | None
+    torch: Words
+    python: Words
+
+
+class Source(TypedDict):
+    command: Words
+    made: Words
+    dtype: Words
+    machine: Machine
+
+
+class References(TypedDict):
+    solver: Words
+    nfe: Count
+    grid: Words
+    dtype: Words
+    population: Words
+    own_error: Number
+
+
+class Screen(TypedDict):
+    seeds: Words | None
+    first_round: Count
+    by: Words
+    grids: list[Words]
+    afs: list[Words]
+    ends: list[Words]
+
+
+class Which(TypedDict):
+    name: Words
+    weights: Words
+
+
+class Record(TypedDict):
+    model: Which
+    condition: dict[Words, Any]
+    seeds: Words
+    pictures: Count
+    references: References
+    screen: Screen
+    features: dict[Words, Words]
+    sources: Annotated[list[Source], Field(min_length=1)]
+    floor: dict[Words, dict[Words, Number]]
+    rows: Annotated[list[Row], Field(min_length=1)]
+
+
+RECORD = TypeAdapter(Record)
 
 
 def protocol(workbench: Workbench, design: Design, judges: Sequence[Judge]) -> dict[str, Any]:
@@ -65,15 +155,27 @@ def check_protocol(record: dict[str, Any], other: dict[str, Any]) -> None:
 
 
 def read_comparison(path: Path) -> dict[str, Any]:
-    """The record of a comparison.json. Errors: ValueError where it is something else."""
+    """The record of a comparison.json.
+
+    Raises:
+        ValueError: where it is something else, or lacks what a table or a page needs.
+    """
+    record = read_json(path, "a comparison")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record["format"] == FORMAT and record["rows"]:
-            return record
-        found = repr(record["format"])
-    except (KeyError, TypeError, ValueError, RecursionError):
-        found = "something else"
-    raise ValueError(f"{path} is not a comparison: need format {FORMAT!r} with rows, got {found}")
+        if record.get("format") != FORMAT:
+            raise ValueError(f"need format {FORMAT!r}, got {record.get('format')!r}")
+        RECORD.validate_python(record, strict=True)
+        judges, sources = set(record["floor"]), len(record["sources"])
+        for row in record["rows"]:
+            if set(row["fd"]) != judges or row["source"] >= sources:
+                raise ValueError(f"the row of {row['sampler']!r} does not fit its feature networks")
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(clean(f"{path} is not a comparison: {where}: {first['msg']}")) from None
+    except ValueError as error:
+        raise ValueError(clean(f"{path} is not a comparison: {error}")) from None
+    return record
 
 
 def merge(record: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,8 @@ def make_row(
     error = np.sqrt(run.mse)
     denoiser, card = workbench.denoiser(), workbench.model.card
     recipe = card.about.get("recipe", {})
-    student = {**card.distilled, "weights": card.weights_sha256, "recipe": recipe}
+    how = asdict(card.distilled) if card.distilled else {}
+    student = {**how, "weights": card.weights_sha256, "recipe": recipe}
     return {
         "sampler": solver,
         **({"student": student} if solver in workbench.students else {}),
