@@ -133,7 +133,7 @@ def _components(panels: Sequence[Axes], result: Geometry) -> LineCollection:
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_locator(MaxNLocator(5))
     far, up = float(paths[..., 0].max()), paths[..., 1:]
-    room = max(float(np.abs(up).max()), 1e-4 * far)
+    room = max(float(np.abs(up).max()), 1e-4 * far)  # of straight ones, a little
     panels[0].set_xlim(1.04 * far, min(0.0, float(paths[..., 0].min())) - 0.03 * far)
     low, high = min(float(up.min()), 0.0), max(float(up.max()), 0.0)
     panels[0].set_ylim(low - 0.08 * room, high + 0.08 * room)
@@ -151,6 +151,8 @@ def _bar(figure: Figure | SubFigure, lines: LineCollection, panels: Sequence[Axe
 def _left(axes: Axes, result: Geometry) -> None:
     """The share of the variance that the first k components leave, for x and for D(x)."""
     least = 0.1
+    axes.set_yscale("log")
+    axes.set_ylim(least, 3)  # before anything is drawn: shares may all be equal
     for curves, name, colour in (
         (result.x, "x", COLOURS[1]),
         (result.denoised, f"D(x; {SIGMA}), denoised", COLOURS[0]),
@@ -161,7 +163,6 @@ def _left(axes: Axes, result: Geometry) -> None:
         axes.fill_between(k, low, high, color=colour, alpha=0.16, lw=0)
         axes.plot(k, middle, "o-", color=colour, ms=5, lw=1.8, label=name)
         least = min(least, float(low.min()))
-    axes.set_yscale("log")
     axes.set_ylim(least / 3, 3)
     log_axis(axes.yaxis, least / 3, 3)
     axes.set_xticks(range(1, BARS + 1))
