@@ -36,6 +36,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from fewstep.cache import cache_folder
 from fewstep.evaluate.statistics import Statistics
 from fewstep.files import file_hash, write_whole
 from fewstep.models.network import check_device
@@ -369,8 +370,6 @@ def load_inception(
 
 def _cached_inception() -> Path:
     """The file in the cache, downloaded and checked if it is not there."""
-    from fewstep.evaluate.references import cache_folder
-
     path = cache_folder() / INCEPTION_FILE
     if path.is_file():
         return path
