@@ -659,7 +659,7 @@ def test_a_network_without_its_features_is_one_line():
 def test_another_model_is_warned_of():
     found = short(model={"name": "toy", "weights": "aaa"})
     card = SimpleNamespace(
-        name="other", weights_sha256="bbb", sigma_max=20.0, distilled={}, auto={}
+        name="other", weights_sha256="bbb", sigma_max=20.0, distilled=None, auto={}
     )
     with pytest.warns(UserWarning, match="trained on other weights than those of other"):
         settings = Settings.choose(SimpleNamespace(card=card), found)  # type: ignore[arg-type]

@@ -34,6 +34,7 @@ from fewstep.distillation.teacher import Stepper, stepper
 from fewstep.files import sweep, write_whole
 from fewstep.models import Model, load
 from fewstep.models.card import Card
+from fewstep.records import check_slug
 from fewstep.train.interrupts import between_steps
 from fewstep.train.network import CHECKPOINT, LOG, Progress, check_folder, log_lines
 from fewstep.train.network import sorted_header as bytes_in_order
@@ -231,7 +232,7 @@ def distill(
     known = subject(model, recipe.told, recipe.seed)
     step = _checked(recipe, known, model)
     pictures = read_data(data, model, recipe.dropout)
-    name = name or f"{model.card.name}-{recipe.method}"
+    name = check_slug("name", name or f"{model.card.name}-{recipe.method}")
     card = _card(recipe, known, step, model.card, pictures, name, sampler)
     folder = None if out is None else Path(out)
     key = f"{pictures.digest}:{model.card.weights_sha256}:{step.digest}"

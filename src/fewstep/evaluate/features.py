@@ -298,7 +298,7 @@ def _fashion(name: str, device: str | torch.device) -> Extractor:
 
     network = load_feature_network(name, device)
     preprocessing = Preprocessing(channels="grey", takes=32)
-    weights = str(network.card.get("weights_sha256", ""))
+    weights = network.card.weights_sha256
     out = module_features(
         network, name, preprocessing, dim=network.dim, device=device, weights=weights
     )

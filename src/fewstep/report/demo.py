@@ -85,8 +85,8 @@ def run_demo(
     model = load(model_name)
     if how := model.card.distilled:
         raise ValueError(
-            f"{model_name} is a student of {how['teacher']}, and no network for solvers: see "
-            f"fewstep demo --model {how['teacher']}, or fewstep sample {model_name}"
+            f"{model_name} is a student of {how.teacher}, and no network for solvers: see "
+            f"fewstep demo --model {how.teacher}, or fewstep sample {model_name}"
         )
     check_writable(out)
     x_T, denoiser = model.prior(seeds, label=label), Counted(model.denoiser(label))
@@ -196,7 +196,7 @@ def _student(name: str, nfe: int, label: int | str | None) -> list[_Entrant]:
     """A student at its budgets up to nfe; none where it imitates guidance, which nothing here
     has."""
     student = load(name)
-    if student.card.distilled.get("guidance") not in (None, 1):
+    if student.card.distilled and student.card.distilled.guidance not in (None, 1):
         return []
     denoiser = Counted(student.denoiser(label))
     return [
@@ -256,8 +256,8 @@ def _row(entrant: _Entrant, run: _Run, target: Tensor | None, nfe: int) -> Row:
     if name == "auto":
         what = "the card's choice" if model.card.auto else "as the card names none"
         about = f"{called}, {what}"
-    elif entrant.student:
-        about = f"another network, distilled by {model.card.distilled['method']}"
+    elif model.card.distilled:
+        about = f"another network, distilled by {model.card.distilled.method}"
     return Row(
         name,
         about,
