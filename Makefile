@@ -12,7 +12,7 @@ DEV := $(VENV)/.dev-installed
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format bench results setup clean distclean
+.PHONY: help demo test test-all lint format docs bench results setup clean distclean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ format: $(DEV) ## Rewrite the files in the project's format
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
 
+docs: $(DEV) ## Build these pages and the API reference as one site, into site/
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
 bench: $(DEV) ## Time what a solver adds to the network's own work
 	$(VENV)/bin/python benchmarks/step_overhead.py
 
@@ -43,8 +46,8 @@ results: $(DEV) ## Write docs/results.md and the README's table from results/
 
 setup: $(DEV) ## Only set up .venv, for work on fewstep itself
 
-clean: ## Remove what the targets made (demo/, caches), but not .venv
-	rm -rf demo build dist .pytest_cache .ruff_cache .hypothesis
+clean: ## Remove what the targets made (demo/, site/, caches), but not .venv
+	rm -rf demo build dist site .pytest_cache .ruff_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 distclean: clean ## Remove .venv as well

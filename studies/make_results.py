@@ -47,31 +47,28 @@ def excess(row: Record, name: str) -> str:
 
 
 def readme_table(record: Record) -> str:
-    """Samplers down, budgets across: excess distance and error, the best of each budget bold."""
+    """Samplers down, budgets across: the judge's excess distance, the best of each budget bold."""
     name = judge(record)
     budgets = [nfe for nfe in SHOWN if any(row["nfe"] == nfe for row in record["rows"])]
     middle = budgets[(len(budgets) - 1) // 2]
-    cells: dict[str, dict[int, str]] = {}
-    scores: dict[str, float] = {}
-    for nfe in budgets:
-        rows = [row for row in ordered(record) if row["nfe"] == nfe]
-        best_fd = min(row["fd"][name]["excess"] for row in rows)
-        best_error = min(row["error"] for row in rows)
-        for row in rows:
-            fd, error = f"{row['fd'][name]['excess']:.2f}", f"{row['error']:.3f}"
-            fd = f"**{fd}**" if row["fd"][name]["excess"] == best_fd else fd
-            error = f"**{error}**" if row["error"] == best_error else error
-            cells.setdefault(row["sampler"], {})[nfe] = f"{fd} / {error}"
-            if nfe == middle:
-                scores[row["sampler"]] = row["fd"][name]["excess"]
-    names = sorted(cells, key=lambda sampler: scores.get(sampler, float("inf")))
+    excesses: dict[str, dict[int, float]] = {}
+    for row in record["rows"]:
+        excesses.setdefault(row["sampler"], {})[row["nfe"]] = row["fd"][name]["excess"]
+    best = {nfe: min(of[nfe] for of in excesses.values() if nfe in of) for nfe in budgets}
+
+    def cell(nfe: int, of: dict[int, float]) -> str:
+        if nfe not in of:
+            return "-"
+        return f"**{of[nfe]:.2f}**" if of[nfe] == best[nfe] else f"{of[nfe]:.2f}"
+
     called = short_names(record)
+    order = sorted(excesses, key=lambda sampler: excesses[sampler].get(middle, float("inf")))
     lines = [
-        f"| excess FD-{name} / error | {' | '.join(f'{nfe} NFE' for nfe in budgets)} |",
-        "|---" * (len(budgets) + 1) + "|",
+        f"| evaluations | {' | '.join(map(str, budgets))} |",
+        "|---" + "|--:" * len(budgets) + "|",
         *(
-            f"| {called[sampler]} | {' | '.join(cells[sampler].get(nfe, '-') for nfe in budgets)} |"
-            for sampler in names
+            f"| {called[sampler]} | {' | '.join(cell(n, excesses[sampler]) for n in budgets)} |"
+            for sampler in order
         ),
     ]
     return "\n".join(lines)
@@ -93,8 +90,9 @@ def results_page(records: dict[str, Record]) -> str:
     parts = [
         "# Results",
         "Written by `make results` from the files in `results/`; never edited by hand. What the "
-        "columns mean stands in [compare.md](compare.md), how quality is measured in "
-        "[evaluate.md](evaluate.md).",
+        "columns mean stands in [Compare samplers](compare.md), and how quality is measured in "
+        "[Measure pictures](evaluate.md). The README's table has the last excess column: "
+        "the distance by the network that no setting was chosen by.",
     ]
     for stem, record in records.items():
         names, references = list(record["floor"]), record["references"]
@@ -132,7 +130,7 @@ def results_page(records: dict[str, Record]) -> str:
                 cells += [f"{row['psnr']:.1f}", *(excess(row, name) for name in names)]
                 cells += [f"{row['fd_data'][name]:.2f}" for name in data]
                 lines.append(f"| {' | '.join(cells)} |")
-            parts += [f"### {nfe} evaluations", "\n".join(lines)]
+            parts += [f"### {nfe} evaluation{'s' * (nfe > 1)}", "\n".join(lines)]
         if table := seeds_table(record):
             parts += [
                 "### Over training seeds",

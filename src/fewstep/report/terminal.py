@@ -1,23 +1,26 @@
-"""What the command line shows: tables of solvers and plans, and the training bar."""
+"""What the command line shows: tables, and the progress of work."""
 
 from __future__ import annotations
 
 import math
 import sys
-from typing import TYPE_CHECKING, Any
+import time
+from typing import TYPE_CHECKING, Any, Self
 
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from fewstep.plan import Combine, Plan, flatten, in_numbers, nfe
 from fewstep.solver import ALIASES, Range, get, names
+from fewstep.text import clean, count, styled
 
 if TYPE_CHECKING:
     from fewstep.sampling.folder import FolderResult
     from fewstep.train.network import Progress as TrainingProgress
 
 __all__ = [
+    "Progress",
     "TrainingBar",
     "plan_table",
     "sampling_line",
@@ -60,13 +63,13 @@ def solver_table() -> Table:
         order = "SDE" if solver.stochastic else str(solver.order)
         options = ", ".join(f"{k}={v:g}" for k, v in solver.options)
         extra = "".join(f" ({what})" for what in (other and f"also {other}", options) if what)
-        table.add_row(name, solver.prediction, order, solver.summary + extra)
+        table.add_row(*map(styled, (name, solver.prediction, order, solver.summary + extra)))
     return table
 
 
 def plan_table(plan: Plan) -> Table:
     """One row per operation of a plan."""
-    title = f"{plan.solver}, {nfe(plan)} evaluations, history of {plan.prediction}"
+    title = styled(f"{plan.solver}, {nfe(plan)} evaluations, history of {plan.prediction}")
     table = Table(title=title, title_justify="left", box=None)
     for column in ("", "sigma", "a", "b, newest first", "noise", ""):
         table.add_column(column, justify="right" if column in ("sigma", "a") else "left")
@@ -117,61 +120,111 @@ def sampling_line(made: int, result: FolderResult, what: dict[str, Any], seconds
             )
             if value is not None
         ),
-        f"{_count(settings['nfe'], 'evaluation')} each "
-        f"({_count(result.network_calls, 'network call')})",
+        f"{count(settings['nfe'], 'evaluation')} each "
+        f"({count(result.network_calls, 'network call')})",
         f"{seconds:.2f} s",
     ]
-    return f"{_count(made, 'picture')}{kept}: {', '.join(filter(None, parts))}"
+    return clean(f"{count(made, 'picture')}{kept}: {', '.join(filter(None, parts))}")
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+class Progress:
+    """Work under way, on standard error: a bar on a terminal, else a line every 30 seconds.
 
+    Used as a context manager; the object itself is what functions take as `report`.
 
-class TrainingBar:
-    """A progress bar with loss, learning rate and speed; a line per validation. Lines only without
-    a terminal; nothing where quiet."""
+    Args:
+        quiet: show nothing
+    """
 
-    def __init__(self, total: int, quiet: bool = False) -> None:
+    EVERY = 30.0  # seconds between lines
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        terminal = sys.stderr is not None and sys.stderr.isatty()
         self.console = Console(stderr=True, quiet=quiet)
-        self.bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[state]}"),
-            TimeRemainingColumn(),
+        self.bar = bars.Progress(
+            bars.TextColumn("{task.description}", markup=False),
+            bars.BarColumn(),
+            bars.MofNCompleteColumn(),
+            bars.TextColumn("{task.fields[note]}", markup=False),
+            bars.TimeRemainingColumn(),
             console=self.console,
-            disable=quiet or not sys.stderr.isatty(),
+            disable=quiet or not terminal,
         )
-        self.task = self.bar.add_task("", total=total, state="first step")
-        self.loss = math.nan
+        self.task = self.bar.add_task("starting", total=None, note="")
+        self.what, self.done, self.began = "", 0, time.monotonic()
+        self.said = self.began
 
-    def __enter__(self) -> TrainingBar:
+    def __enter__(self) -> Self:
         self.bar.start()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         self.bar.stop()
 
+    def __call__(self, what: str, done: int, total: int, note: str = "") -> None:
+        """Show how far the work is.
+
+        Args:
+            what: is under way
+            done, total: in a unit of its own
+            note: said behind them
+        """
+        what, note = clean(what, 200), clean(note, 200)
+        self.bar.update(self.task, description=what, completed=done, total=total, note=note)
+        now = time.monotonic()
+        if what != self.what:
+            self.what, self.done, self.began = what, done, now
+        if self.bar.disable and now - self.said >= self.EVERY:
+            self.said = now
+            gone = done - self.done
+            left = (now - self.began) * (total - done) / gone if gone > 0 else math.nan
+            parts = [f"{what}: {done:,} of {total:,}", note, _left(left)]
+            self.say(", ".join(filter(None, parts)))
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        self.console.print(clean(text), markup=False, highlight=False, soft_wrap=True)
+
+
+def _left(seconds: float) -> str:
+    """What remains, in words; nothing where it is not known."""
+    if not math.isfinite(seconds) or seconds <= 0:
+        return ""
+    if seconds < 90:
+        return f"about {seconds:.0f} s left"
+    minutes = seconds / 60
+    return f"about {minutes:.0f} min left" if minutes < 90 else f"about {minutes / 60:.1f} h left"
+
+
+class TrainingBar(Progress):
+    """`Progress` of a training, with its loss, learning rate and speed; a line per validation.
+
+    Args:
+        total: steps
+        quiet: show nothing
+    """
+
+    def __init__(self, total: int, quiet: bool = False) -> None:
+        super().__init__(quiet)
+        self.bar.update(self.task, description="training", total=total, note="first step")
+        self.loss = math.nan
+
     def resumed(self, step: int) -> None:
         """Say that the run goes on from a checkpoint."""
-        self.console.print(f"resumed at step {step}", highlight=False)
+        self.say(f"resumed at step {step}")
         self.bar.update(self.task, completed=step)
 
     def report(self, progress: TrainingProgress) -> None:
         """Show one step; the loss is smoothed over about 50."""
         first = math.isnan(self.loss)
         self.loss = progress.loss if first else self.loss + 0.02 * (progress.loss - self.loss)
-        self.bar.update(
-            self.task,
-            completed=progress.step,
-            state=f"loss {self.loss:.4f}  lr {progress.lr:.1e}  "
-            f"{progress.pictures_per_second:.0f}/s",
-        )
+        speed = f"{progress.pictures_per_second:.0f}"
+        note = f"loss {self.loss:.4f}  lr {progress.lr:.1e}  {speed}/s"
+        self("training", progress.step, progress.total_steps, note)
         if progress.validation:
             values = "  ".join(f"{k} {v:.4f}" for k, v in progress.validation.items())
-            self.console.print(
+            self.say(
                 f"step {progress.step}/{progress.total_steps}  train {self.loss:.4f}  {values}  "
-                f"{progress.pictures_per_second:.0f} pictures/s",
-                highlight=False,
+                f"{speed} pictures/s"
             )

@@ -215,7 +215,7 @@ def _known(
     if sigmas is not None:
         nfe = len(sigmas) - 1
     below = [int(budget) for budget in card.auto if int(budget) <= nfe]
-    entry = dict(card.auto[str(max(below))]) if below else {}
+    entry = card.auto[str(max(below))].given() if below else {}
     if not top and entry.get("afs") == "mean":
         del entry["afs"]
     begin = entry.get("afs", "none") if afs is None else afs
@@ -233,14 +233,14 @@ def _known(
 
 def _own_levels(card: Card, nfe: int) -> Sequence[float]:
     """The levels that a distilled network was trained on for this budget, whatever the solver."""
-    try:
-        return card.auto[str(nfe)]["grid"]
-    except KeyError:
+    choice = card.auto.get(str(nfe))
+    if choice is None or choice.grid is None:
         have = ", ".join(card.auto) or "none"
         raise ValueError(
             f"{card.name} is distilled and has levels for {have} evaluations, not for {nfe}; "
             "take one of these, or give a grid"
-        ) from None
+        )
+    return choice.grid
 
 
 def _check_weights(model: Model, program: Program) -> None:

@@ -1,0 +1,41 @@
+"""How a solver is run: one frozen object in place of seven loose arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Settings"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a solver is run: itself, the budget, the grid, the first and the last step.
+
+    What is None is filled in by the model's card, once the model is known. The command shows
+    these lines as its help.
+
+    Attributes:
+        solver: auto (the best known), a name, NAME:option=value, or a folder of a learned solver.
+        nfe: Network evaluations per picture. Default: 5, or a learned solver's own.
+        grid: karras, log-snr, time-uniform, discrete, trailing, or sigmas: 80,9,1,0.002. Default:
+            the model's (trailing for pipelines), else karras.
+        afs: Analytic first step, at no evaluation: none, zero or mean. Default: the card's, else
+            none.
+        final: Spend the last evaluation at the grid's end and return its D.
+        end: Where a named grid ends: sigma_min, or zero (a last step of order 1, free). Default:
+            the model's (zero for pipelines), else sigma_min.
+        head_start: Carry the noise analytically to this sigma before the first step.
+    """
+
+    solver: Any = "auto"
+    nfe: int | None = None
+    grid: str | tuple[float, ...] | None = None
+    afs: str | None = None
+    final: bool = False
+    end: str | None = None
+    head_start: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.grid is not None and not isinstance(self.grid, str):
+            object.__setattr__(self, "grid", tuple(float(sigma) for sigma in self.grid))
