@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import datetime
 import math
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -29,13 +27,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep import __version__
 from fewstep.denoiser import Counted
 from fewstep.loop import iterate, resolve, solve
 from fewstep.models import Model, load, students_of
+from fewstep.provenance import machine_line, software_line
 from fewstep.sampling.generate import Settings
 from fewstep.solver import Solver, get, intervals_for
-from fewstep.text import count, span
+from fewstep.text import span
 
 __all__ = ["FAMILIES", "STOCHASTIC", "DemoResult", "Row", "run_demo"]
 
@@ -389,7 +387,6 @@ def _protocol(
     few: int,
     rounds: int,
 ) -> dict[str, str]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     times = f"median of {rounds} rounds" if rounds > 1 else "one round"
     return {
         "command": command,
@@ -400,9 +397,7 @@ def _protocol(
         "check of it": f"{check.solver}, {check.nfe} evaluations, {check.grid} grid, "
         f"seeds {span(seeds[:few])}",
         "time": f"all {len(seeds)} pictures as one batch, {times}",
-        "software": f"fewstep {__version__}, torch {torch.__version__}, "
-        f"Python {platform.python_version()}",
-        "machine": f"{platform.system()} {platform.machine()}, {count(cores or 1, 'core')}, "
-        f"{count(torch.get_num_threads(), 'thread')}",
+        "software": software_line(),
+        "machine": machine_line(),
         "date": datetime.datetime.now().astimezone().date().isoformat(),
     }

@@ -36,7 +36,6 @@ from fewstep.evaluate.compare.bench import CHUNK, Judge, Run, Workbench
 from fewstep.evaluate.compare.design import Design
 from fewstep.evaluate.compare.records import (
     check_protocol,
-    machine,
     merge,
     protocol,
     read_comparison,
@@ -45,6 +44,7 @@ from fewstep.evaluate.compare.rows import CHECKED, make_row, times
 from fewstep.evaluate.compare.screening import all_candidates, check_solvers, choose
 from fewstep.evaluate.statistics import Statistics, paired_frechet
 from fewstep.models import Model, is_model, load, read_card
+from fewstep.provenance import machine
 
 __all__ = [
     "Comparison",
@@ -56,7 +56,6 @@ __all__ = [
     "check_solvers",
     "compare",
     "load_students",
-    "machine",
     "merge",
     "protocol",
     "read_comparison",

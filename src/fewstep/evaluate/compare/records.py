@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic asks for it before Python 3.12
 
@@ -19,7 +15,7 @@ from fewstep.evaluate.compare.design import Design, seeds_text
 from fewstep.records import read_json
 from fewstep.text import clean
 
-__all__ = ["check_protocol", "machine", "merge", "protocol", "read_comparison"]
+__all__ = ["check_protocol", "merge", "protocol", "read_comparison"]
 
 FORMAT = "fewstep-comparison/1"
 
@@ -197,22 +193,4 @@ def merge(record: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
         "sources": record["sources"] + [other["sources"][source] for source in used],
         "left_out": {name: why for name, why in left_out.items() if name not in done},
         "rows": rows,
-    }
-
-
-def machine() -> dict[str, Any]:
-    """What it ran on, for the record."""
-    name = platform.processor() or platform.machine()
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-        name = (re.findall(r"model name\s*:\s*(.+)", text) or [name])[0]
-    except OSError:
-        pass
-    return {
-        "processor": name,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
     }
