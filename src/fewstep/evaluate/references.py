@@ -97,13 +97,11 @@ class References:
 
     def missing(self, seeds: Sequence[int]) -> int:
         """How many of the seeds would be solved now."""
+        if not self.model.card.weights_sha256:
+            return len(seeds)
         parts = [seeds[start : start + CHUNK] for start in range(0, len(seeds), CHUNK)]
-        kept = bool(self.model.card.weights_sha256)
-        return sum(
-            len(part)
-            for part in parts
-            if not (kept and kept_at(self._folder, self._key(part)).is_file())
-        )
+        files = [kept_at(self._folder, self._key(part)) for part in parts]
+        return sum(len(part) for part, path in zip(parts, files, strict=True) if not path.is_file())
 
     @torch.inference_mode()
     def seconds_per_evaluation(self) -> float:
