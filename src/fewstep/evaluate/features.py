@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from fewstep.evaluate.statistics import Statistics
 from fewstep.files import file_hash, write_whole
-from fewstep.models.network import check_device
+from fewstep.networks.device import check_device
 
 __all__ = [
     "INCEPTION_SHA256",
