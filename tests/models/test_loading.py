@@ -212,8 +212,7 @@ def test_options_belong_to_pipelines(models):
     assert "a model folder of fewstep has no such options" in refused(
         "fashion-mnist", size=(32, 32)
     )
-    with pytest.raises(TypeError):
-        pipelines.load(pipelines.__file__, colour="red")
+    assert "colour" in refused(pipelines.__file__, colour="red")
 
 
 LONG = "a cat sat on a mat a cat sat on a mat"  # 14 tokens ("on" is two) where 10 are read
