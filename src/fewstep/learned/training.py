@@ -41,6 +41,7 @@ from fewstep.learned.teacher import (
     whole_grid,
 )
 from fewstep.loop import DEFAULT_RANGE, solve
+from fewstep.models import Model
 from fewstep.noise import normal
 from fewstep.provenance import VERSION
 from fewstep.schedule import Schedule
@@ -103,7 +104,7 @@ def train(
     lr: float | None = None,
     prior: Prior | None = None,
     device: str | torch.device = "cpu",
-    model: dict[str, Any] | None = None,
+    model: Model | dict[str, Any] | None = None,
     cache: Path | str | None = None,
     validation: int = 64,
     validate_every: int = 10,
@@ -140,7 +141,7 @@ def train(
     lr: of Adam; 0.005 for the AMED methods and 0.02 for tuned, where it rises over the first 20
         updates and then falls as a half cosine, unless given
     prior: prior(seeds) -> x_T; sigma_max times normal noise unless given
-    model: facts about the network for the record, above all "name" and "weights", their hash
+    model: the model, or facts about it for the record: above all "name" and "weights", their hash
     cache: a folder where fine solves of the validation seeds, and the ends of a teacher that is
         looked at only there, are kept for other runs; needs a `model` with the hash of its weights
         and all that its conditions and its prior depend on, for that and the seeds are what an end
@@ -158,7 +159,8 @@ def train(
     Errors: ValueError for what cannot be trained, all before the first batch; FloatingPointError
     where the denoiser or a loss is not finite (the last checkpoint stays).
     """
-    hashed = bool((model or {}).get("weights"))
+    model = _facts_of(model)
+    hashed = bool(model.get("weights"))
     if cache is not None and not hashed:
         raise ValueError("cache needs model['weights'], the hash of the network's weights")
     _check_counts(
@@ -295,6 +297,13 @@ def train(
     if folder is not None:
         solver.save(folder)
     return solver
+
+
+def _facts_of(model: Model | dict[str, Any] | None) -> dict[str, Any]:
+    """What the record says of a model."""
+    if model is None or isinstance(model, dict):
+        return model or {}
+    return {"name": model.card.name, "weights": model.card.weights_sha256}
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from fewstep.networks.conditioning import indices
 from fewstep.networks.preconditioning import denoise
 from fewstep.networks.taps import as_map, hear
 from fewstep.noise import normal
+from fewstep.schedule import Schedule
 
 __all__ = ["Conditional", "NetworkModel", "Precondition"]
 
@@ -69,6 +70,10 @@ class Conditional:
     def sigma_max(self) -> float:
         return self.model.card.sigma_max
 
+    @property
+    def schedule(self) -> Schedule | None:
+        return self.model.schedule
+
     def __call__(self, x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
         return self.by(self.model.compiled or self.model.forward, x, sigma, label)
 
@@ -89,6 +94,8 @@ class Heard(Wrapper):
 
     def with_features(self, x: Tensor, sigma: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         inner, model = self.denoiser, self.denoiser.model
+        if model.features is not None:
+            return model.features(x, sigma, label.expand(len(x)))
         out, features = hear(
             model.net,
             model.card.feature_module,
@@ -109,6 +116,8 @@ class NetworkModel:
     shape: of one sample; (c, h, w) for pictures
     precondition: makes D of the network; EDM's by default
     compiled: `forward`, compiled
+    features: (x, sigma, label) -> (D, features), where the network has a way of its own
+    schedule: the network's own, for grids that are uniform in its time; None where it has none
     """
 
     card: Card
@@ -118,6 +127,8 @@ class NetworkModel:
     shape: tuple[int, ...]
     precondition: Precondition = field(default=denoise, repr=False)
     compiled: Callable[..., Any] | None = field(default=None, repr=False)
+    features: Callable[..., tuple[Tensor, Tensor]] | None = field(default=None, repr=False)
+    schedule: Schedule | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -184,7 +195,7 @@ class NetworkModel:
     def conditional(self, told: Tensor | None = None) -> Conditional | Heard:
         """D(x, sigma, label), with features where the card names their module."""
         base = Conditional(self, told)
-        return Heard(base) if self.card.feature_module else base
+        return Heard(base) if self.card.feature_module or self.features else base
 
     def _far(self, rows: Tensor) -> Tensor | None:
         """The mean of D at sigma_max, where it is known."""
@@ -285,5 +296,6 @@ class NetworkModel:
 
     def decode(self, x: Tensor) -> np.ndarray:
         """Pictures uint8 [n, h, w, c] from clean states in [-1, 1]. Errors: as `picture`."""
-        assert self.picture  # raises where there are none
+        height, width, channels = self.picture
+        x = x.reshape(-1, channels, height, width)
         return to_pixels(x).permute(0, 2, 3, 1).cpu().numpy()

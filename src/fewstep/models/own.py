@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fewstep.models.card import Card
 from fewstep.models.network import NetworkModel
 from fewstep.networks.taps import has_module
+from fewstep.schedule import Schedule
 
 __all__ = ["fingerprint", "of"]
 
@@ -26,11 +27,13 @@ def of(
     shape: Sequence[int],
     net: nn.Module | None = None,
     classes: Sequence[str] = (),
-    sigma_min: float = 0.002,
-    sigma_max: float = 80.0,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
     sigma_data: float = 0.5,
+    schedule: Schedule | None = None,
     far_mean: Tensor | None = None,
     feature_module: str = "",
+    with_features: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> NetworkModel:
     """A model of any denoiser.
 
@@ -42,10 +45,13 @@ def of(
         net: the module behind the denoiser, which says device, dtype and the hash of the weights;
             the denoiser itself where that is a module
         classes: their names, in order
-        sigma_min, sigma_max: the range on which the denoiser may be called
+        sigma_min, sigma_max: the range on which the denoiser may be called; the schedule's, or
+            0.002 to 80, where left out
+        schedule: the network's own, which gives grids that are uniform in its time
         sigma_data: standard deviation of the data
         far_mean: mean of D at sigma_max, [classes + 1, *shape]; allows the first step afs="mean"
         feature_module: dotted name of the module of `net` whose output solvers may read
+        with_features: in place of it, called as the denoiser is; returns (D, features)
 
     Raises:
         ValueError: where a value does not fit, or there is no such module.
@@ -56,12 +62,15 @@ def of(
     module = denoiser if net is None and isinstance(denoiser, nn.Module) else net
     if feature_module and (module is None or not has_module(module, feature_module)):
         raise ValueError(f"feature_module {feature_module!r} is not a module of the network")
+    low, high = (0.002, 80.0) if schedule is None else (schedule.sigma_min, schedule.sigma_max)
     card = Card(
         name=name,
         summary="a network of one's own",
         classes=tuple(classes),
-        sigma_min=sigma_min,
-        sigma_max=sigma_max,
+        sigma_min=low if sigma_min is None else sigma_min,
+        sigma_max=high if sigma_max is None else sigma_max,
+        grid="karras" if schedule is None else "trailing",
+        end="sigma_min" if schedule is None else "zero",
         sigma_data=sigma_data,
         feature_module=feature_module,
         weights_sha256=fingerprint({"network": module}) if module is not None else "",
@@ -85,7 +94,14 @@ def of(
     ) -> Tensor:
         return forward(x, sigma, label) if classes else forward(x, sigma)
 
-    return NetworkModel(card, plain, stats, denoiser, sizes, denoise)
+    def features(x: Tensor, sigma: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        assert with_features is not None
+        return with_features(x, sigma, label) if classes else with_features(x, sigma)
+
+    tap = None if with_features is None else features
+    return NetworkModel(
+        card, plain, stats, denoiser, sizes, denoise, features=tap, schedule=schedule
+    )
 
 
 @torch.no_grad()

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fewstep.records import shown
 from fewstep.tensors import read_header
 
-__all__ = ["KINDS", "Contents", "Kind", "recognise", "refuse", "tensor_names"]
+__all__ = ["KINDS", "Contents", "Kind", "recognise", "tensor_names"]
 
 LARGEST = 16 * 2**20  # bytes of the pickle in a file, whose tensors lie beside it
 DEEPEST = 8  # levels at which tensors are looked for
@@ -141,17 +142,6 @@ def recognise(path: Path) -> tuple[Kind | None, Contents]:
     return next((kind for kind in KINDS if kind.is_it(contents)), None), contents
 
 
-def refuse(path: Path) -> Contents:
-    """What is in a file that can be a model. Errors: ValueError for every other kind, by name."""
-    kind, contents = recognise(path)
-    if kind is None:
-        some = ", ".join(sorted(contents.names)[:3]) or "none"
-        raise ValueError(f"{path} is no model that fewstep knows; its tensors: {some[:200]}")
-    if kind.advice:
-        raise ValueError(f"{path} is {kind.name}: {kind.advice}")
-    return contents
-
-
 def tensor_names(path: Path) -> Contents:
     """The names of the tensors in a file. Raises: as `recognise`."""
     with open(path, "rb") as file:
@@ -181,7 +171,7 @@ def _zipped(path: Path) -> bytes:
     except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError, OSError) as error:
         raise ValueError(f"{path} cannot be read ({error}); fetch it again") from None
     raise ValueError(
-        f"{path} is a zip without weights of torch.save ({', '.join(inner)[:120]}); unpack it and "
+        f"{path} is a zip without weights of torch.save ({shown(inner)}); unpack it and "
         "give the file in it"
     )
 

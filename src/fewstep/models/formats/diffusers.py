@@ -270,7 +270,7 @@ def _check_single(path: Path) -> None:
     if path.suffix not in SAFE:
         check_pickle(path)
     if kind is None:
-        some = ", ".join(sorted(contents.names)[:3]) or "none"
+        some = ", ".join(map(shown, sorted(contents.names)[:3])) or "none"
         raise ValueError(f"{path} is no model that fewstep knows; its tensors: {some[:200]}")
 
 
