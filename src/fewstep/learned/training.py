@@ -21,6 +21,7 @@ from fewstep.denoiser import Denoiser
 from fewstep.grid import check_grid
 from fewstep.learned.grid_search import FINE, SEARCHED, search_grid
 from fewstep.learned.method import Kind, Lesson, Method, Setup
+from fewstep.learned.rivals import best_rival, unbeaten
 from fewstep.learned.settings import VALIDATION, Choices, Settings
 from fewstep.learned.solver import PREDICTOR_FILE, SOLVER_FILE, LearnedSolver
 from fewstep.learned.teacher import Frozen, Kept
@@ -127,6 +128,8 @@ def train(
         if not task.measured:
             task.begin(untrained, folder)
         loop.train(task, folder, plan, report)
+    if line := unbeaten(chosen.settings.method, task.measured):
+        note(line)
     solver = task.solver(chosen.kind)
     if folder.path is not None:
         solver.save(folder.path)
@@ -259,7 +262,7 @@ class SolverTraining:
         return math.ceil(chosen.trajectories / chosen.batch) if self.weights else 0
 
     @property
-    def measured(self) -> dict[str, float]:
+    def measured(self) -> dict[str, Any]:
         """Figures of the best parameters; empty before the first validation."""
         return self.run.state["measured"]
 
@@ -301,7 +304,13 @@ class SolverTraining:
             )
         folder.log.add({"step": 0, "trajectories": 0, "error": found["error"]})
         usual = found if untrained is self.method else self.ruler.measure(untrained)
-        self.run.state["measured"] = {**self.measured, "error_untrained": usual["error"]}
+        chosen, levels = self.chosen, self.method.sigmas
+        low = levels[-1] or min(chosen.low, levels[-2])
+        ends = levels[0], low, "sigma_min" if levels[-1] > 0 else "zero"
+        nfe = self.method.program().evaluations
+        rival = best_rival(self.ruler.measure, nfe, *ends, chosen.schedule)
+        also = {"error_untrained": usual["error"], "training_free": rival}
+        self.run.state["measured"] = {**self.measured, **also}
         folder.save(self.run)
 
     def validate(self) -> dict[str, float]:
