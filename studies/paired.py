@@ -28,7 +28,7 @@ from fewstep.evaluate.features import own_features, resolve_features
 from fewstep.evaluate.references import References
 from fewstep.evaluate.statistics import Statistics
 from fewstep.models import Model
-from fewstep.sampling.generate import locate
+from fewstep.sampling.choose import locate
 from fewstep.solver import Solver
 
 BATCH = 50

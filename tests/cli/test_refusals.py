@@ -15,12 +15,12 @@ import torch
 import fewstep
 import fewstep.solver as registry
 from fewstep.denoiser import Guided
-from fewstep.loop import solve
 from fewstep.models import BUILTIN
 from fewstep.models.network import NetworkModel, load_folder
 from fewstep.plan import Combine
 from fewstep.solver import Solver
 from fewstep.solver.registry import _key
+from fewstep.solving import solve
 from tests.support.testbed import ALL_SOLVERS, Mixture, noise
 
 GRID = [10.0, 3.0, 1.0]

@@ -10,9 +10,9 @@ import torch
 
 import fewstep
 import fewstep.solver as registry
-from fewstep.loop import solve
 from fewstep.models import BUILTIN
 from fewstep.models.network import NetworkModel, load_folder
+from fewstep.solving import solve
 from tests.support.testbed import ALL_SOLVERS, Counted, Mixture, karras, noise
 
 SEEDS = (1, 2, 3)

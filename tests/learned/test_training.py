@@ -34,7 +34,8 @@ from fewstep.learned.predictor import Predictor, Values
 from fewstep.learned.teacher import Frozen, Teacher, fine_grid
 from fewstep.models.exact import Gaussian, GaussianMixture
 from fewstep.plan import Program
-from fewstep.sampling.generate import Settings
+from fewstep.sampling.choose import choose
+from fewstep.sampling.settings import Settings
 from fewstep.schedule import VP
 from tests.support.testbed import Counted, Mixture, command_of, eps_of, largest, noise
 
@@ -662,10 +663,10 @@ def test_another_model_is_warned_of():
         name="other", weights_sha256="bbb", sigma_max=20.0, distilled={}, auto={}
     )
     with pytest.warns(UserWarning, match="trained on other weights than those of other"):
-        settings = Settings.choose(SimpleNamespace(card=card), found)  # type: ignore[arg-type]
+        settings = choose(SimpleNamespace(card=card), Settings(found))  # type: ignore[arg-type]
     assert settings.nfe == 5
     same = SimpleNamespace(card=SimpleNamespace(**{**vars(card), "weights_sha256": "aaa"}))
-    record = Settings.choose(same, found).record()  # type: ignore[arg-type]
+    record = choose(same, Settings(found)).record()  # type: ignore[arg-type]
     assert record["solver"] == f"amed {found.digest}"
     assert record["nfe"] == 5
 

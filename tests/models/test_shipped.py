@@ -25,7 +25,8 @@ from fewstep.learned.tuned import Tuned
 from fewstep.models import BUILTIN, builtin
 from fewstep.plan import Plan, levels
 from fewstep.report.demo import run_demo
-from fewstep.sampling.generate import Settings, plan_for
+from fewstep.sampling.choose import choose, plan_for
+from fewstep.sampling.settings import Settings
 from studies import ship_solvers
 from tests.learned.test_training import Tapped, short, solver
 from tests.support.testbed import Mixture, noise
@@ -67,11 +68,11 @@ def run(*arguments: Any) -> str:
 
 def test_auto_is_the_learned_solver_at_its_budget(folder):
     model = fewstep.load(folder)
-    found = Settings.choose(model, "auto", 3)
+    found = choose(model, Settings("auto", 3))
     assert isinstance(found.solver, LearnedSolver)
     assert (found.nfe, found.grid, found.solver.sigmas) == (3, None, SIGMAS[3])
     for nfe in (2, 4, 9):
-        assert isinstance(Settings.choose(model, "auto", nfe).solver, str)
+        assert isinstance(choose(model, Settings("auto", nfe)).solver, str)
     made = fewstep.sample(model, nfe=3, seeds=[1_000_000])
     ours = fewstep.sample(model, solver=found.solver, seeds=[1_000_000])
     assert (made.images == ours.images).all()
@@ -90,7 +91,7 @@ def test_auto_is_the_learned_solver_at_its_budget(folder):
     ],
 )
 def test_what_the_caller_names_is_kept(named, folder):
-    found = Settings.choose(fewstep.load(folder), "auto", 3, **named)
+    found = choose(fewstep.load(folder), Settings("auto", 3, **named))
     assert isinstance(found.solver, str)
     known = {name: value for name, value in named.items() if name != "head_start"}
     assert {name: getattr(found, name) for name in known} == known
@@ -99,11 +100,11 @@ def test_what_the_caller_names_is_kept(named, folder):
 def test_a_name_stands_for_the_solver_that_comes_with_the_model(folder, tmp_path):
     model = fewstep.load(folder)
     for nfe in (3, 4):
-        found = Settings.choose(model, "tuned", nfe)
+        found = choose(model, Settings("tuned", nfe))
         assert (found.nfe, found.solver.sigmas) == (nfe, SIGMAS[nfe])  # type: ignore[union-attr]
-        assert plan_for("tuned", nfe, model).sigmas[0] == 80.0
+        assert plan_for(Settings("tuned", nfe), model).sigmas[0] == 80.0
     with pytest.raises(ValueError, match=re.escape("has solvers for nfe=3, 4, got nfe=5")):
-        Settings.choose(model, "tuned")
+        choose(model, Settings("tuned"))
     out = tmp_path / "pictures"
     told = run("sample", folder, "--solver", "tuned", "--nfe", 4, "--seeds", 0, "--out", out)
     assert "tuned from ipndm-2" in told
@@ -111,7 +112,7 @@ def test_a_name_stands_for_the_solver_that_comes_with_the_model(folder, tmp_path
     shutil.rmtree(folder / "solvers")
     bare = fewstep.load(folder)
     with pytest.raises(ValueError, match="no solver called 'tuned'"):
-        Settings.choose(bare, "tuned", 3)
+        choose(bare, Settings("tuned", 3))
 
 
 def test_a_folder_of_budgets_is_a_solver(folder):
@@ -183,7 +184,7 @@ def test_shipping_takes_the_best_of_each_budget(folder, tmp_path):
     assert {nfe: one.validation["error"] for nfe, one in chosen.items()} == {3: 0.07}
     ship_solvers.main(tmp_path / "runs", str(folder), write=True)
     assert [path.name for path in (folder / "solvers" / "tuned" / "3").iterdir()] == ["solver.json"]
-    found = Settings.choose(fewstep.load(folder), "auto", 3).solver
+    found = choose(fewstep.load(folder), Settings("auto", 3)).solver
     assert found.validation["error"] == 0.07  # type: ignore[union-attr]
     with pytest.raises(ValueError, match="no solver of method amed"):
         ship_solvers.main(tmp_path / "runs", str(folder), method="amed")
@@ -196,7 +197,7 @@ def test_what_the_built_in_models_name_is_there():
     for name in builtin():
         model = fewstep.load(name)
         for nfe in map(int, model.card.auto):
-            chosen = Settings.choose(model, "auto", nfe)
+            chosen = choose(model, Settings("auto", nfe))
             assert chosen.nfe == nfe
             if isinstance(chosen.solver, LearnedSolver):
                 assert chosen.solver.model["weights"] == model.card.weights_sha256
@@ -230,7 +231,7 @@ def test_plan_prints_a_learned_solver(folder, tmp_path):
 
 @pytest.mark.parametrize("name", ["ddim", "heun", "dpm-solver-2", "unipc-2"])
 def test_levels_are_where_it_evaluates(name):
-    plan = plan_for(name, 4)
+    plan = plan_for(Settings(name, 4))
     found = levels(plan.ops)
     assert found[-1] == plan.sigmas[-1]
     assert set(plan.sigmas) <= set(found)
@@ -320,6 +321,6 @@ def test_a_learned_grid_does_not_start_elsewhere():
 
 def test_a_learned_solver_is_not_recorded_with_another_ones_ends():
     model = fewstep.load("fashion-mnist")
-    record = Settings.choose(model, "tuned", 3).record()
+    record = choose(model, Settings("tuned", 3)).record()
     assert (record["grid"], record["afs"], record["end"]) == (None, None, None)
-    assert Settings.choose(model, "ddim", 3).record()["end"] is not None
+    assert choose(model, Settings("ddim", 3)).record()["end"] is not None

@@ -16,7 +16,7 @@ import torch
 import fewstep
 from fewstep.models import BUILTIN, Model
 from fewstep.models.network import NetworkModel, load_folder
-from fewstep.sampling.generate import locate
+from fewstep.sampling.choose import locate
 
 SEEDS = (3, 11, 4, 1_000_003)
 

@@ -27,8 +27,9 @@ from scipy.integrate import solve_ivp
 from torch import Tensor
 
 import fewstep.solver as registry
-from fewstep.loop import State, iterate
+from fewstep.loop import State
 from fewstep.plan import Combine, Eval, Plan
+from fewstep.solving import iterate
 
 ALL_SOLVERS = registry.names()
 ODE_SOLVERS = registry.names(stochastic=False)

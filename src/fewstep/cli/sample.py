@@ -181,6 +181,8 @@ def sample_command(
     from fewstep.plan import Plan
     from fewstep.report import terminal as show
     from fewstep.sampling.folder import sample_to_folder
+    from fewstep.sampling.request import Request
+    from fewstep.sampling.settings import Settings
 
     levels = parse_grid(grid)
     if plan is not None:
@@ -196,24 +198,26 @@ def sample_command(
     options |= {"slicing": slicing, "tiling": tiling}
     given = {name: value for name, value in options.items() if value}
     loaded = load(model, device=device, dtype=dtype, compile=compile, **given)
+    names = pictures.pop("names", None)
     begun, count = time.perf_counter(), len(pictures["seeds"])
     with resumable(out), progress_bar(as_json) as bar:
         task = bar.add_task("sampling", total=count)
         result = sample_to_folder(
             loaded,
             out,
-            **pictures,
-            negative=negative,
-            solver=solver if plan is None else Plan.read(plan),
-            nfe=nfe,
-            grid=levels,
-            afs=afs,
-            final=final,
-            end=end,
-            guidance=guidance,
-            image=image,
-            strength=strength,
-            head_start=head_start,
+            Request(
+                **pictures, negative=negative, guidance=guidance, image=image, strength=strength
+            ),
+            Settings(
+                solver if plan is None else Plan.read(plan),
+                nfe,
+                levels,  # type: ignore[arg-type]
+                afs,
+                final,
+                end,
+                head_start,
+            ),
+            names=names,
             batch=batch,
             report=lambda done: bar.update(task, completed=done),
         )
@@ -301,7 +305,8 @@ def plan_command(
     """Show every coefficient of a solver as a table; --list names all solvers."""
     from fewstep.plan import levels as levels_of
     from fewstep.report import terminal as show
-    from fewstep.sampling.generate import plan_for
+    from fewstep.sampling.choose import plan_for
+    from fewstep.sampling.settings import Settings
 
     console = Console()
     if list_all or solver is None:
@@ -320,15 +325,10 @@ def plan_command(
 
         loaded = load(model)
     plan = plan_for(
-        solver,
-        nfe,
+        Settings(solver, nfe, levels, afs, final, end),  # type: ignore[arg-type]
         loaded,
-        grid=levels,
         sigma_min=sigma_min,
         sigma_max=sigma_max,
-        afs=afs,
-        final=final,
-        end=end,
     )
     if sigmas:
         numbers = [repr(sigma) for sigma in levels_of(plan.ops)]

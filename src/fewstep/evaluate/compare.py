@@ -47,12 +47,15 @@ from fewstep.evaluate.references import CHUNK, References
 from fewstep.evaluate.statistics import Statistics, paired_frechet
 from fewstep.files import write_whole
 from fewstep.grid import GRIDS
-from fewstep.loop import resolve, solve
+from fewstep.loop import finish
 from fewstep.models import Model, is_model, load, read_card
 from fewstep.models.card import POPULATION_FOLDER
-from fewstep.sampling.generate import Settings, describe, locate
+from fewstep.plan import Program
+from fewstep.sampling.choose import choose, describe, draws_noise, locate
+from fewstep.sampling.settings import Filled, Settings
 from fewstep.solver import AFS, ENDS, Solver
 from fewstep.solver.registry import MOST_EVALUATIONS
+from fewstep.solving import resolve
 
 __all__ = [
     "Comparison",
@@ -215,7 +218,7 @@ class Workbench:
         """D of the model under the comparison's condition."""
         return self.model.denoiser(self.references.label, None, self.guidance)
 
-    def run(self, settings: Settings, seeds: Sequence[int]) -> Run:
+    def run(self, settings: Filled, seeds: Sequence[int]) -> Run:
         """Sample the seeds, or read what was sampled before."""
         facts = {
             **describe(self.model, settings, guidance=self.guidance),
@@ -241,38 +244,38 @@ class Workbench:
         )
 
     @torch.inference_mode()
-    def _sample(self, settings: Settings, seeds: tuple[int, ...]) -> dict[str, np.ndarray]:
+    def _sample(self, settings: Filled, seeds: tuple[int, ...]) -> dict[str, np.ndarray]:
         network = f"{self.model.card.weights_sha256} {self.model.dtype}"
         denoiser = Remembering(self.denoiser(), self.memo, network)
-        program = resolve(**settings.arguments(), denoiser=denoiser)
+        program = resolve(settings, denoiser)
         to_zero = settings.final or program.sigmas[-1] == 0
         exact = self.references.endpoints(seeds)
         images, mse = [], []
         for start in range(0, len(seeds), self.batch):
             part = seeds[start : start + self.batch]
-            x, pictures = self._batch(denoiser, settings, part)
+            x, pictures = self._batch(denoiser, program, part)
             images.append(pictures)
             gap = x.double().cpu().numpy() - exact[start : start + self.batch, int(to_zero)]
             mse.append(np.square(gap).reshape(len(part), -1).mean(1))
         return {"images": np.concatenate(images), "mse": np.concatenate(mse)}
 
     @torch.inference_mode()
-    def seconds(self, settings: Settings, seeds: Sequence[int]) -> float:
+    def seconds(self, settings: Filled, seeds: Sequence[int]) -> float:
         """Wall time per picture of the seeds in one batch."""
         denoiser = self.denoiser()
         begun = time.perf_counter()
-        self._batch(denoiser, settings, tuple(seeds))
+        self._batch(denoiser, resolve(settings, denoiser), tuple(seeds))
         return (time.perf_counter() - begun) / len(seeds)
 
     def _batch(
-        self, denoiser: Any, settings: Settings, seeds: tuple[int, ...]
+        self, denoiser: Any, program: Program, seeds: tuple[int, ...]
     ) -> tuple[torch.Tensor, np.ndarray]:
         """Endpoints and their pictures. Errors: FloatingPointError, naming the seed."""
-        x = solve(denoiser, self.model.prior(seeds), **settings.arguments(), seeds=seeds)
+        x = finish(program, denoiser, self.model.prior(seeds), seeds)
         finite = torch.isfinite(x).flatten(1).all(1)
         if not finite.all():
             raise FloatingPointError(
-                f"{settings.record()['solver']} at {settings.nfe} evaluations gave NaN or "
+                f"{program.name} at {program.evaluations} evaluations gave NaN or "
                 f"infinity for seed {seeds[int(finite.int().argmin())]}; leave it out, or take "
                 "another dtype"
             )
@@ -488,7 +491,7 @@ def merge(record: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 
 
 def _row(
-    workbench: Workbench, solver: str, settings: Settings, run: Run, design: Design
+    workbench: Workbench, solver: str, settings: Filled, run: Run, design: Design
 ) -> dict[str, Any]:
     error = np.sqrt(run.mse)
     denoiser, card = workbench.denoiser(), workbench.model.card
@@ -498,7 +501,7 @@ def _row(
         "sampler": solver,
         **({"student": student} if solver in workbench.students else {}),
         **settings.record(),
-        "stochastic": settings.stochastic,
+        "stochastic": draws_noise(settings),
         "network_calls": settings.nfe * calls_per_eval(denoiser),
         "error": float(error.mean()),
         "error_se": float(error.std(ddof=1) / len(error) ** 0.5) if len(error) > 1 else None,
@@ -510,7 +513,7 @@ def _row(
     }
 
 
-def _times(ran: Sequence[tuple[Workbench, Settings]], seeds: Sequence[int]) -> list[float]:
+def _times(ran: Sequence[tuple[Workbench, Filled]], seeds: Sequence[int]) -> list[float]:
     """Seconds per picture of each, the median over rounds that go through all of them."""
     taken = []
     for i, (workbench, settings) in enumerate([*ran] * ROUNDS):
@@ -523,8 +526,8 @@ def _choose(
     workbench: Workbench,
     design: Design,
     judges: dict[str, Judge],
-    candidates: Sequence[Settings],
-) -> tuple[Settings, dict[str, Any] | None]:
+    candidates: Sequence[Filled],
+) -> tuple[Filled, dict[str, Any] | None]:
     """The best of the settings on the validation seeds, and how it was chosen.
 
     By a distance, a setting's pictures are compared with the exact solutions of the same seeds: the
@@ -534,9 +537,9 @@ def _choose(
     """
     if len(candidates) == 1:
         return candidates[0], None
-    fresh = any(one.stochastic for one in candidates)
+    fresh = any(draws_noise(one) for one in candidates)
 
-    def score(settings: Settings, seeds: Sequence[int]) -> float:
+    def score(settings: Filled, seeds: Sequence[int]) -> float:
         run = workbench.run(settings, seeds)
         if design.choose_by == "error":
             return float(np.sqrt(run.mse).mean())
@@ -559,7 +562,7 @@ def _choose(
 
 def _all_candidates(
     workbench: Workbench, design: Design
-) -> tuple[dict[tuple[int, str], list[Settings]], dict[str, str]]:
+) -> tuple[dict[tuple[int, str], list[Filled]], dict[str, str]]:
     """The settings to choose from for each budget and solver, and the reasons of those that have
     none."""
     check_solvers(workbench.model, design, workbench.students)
@@ -591,7 +594,7 @@ def check_solvers(model: Model, design: Design, students: Collection[str] = ()) 
 
 def _candidates(
     workbench: Workbench, design: Design, solver: str, nfe: int
-) -> tuple[list[Settings], str]:
+) -> tuple[list[Filled], str]:
     """The settings that fit, and why the first of the others does not. "auto" and learned solvers
     leave nothing to choose; of a student it is its sampler, where there is more than one level and
     a distance to choose by, for the error is none with fresh noise."""
@@ -604,7 +607,7 @@ def _candidates(
             return [], f"{solver} has guidance {built_in:g} built in, not {design.guidance}"
         try:
             workbench.denoiser()
-            return [Settings.choose(model, sampler, nfe) for sampler in samplers], ""
+            return [choose(model, Settings(sampler, nfe)) for sampler in samplers], ""
         except ValueError as error:
             return [], str(error)
     try:
@@ -617,8 +620,8 @@ def _candidates(
     fit, why = [], ""
     for grid, afs, end in choices if free else [(None, None, None)]:
         try:
-            settings = Settings.choose(model, solver, nfe, grid, afs, end=end)
-            resolve(**settings.arguments(), denoiser=denoiser)
+            settings = choose(model, Settings(solver, nfe, grid, afs, end=end))
+            resolve(settings, denoiser)
         except ValueError as error:
             why = why or str(error)
             continue

@@ -49,10 +49,11 @@ from fewstep import __version__
 from fewstep.denoiser import Denoiser
 from fewstep.files import check_writable, write_json, write_whole
 from fewstep.grid import check_grid, make_grid
-from fewstep.loop import DEFAULT_RANGE, iterate
 from fewstep.models import Model, load
-from fewstep.sampling.generate import Settings, describe
+from fewstep.sampling.choose import choose, describe
+from fewstep.sampling.settings import Settings
 from fewstep.solver import get
+from fewstep.solving import DEFAULT_RANGE, iterate
 
 __all__ = ["Curves", "Geometry", "measure", "run_geometry", "trace"]
 
@@ -353,7 +354,7 @@ def run_geometry(
     sigmas = _levels(denoiser, grid, points)
     settings = {
         **describe(
-            loaded, Settings.choose(loaded, solver, grid=sigmas), prompt=prompt, guidance=guidance
+            loaded, choose(loaded, Settings(solver, grid=sigmas)), prompt=prompt, guidance=guidance
         ),
         "label": label,
     }

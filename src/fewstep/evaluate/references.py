@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from fewstep.files import cache_folder, write_whole
-from fewstep.loop import solve
 from fewstep.models import Model
+from fewstep.solving import solve
 
 __all__ = ["Fine", "References"]
 

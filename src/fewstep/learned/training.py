@@ -41,10 +41,10 @@ from fewstep.learned.teacher import (
     fine_grid,
     whole_grid,
 )
-from fewstep.loop import DEFAULT_RANGE, solve
 from fewstep.noise import normal
 from fewstep.schedule import Schedule
 from fewstep.solver import end_at
+from fewstep.solving import DEFAULT_RANGE, solve
 from fewstep.train.interrupts import between_steps
 
 __all__ = ["Progress", "train"]

@@ -31,7 +31,7 @@ from fewstep.models.families import (
     warn_of_cuts,
 )
 from fewstep.models.process import Process, Scheduled, betas_of, read_process
-from fewstep.models.texts import Memory, on_leaves
+from fewstep.models.texts import Memory, on_leaves, version_of
 from fewstep.noise import normal
 
 __all__ = ["PipelineModel", "pixels_per_latent", "process_of", "quiet"]
@@ -47,6 +47,7 @@ class PipelineModel:
     pipe: the diffusers pipeline; `model.pipe.vae.enable_tiling()` and its like work as ever
     size: height and width of the pictures, in pixels
     forward: the network, compiled or not
+    texts: what texts were encoded to, so that each is encoded once
     """
 
     card: Card
@@ -55,6 +56,7 @@ class PipelineModel:
     process: Process
     size: Size
     forward: Callable[..., Any] = field(repr=False)
+    texts: Memory = field(default_factory=lambda: Memory(2**28), repr=False)
 
     def __post_init__(self) -> None:
         step = self.scale * self.family.patch(self.net)
@@ -198,7 +200,7 @@ class PipelineModel:
                 raise ValueError(
                     f"{name} must be one text or one per picture, got {len(value)} for {count}"
                 )
-        memory = Memory() if encoded is None else encoded
+        memory = self.texts if encoded is None else encoded
         # what guidance leads away from comes first: that is what later calls will ask for again
         uncond = self._half(negatives or [None], sizes, memory) if guided else None
         return self._half(texts, sizes, memory), uncond
@@ -208,8 +210,9 @@ class PipelineModel:
     ) -> Condition:
         """The condition of some texts, one row each. Each is encoded by itself, so that what it
         becomes depends on no other, to the bit."""
+        encoders = version_of(self.pipe.components.values())
         rows = [
-            memory.recall((text, *sizes.values()), partial(self._said, text, sizes))
+            memory.recall((text, encoders, *sizes.values()), partial(self._said, text, sizes))
             for text in texts
         ]
         return on_leaves(lambda *leaves: torch.cat(leaves).to(self.device), *rows)

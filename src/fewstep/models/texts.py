@@ -5,13 +5,14 @@ A condition is a tree: mappings of mappings of tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["MEMORY", "Memory", "on_leaves"]
+__all__ = ["MEMORY", "Memory", "on_leaves", "version_of"]
 
 MEMORY = 2**30  # bytes: 9,000 texts of Stable Diffusion 1 in half precision
 
@@ -44,7 +45,21 @@ class Memory:
             sizes.append(leaf.nbytes)
             return leaf.cpu()
 
-        found = on_leaves(taken, encode())
+        with torch.inference_mode(False), torch.no_grad():  # tensors that training may use too
+            found = on_leaves(taken, encode())
         if self.size + sum(sizes) <= self.limit:
             self.kept[key], self.size = found, self.size + sum(sizes)
         return found
+
+
+def version_of(parts: Iterable[Any]) -> int:
+    """A number that changes when weights or adapters of these networks do, in this process."""
+    found: list[Any] = []
+    for net in parts:
+        for module in net.modules() if isinstance(net, torch.nn.Module) else ():
+            found += [(id(p), p._version) for p in module.parameters(recurse=False)]
+            if hasattr(module, "scaling"):  # of an adapter
+                active = getattr(module, "active_adapters", None)
+                merged = getattr(module, "merged_adapters", None)
+                found.append(str((module.scaling, active, merged)))
+    return hash(tuple(found))

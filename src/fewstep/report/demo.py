@@ -30,11 +30,14 @@ from fewstep import __version__
 from fewstep.data.images import write_png
 from fewstep.denoiser import Counted
 from fewstep.files import check_writable, write_whole
-from fewstep.loop import iterate, solve
+from fewstep.loop import finish
+from fewstep.loop import run as going
 from fewstep.models import Model, load, students_of
 from fewstep.report.demo_page import DemoResult, Row, count, page, poster, span
-from fewstep.sampling.generate import Settings
+from fewstep.sampling.choose import choose, draws_noise
+from fewstep.sampling.settings import Filled, Settings
 from fewstep.solver import Solver, get, intervals_for
+from fewstep.solving import resolve
 
 __all__ = ["FAMILIES", "STOCHASTIC", "run_demo"]
 
@@ -110,7 +113,7 @@ def run_demo(
 
     rows = []
     for entrant, run in zip(entrants, runs, strict=True):
-        rows.append(_row(entrant, run, None if entrant.settings.stochastic else x, nfe))
+        rows.append(_row(entrant, run, None if draws_noise(entrant.settings) else x, nfe))
     rows.sort(key=lambda row: math.inf if row.rmse is None else row.rmse)
     rounds = len(runs[0].seconds)
     protocol = _protocol(model, command, seeds, label, exact, check, few, rounds)
@@ -128,7 +131,7 @@ class _Entrant:
     model: Model
     denoiser: Counted
     name: str
-    settings: Settings
+    settings: Filled
 
     @property
     def student(self) -> bool:
@@ -156,10 +159,11 @@ class _Bench:
 
     def watched(self, entrant: _Entrant, count: int) -> tuple[Tensor, float]:
         """A long solve of the first `count` seeds, reported as it goes: its end and its seconds."""
-        x, seeds, how = self.x_T[:count], self.seeds[:count], entrant.settings.arguments()
+        x, seeds = self.x_T[:count], self.seeds[:count]
+        program = resolve(entrant.settings, entrant.denoiser)
         self.report(entrant.name, self.done, self.total)
         begun = time.perf_counter()
-        for state in iterate(entrant.denoiser, x, **how, seeds=seeds):
+        for state in going(program, entrant.denoiser, x, seeds):
             x = state.x
             self.report(entrant.name, self.done + state.nfe * count, self.total)
         self.done += entrant.settings.nfe * count
@@ -170,7 +174,7 @@ class _Bench:
         settings = entrant.settings
         self.report(entrant.name, self.done, self.total)
         begun = time.perf_counter()
-        x = solve(entrant.denoiser, self.x_T, **settings.arguments(), seeds=self.seeds)
+        x = finish(resolve(settings, entrant.denoiser), entrant.denoiser, self.x_T, self.seeds)
         seconds = time.perf_counter() - begun
         self.done += settings.nfe * len(self.seeds)
         return x, seconds
@@ -202,20 +206,20 @@ def _student(name: str, nfe: int, label: int | str | None) -> list[_Entrant]:
         return []
     denoiser = Counted(student.denoiser(label))
     return [
-        _Entrant(student, denoiser, name, Settings.choose(student, "auto", budget))
+        _Entrant(student, denoiser, name, choose(student, Settings("auto", budget)))
         for budget in STUDENT_BUDGETS
         if budget <= nfe and str(budget) in student.card.auto
     ]
 
 
-def _solver(settings: Settings) -> Solver | None:
+def _solver(settings: Filled) -> Solver | None:
     """The registered one, or None for a learned one."""
     return get(settings.solver) if isinstance(settings.solver, str) else None
 
 
-def _settings(model: Model, name: str, nfe: int) -> Settings:
+def _settings(model: Model, name: str, nfe: int) -> Filled:
     """The defaults, or the card's choice for "auto", at the first budget from nfe on that fits."""
-    settings = Settings.choose(model, name, nfe)
+    settings = choose(model, Settings(name, nfe))
     solver = _solver(settings)
     if solver is None or not isinstance(settings.grid, str):
         return settings
@@ -224,15 +228,16 @@ def _settings(model: Model, name: str, nfe: int) -> Settings:
             intervals_for(solver, budget, settings.afs, settings.final, settings.end)
         except ValueError:
             continue
-        return Settings(**{**settings.arguments(), "nfe": budget})
+        return replace(settings, nfe=budget)
     # raises, and says why
     intervals_for(solver, nfe, settings.afs, settings.final, settings.end)
     return settings
 
 
-def _fine(recipe: tuple[str, int, str], nfe: int) -> Settings:
+def _fine(recipe: tuple[str, int, str], nfe: int) -> Filled:
     solver, least, grid = recipe
-    return Settings(solver, max(least, FINER * nfe - FINER * nfe % 3), grid, "none", False)
+    budget = max(least, FINER * nfe - FINER * nfe % 3)
+    return Filled(solver, budget, grid)
 
 
 def _row(entrant: _Entrant, run: _Run, target: Tensor | None, nfe: int) -> Row:
@@ -278,8 +283,8 @@ def _protocol(
     command: str,
     seeds: Sequence[int],
     label: int | str | None,
-    exact: Settings,
-    check: Settings,
+    exact: Filled,
+    check: Filled,
     few: int,
     rounds: int,
 ) -> dict[str, str]:
