@@ -40,7 +40,7 @@ def ship(
     if not card.distilled or not card.about.get("validation"):
         raise ValueError(f"{folder} is no student of fewstep distill with a validation at its end")
     hashes = [teacher.weights_sha256 for teacher in teachers if teacher.name != name]
-    if card.distilled["teacher_weights"] not in hashes:
+    if card.distilled.teacher_weights not in hashes:
         raise ValueError(f"{folder} was distilled from a model that does not ship")
     if weights.stat().st_size > MOST:
         raise ValueError(f"{weights} has {weights.stat().st_size:,} bytes, more than {MOST:,}")
@@ -72,7 +72,7 @@ def with_comparison(card: Card, record: dict[str, Any]) -> Card:
     auto = {}
     for nfe, entry in card.auto.items():
         below = max((budget for budget in rows if budget <= int(nfe)), default=min(rows))
-        auto[nfe] = {**entry, "solver": setting_words(rows[below])}
+        auto[nfe] = replace(entry, solver=setting_words(rows[below]))
     figures = {
         str(nfe): {
             "error": row["error"],

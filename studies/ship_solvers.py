@@ -76,7 +76,7 @@ def main(
         print(f"{nfe}: {solver.program().name}, error {error:.4f} (untrained {before:.4f})")
         if str(nfe) not in values["auto"]:
             raise ValueError(f"the card's auto has no entry for {nfe}; screen_solvers.py makes one")
-        values["auto"][str(nfe)]["learned"] = f"{SOLVERS}/{name}/{nfe}"
+        values["auto"][str(nfe)]["learned"] = name
         if write:
             solver.save(folder / SOLVERS / name / str(nfe))
     if write:

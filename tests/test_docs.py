@@ -14,6 +14,7 @@ from fewstep.solver import get, names, registry
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("docs/**/*.md"), *ROOT.glob("*.md")])
 DESIGN = ROOT / "docs" / "design.md"
+LAWS = ROOT / "docs" / "laws.md"
 
 # A block that needs a file or minutes has this comment, with the reason, on the line before it.
 NOT_RUN = re.compile(r"<!-- not run: .+ -->")
@@ -124,3 +125,16 @@ def test_lines_are_at_most_120_columns(path):
 
 def test_the_readme_fits_on_a_few_screens():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
+def test_the_laws_are_tests_that_are_there():
+    """docs/laws.md names each test by file and function, and has every file of tests/laws."""
+    named = re.findall(r"`(tests/\S+\.py)::(test_\w+)`", LAWS.read_text(encoding="utf-8"))
+    missing = [
+        f"{file}::{test}"
+        for file, test in named
+        if not re.search(rf"^def {test}\(", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE)
+    ]
+    assert not missing
+    files = {str(path.relative_to(ROOT)) for path in ROOT.glob("tests/laws/test_*.py")}
+    assert files <= {file for file, _ in named}

@@ -51,7 +51,8 @@ def plans(draw) -> Plan:
                 draw(st.booleans()),
             )
         )
-    sigmas = tuple(draw(st.lists(FLOATS, max_size=4)))
+    levels = draw(st.lists(st.floats(0, allow_infinity=False), max_size=4, unique=True))
+    sigmas = tuple(sorted(levels, reverse=True))
     return Plan(draw(st.sampled_from(["eps", "x0"])), depth, "any", "any", sigmas, tuple(ops))
 
 
@@ -88,6 +89,37 @@ def test_a_solver_s_plan_survives_json_and_samples_the_same_bits(name, mixture):
 def test_text_that_is_no_plan_is_refused(text):
     with pytest.raises(ValueError, match="not a plan"):
         Plan.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('"sigmas": [', '"sigmas": [NaN, ', "must be finite, got NaN"),
+        ('"sigmas": [', '"sigmas": [1e999, ', "must be finite, got 1e999"),
+        ('"sigmas": [', '"sigmas": [0.001, ', "strictly decrease"),
+        ('"sigmas": [', '"sigmas": ["80", ', "finite numbers >= 0, got '80'"),
+        ('"sigmas": [', '"sigmas": [true, ', "finite numbers >= 0, got True"),
+        ('"sigmas": [', f'"sigmas": [1{"0" * 400}, ', "finite numbers >= 0"),
+        ('"depth": 2', '"depth": true', "depth must be an integer"),
+        ('"depth": 2', '"depth": 2, "depth": 2', "'depth' stands twice"),
+        ('"depth": 2', '"depth": 2, "extra": 2', "extra"),
+        ('"op": "eval"', '"op": ["eval"]', "an operation must be"),
+        ('"op": "eval"', '"op": "eval", "source": "file"', "source must be one of"),
+        ('"op": "eval"', '"op": "eval", "features": 3', "features must be true or false"),
+        ('"op": "combine"', '"op": "combine", "interval": [1.0]', "two noise levels"),
+        ('"op": "combine"', '"op": "combine", "noise": "1"', "must be finite, got '1'"),
+        ('"solver": "', '"solver": "\\u001b[31m', "control character"),
+        ('"solver": "', '"solver": 3, "grid": "', "stands twice"),
+        ('"sigmas": [', '"sigmas": [' + "[" * 100_000, "nested"),
+    ],
+)
+def test_plans_that_cannot_be_are_one_line_that_says_why(old, new, words):
+    text = registry.get("dpmpp-2m").plan(IRREGULAR).to_json()
+    assert old in text
+    with pytest.raises(ValueError, match="not a plan") as caught:
+        Plan.from_json(text.replace(old, new, 1))
+    assert re.search(words, str(caught.value))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_plan_whose_header_contradicts_its_steps_is_refused():

@@ -16,8 +16,9 @@ import json
 import math
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import numpy as np
 from torch import Tensor
@@ -44,6 +45,7 @@ Level = float | Tensor
 Prediction = Literal["eps", "x0"]
 Source = Literal["net", "zero", "mean"]
 SOURCES = ("net", "zero", "mean")
+DEEPEST = 10_000  # outputs that a plan may keep
 
 
 class Eval(NamedTuple):
@@ -144,8 +146,17 @@ class Plan:
     def __post_init__(self) -> None:
         if self.prediction not in ("eps", "x0"):
             raise ValueError(f"prediction must be eps or x0, got {self.prediction!r}")
-        if not isinstance(self.depth, int) or self.depth < 1:
-            raise ValueError(f"depth must be a positive integer, got {self.depth!r}")
+        if type(self.depth) is not int or not 1 <= self.depth <= DEEPEST:
+            raise ValueError(f"depth must be an integer from 1 to {DEEPEST}, got {self.depth!r}")
+        for name in ("solver", "grid"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be text, got {getattr(self, name)!r}")
+        for sigma in self.sigmas:
+            if not _finite(sigma) or sigma < 0:
+                raise ValueError(f"sigmas must be finite numbers >= 0, got {sigma!r}")
+        for current, following in pairwise(self.sigmas):
+            if not current > following:
+                raise ValueError(f"sigmas must strictly decrease, got {current}, {following}")
         for op in self.ops:
             _check_op(op, self.depth)
 
@@ -176,36 +187,60 @@ class Plan:
     def read(cls, path: Path | str) -> Plan:
         """The plan in a file. Errors: OSError where there is none, ValueError that names the file
         where it holds no plan."""
+        from fewstep.records import LARGEST
+
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+            with open(path, "rb") as file:
+                return cls.from_json(file.read(LARGEST + 1))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
     @classmethod
-    def from_json(cls, text: str) -> Plan:
+    def from_json(cls, text: str | bytes) -> Plan:
         """Inverse of `to_json`, exact to the bit. Errors: ValueError where the text is not a
         plan."""
+        from fewstep.records import parse, shown
+
         try:
-            fields = dict(json.loads(text))
-            ops = tuple(_read_op(dict(op)) for op in fields.pop("ops"))
+            fields = parse(text)
+            if not isinstance(fields, dict):
+                raise ValueError(f"it must be a table, got {shown(fields)}")
+            for name in ("ops", "sigmas"):
+                if not isinstance(fields.get(name), list):
+                    raise ValueError(f"{name} must be a list, got {shown(fields.get(name))}")
+            ops = tuple(_read_op(op) for op in fields.pop("ops"))
             return cls(**{**fields, "sigmas": tuple(fields["sigmas"]), "ops": ops})
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise ValueError(f"this is not a plan of fewstep: {error!r}") from None
+        except (KeyError, TypeError, ValueError) as error:
+            what = f"it lacks {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"this is not a plan of fewstep: {what}") from None
 
 
 def _check_op(op: Op, depth: int) -> None:
     numbers = [op.sigma, *([op.cond] if isinstance(op, Eval) and op.cond is not None else [])]
+    for name in ("accept",) if isinstance(op, Combine) else ("features",):
+        if not isinstance(getattr(op, name), bool):
+            raise ValueError(f"{name} must be true or false, got {getattr(op, name)!r}")
     if isinstance(op, Combine):
+        if op.interval is not None and len(op.interval) != 2:
+            raise ValueError(f"interval must be two noise levels, got {op.interval}")
         numbers += [op.a, op.noise, *op.b, *(op.interval or ())]
         if len(op.b) > depth:
             raise ValueError(f"a Combine reaches {len(op.b)} outputs back, depth is {depth}")
     elif op.source not in SOURCES:
         raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {op.source!r}")
     for number in numbers:
-        if not isinstance(number, Tensor) and not (
-            isinstance(number, int | float) and math.isfinite(number)
-        ):
+        if not isinstance(number, Tensor) and not _finite(number):
             raise ValueError(f"a plan's numbers must be finite, got {number!r} in {op}")
+
+
+def _finite(number: object) -> TypeGuard[float]:
+    """Whether this is a plain number that fits a float."""
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        return False
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # an integer beyond the largest float
+        return False
 
 
 def _changed(op: Op) -> dict[str, Any]:
@@ -215,10 +250,15 @@ def _changed(op: Op) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in changed.items()}
 
 
-def _read_op(fields: dict[str, Any]) -> Op:
-    kind = {"eval": Eval, "combine": Combine}[fields.pop("op")]
+def _read_op(fields: Any) -> Op:
+    kinds = {"eval": Eval, "combine": Combine}
+    if not isinstance(fields, dict) or fields.get("op") not in tuple(kinds):
+        raise ValueError(f"an operation must be {' or '.join(kinds)}, got {fields!r:.80}")
+    kind = kinds[fields.pop("op")]
     for name in ("b", "interval"):
         if fields.get(name) is not None:
+            if not isinstance(fields[name], list):
+                raise ValueError(f"{name} must be a list, got {fields[name]!r:.80}")
             fields[name] = tuple(fields[name])
     return kind(**fields)
 

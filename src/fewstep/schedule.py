@@ -29,7 +29,9 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Schedule", "VP", "EDM", "Flow"]
+__all__ = ["PURE_NOISE", "Schedule", "VP", "EDM", "Flow"]
+
+PURE_NOISE = 1e3  # a start above it stands for infinity (flows, zero terminal SNR)
 
 Value = TypeVar("Value", float, Tensor)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -323,7 +324,7 @@ def test_a_plan_in_a_file_stands_for_a_solver(
 def test_plan_shows_what_auto_is_on_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert in_process("plan", "auto", "--model", "fashion-mnist", "--nfe", "5", "--json") == 0
     plan = json.loads(capsys.readouterr().out)
-    known = read_card("fashion-mnist").auto["5"]
+    known = read_card("fashion-mnist").auto["5"].given()
     assert known["learned"] == "solvers/tuned/5"
     assert (plan["solver"], plan["grid"]) == (f"tuned from {known['solver']}", "learned")
     assert sum(op["op"] == "eval" and op.get("source", "net") == "net" for op in plan["ops"]) == 5
@@ -375,14 +376,14 @@ def test_what_killed_runs_left_is_swept_and_nothing_else(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     old, new = tmp_path / ".000003.png.abcdefgh.partial", tmp_path / ".000004.png.abcd_fgh.partial"
-    other = tmp_path / ".notes.txt.abcdefgh.partial"
-    for path in (old, new, other):
-        path.write_bytes(b"half")
+    other = tmp_path / ".notes.txt.my-own.partial"
     for path in (old, other):
-        os.utime(path, (time.time() - 3600, time.time() - 3600))
-    assert in_process("sample", "--out", tmp_path, "--seeds", "0", "--nfe", "2") == 0
+        path.write_bytes(b"half")
+    with new.open("wb") as file:  # a process beside this one writes it
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert in_process("sample", "--out", tmp_path, "--seeds", "0", "--nfe", "2") == 0
     assert not old.exists()
-    assert new.exists()  # a process beside this one may be writing it
+    assert new.exists()
     assert other.exists()
 
 

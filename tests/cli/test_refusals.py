@@ -213,8 +213,8 @@ def test_at_sigma_max_and_above_it_does(start: float, mixture: Mixture) -> None:
 
 
 def test_under_a_head_start_auto_leaves_the_mean_out(model: NetworkModel) -> None:
-    assert model.card.auto["2"]["afs"] == "mean"
-    assert "learned" not in model.card.auto["2"]
+    assert model.card.auto["2"].afs == "mean"
+    assert model.card.auto["2"].learned is None
     plain = fewstep.sample(model, nfe=2, seeds=(0,)).provenance
     below = fewstep.sample(model, nfe=2, seeds=(0,), head_start=20.0).provenance
     top = fewstep.sample(model, nfe=2, seeds=(0,), head_start=80.0).provenance
@@ -236,7 +236,7 @@ def test_beside_sigmas_auto_is_a_solver_alone(model: NetworkModel) -> None:
     made = fewstep.sample(model, seeds=(0,), grid=sigmas)
     assert made.nfe == len(sigmas) - 1
     assert made.provenance["afs"] == "none"
-    assert made.provenance["solver"] == model.card.auto["4"]["solver"]
+    assert made.provenance["solver"] == model.card.auto["4"].solver
     asked = fewstep.sample(model, seeds=(0,), grid=sigmas, afs="mean")
     assert (asked.nfe, asked.provenance["afs"]) == (len(sigmas) - 2, "mean")
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fewstep.data import sources as images_module
+from fewstep.data import archives, sources
+from fewstep.data import images as images_module
 from fewstep.data.images import write_png
 from fewstep.data.sources import Images, Unreadable, array_images, open_images
 
@@ -103,7 +104,7 @@ def test_contact_sheets_of_fewstep_are_left_out_and_named(kind, tmp_path):
             for file in folder.rglob("*.png"):
                 archive.write(file, file.relative_to(folder).as_posix())
     source = open_images(path)
-    assert source.left_out == ("sheet.png",)
+    assert source.left_out == {"contact sheet": 1}
     assert source.names == ("a/000.png", "a/sheet.png", "b/001.png")
 
 
@@ -168,13 +169,15 @@ def test_a_damaged_member_of_an_archive_is_named(tmp_path):
 
 
 def test_decompression_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    (tmp_path / "a.png").write_bytes(png(np.zeros((40, 40, 3), np.uint8)))  # above the limit
-    (tmp_path / "b.png").write_bytes(png(np.zeros((60, 60, 3), np.uint8)))  # above twice the limit
+    monkeypatch.setattr(images_module, "MOST_PIXELS", 1000)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1700)
+    (tmp_path / "a.png").write_bytes(png(np.zeros((40, 40, 3), np.uint8)))  # above our limit
+    (tmp_path / "b.png").write_bytes(png(np.zeros((60, 60, 3), np.uint8)))  # above twice Pillow's
     for entry in open_images(tmp_path).stream():
         with pytest.raises(Unreadable, match=f"{entry.name} cannot be read.*pixels"):
             entry.read()
-    monkeypatch.setattr(images_module, "MOST_BYTES", 500)
+    for module in (archives, sources):
+        monkeypatch.setattr(module, "MOST_BYTES", 500)
     noise = zip_of(tmp_path / "p.zip", random_images(1, (20, 20, 3)))
     with pytest.raises(Unreadable, match=r"unpacks to \d+ bytes, more than 500"):
         all_of(open_images(noise))
@@ -212,7 +215,7 @@ def test_other_files_are_refused_in_one_line(tmp_path):
         open_images(tmp_path / "f.npz")
     np.save(tmp_path / "g.npy", random_images(4))
     (tmp_path / "g.npy").write_bytes((tmp_path / "g.npy").read_bytes()[:-7])
-    with pytest.raises(ValueError, match=r"g\.npy is cut short"):
+    with pytest.raises(ValueError, match=r"g\.npy cannot be read as \.npy: it is cut short"):
         open_images(tmp_path / "g.npy")
 
 

@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fewstep.evaluate import features as features_module
+from fewstep.evaluate.clip import load_clip
 from fewstep.evaluate.features import (
     Preprocessing,
-    load_clip,
     load_inception,
     load_torchscript,
     module_features,
@@ -135,31 +135,34 @@ def test_a_network_without_rows_of_features_is_refused():
 def test_a_torchscript_file_is_named_by_its_hash_and_gives_the_modules_numbers(tmp_path):
     path = script(Means(), tmp_path / "means.pt")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    extractor = resolve_features(f"{path}:pil-box-4,imagenet")
+    trust = [digest[:12]]
+    extractor = resolve_features(f"{path}:pil-box-4,imagenet", trust=trust)
     assert extractor.name == f"means-{digest[:8]} pil-box-4 uint8 imagenet"
     assert (extractor.dim, extractor.weights) == (6, digest)
     images = random_images(3, 8, 8, 3)
     own = module_features(Means(), "own", Preprocessing.parse("pil-box-4,imagenet"))
     assert np.abs(extractor(images) - own(images)).max() < 1e-6
-    assert resolve_features(str(path)).name.endswith(" native")
+    assert resolve_features(str(path), trust=trust).name.endswith(" native")
 
 
 def test_a_network_that_fails_says_so_in_one_line(tmp_path):
     path = script(nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), tmp_path / "net.pt")
-    extractor = load_torchscript(path, shape=(4, 4, 3))
+    trust = [hashlib.sha256(path.read_bytes()).hexdigest()]
+    extractor = load_torchscript(path, trust=trust, shape=(4, 4, 3))
     assert extractor.dim == 2
     with pytest.raises(ValueError, match="fails on") as raised:
         extractor(random_images(1, 8, 8, 3))
     assert "\n" not in str(raised.value)
     with pytest.raises(ValueError, match="cannot run on a picture of 8x8x3"):
-        load_torchscript(path, shape=(8, 8, 3))
+        load_torchscript(path, trust=trust, shape=(8, 8, 3))
 
 
 @pytest.mark.parametrize("data", [b"", b"not TorchScript", b"PK\x03\x04"])
 def test_a_file_that_is_no_torchscript_is_refused(data, tmp_path):
     (tmp_path / "net.pt").write_bytes(data)
+    trust = [hashlib.sha256(data).hexdigest()]
     with pytest.raises(ValueError, match=r"net\.pt is not a TorchScript file") as raised:
-        resolve_features(str(tmp_path / "net.pt"))
+        resolve_features(str(tmp_path / "net.pt"), trust=trust)
     assert "\n" not in str(raised.value)
 
 
@@ -171,8 +174,9 @@ def test_a_pickle_is_never_run(tmp_path):
             return (Path.touch, (sprung,))
 
     torch.save({"weights": Evil()}, tmp_path / "net.pt")
+    trust = [hashlib.sha256((tmp_path / "net.pt").read_bytes()).hexdigest()]
     with pytest.raises(ValueError, match="not a TorchScript file"):
-        resolve_features(str(tmp_path / "net.pt"))
+        resolve_features(str(tmp_path / "net.pt"), trust=trust)
     assert not sprung.exists()
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fewstep.cli import main
 from fewstep.data.captions import Captions, match_captions, read_captions
-from fewstep.data.images import write_png
+from fewstep.data.images import Picture, write_png
 from fewstep.data.sources import Entry, Images, array_images, open_images
 from fewstep.evaluate.features import (
     Extractor,
@@ -29,8 +29,10 @@ from fewstep.evaluate.features import (
     module_features,
     resolve_features,
 )
-from fewstep.evaluate.measure import evaluate, gather, open_reference
+from fewstep.evaluate.gather import gather, open_reference
+from fewstep.evaluate.measure import evaluate
 from fewstep.evaluate.statistics import Statistics, read_statistics
+from fewstep.files import file_hash
 from fewstep.networks.features import feature_networks
 
 
@@ -106,7 +108,7 @@ class Cut(Exception):
 class Breaking:
     """A source that is cut off after some pictures."""
 
-    left_out = ()
+    left_out: dict[str, int] = {}  # noqa: RUF012
 
     def __init__(self, inner: Images, after: int):
         self.inner, self.after = inner, after
@@ -116,7 +118,7 @@ class Breaking:
         for i, entry in enumerate(self.inner.stream(start), start):
             if i == self.after:
                 raise Cut
-            yield Entry(entry.name, entry.read)
+            yield entry
 
 
 @pytest.mark.parametrize("after", [0, 29, 30, 31, 64, 95])
@@ -195,11 +197,12 @@ def test_grey_pictures_among_coloured_ones_are_repeated(extractor):
     mixed = array_images(images)
 
     class Grey:
-        name, names, left_out, digest = "grey", mixed.names, (), "x"
+        name, names, left_out, digest = "grey", mixed.names, {}, "x"
 
         def stream(self, start: int = 0):
             for i, entry in enumerate(mixed.stream(start), start):
-                yield Entry(entry.name, lambda i=i: images[i][..., : 1 if i == 4 else 3])
+                picture = Picture(images[i][..., : 1 if i == 4 else 3])
+                yield Entry(entry.name, lambda picture=picture: picture)
 
     found, exact = gather(Grey(), extractor), Statistics.of(corners_by_hand(images))
     assert found.statistics is not None
@@ -281,7 +284,7 @@ def test_the_record_says_what_the_numbers_depend_on(extractor, tmp_path):
     reference = open_reference(folder_of(tmp_path / "r", pictures(50, 1)), extractor)
     result = evaluate(open_images(folder), reference, extractor, command="fewstep evaluate p")
     record = json.loads(json.dumps(result.record))
-    assert record["images"]["left_out"] == ["sheet.png"]
+    assert record["images"]["left_out"] == {"contact sheet": 1}
     assert record["images"]["size"] == [4, 4]
     assert record["extractor"]["name"] == "corners native"
     assert record["reference"]["count"] == 50
@@ -324,7 +327,7 @@ def test_captions_stay_with_their_pictures_when_some_are_skipped(extractor, tmp_
     (row,) = result.record["metrics"]
     assert row["value"] == pytest.approx(np.mean(scores))
     assert row["error"] == pytest.approx(np.std(scores, ddof=1) / 5**0.5)
-    assert result.record["captions"]["matched_by"] == "order"
+    assert result.record["captions"]["matched_by"] == "number"
 
 
 @pytest.mark.parametrize(
@@ -346,7 +349,7 @@ def test_captions_are_read_from_every_format(name, text, tmp_path):
     assert found.texts == ("one, two", "three")
     assert found.seeds == (5, 6)
     assert match_captions(found, ["9.png", "a/000007.jpg"]) == (("three", "one, two"), "image_id")
-    assert match_captions(found, ["0.png", "1.png"]) == (("one, two", "three"), "order")
+    assert match_captions(found, ["0.png", "1.png"]) == (("one, two", "three"), "number")
     with pytest.raises(ValueError, match="has 2 for 3 pictures"):
         match_captions(found, ["0.png", "1.png", "2.png"])
 
@@ -354,8 +357,12 @@ def test_captions_are_read_from_every_format(name, text, tmp_path):
 @pytest.mark.parametrize(
     "name, text, message",
     [
-        ("c.csv", "text,seed\na,1\n", r"row 1 has no prompt or caption; it has text, seed"),
-        ("c.csv", "prompt\na\n  \n", r"row 2 has no prompt"),
+        (
+            "c.csv",
+            "text,seed\na,1\n",
+            r"line 2 \(row 0\) has no prompt or caption; it has text, seed",
+        ),
+        ("c.csv", "prompt\na\n  \n", r"line 3 \(row 1\) has no prompt"),
         ("c.csv", "prompt\n", r"has no captions"),
         ("c.json", "{", r"cannot be read as captions"),
         ("c.json", '"a"', r"a list, or has one under annotations"),
@@ -408,7 +415,8 @@ def test_the_command_measures_writes_and_shows(network, tmp_path, capsys):
     with zipfile.ZipFile(archive, "w") as file:
         for i, image in enumerate(theirs):
             file.writestr(f"{i:03d}.png", png(image))
-    base = ("evaluate", folder, "--reference", archive, "--features", network)
+    trust = ("--trust", file_hash(network)[:12])
+    base = ("evaluate", folder, "--reference", archive, "--features", network, *trust)
     out, saved = tmp_path / "deep" / "result.json", tmp_path / "s.npz"
     assert run(*base, "--metrics", "fd,kid,pr", "--out", out, "--save-statistics", saved) == 0
     shown = capsys.readouterr().out
@@ -430,7 +438,9 @@ def test_the_command_measures_writes_and_shows(network, tmp_path, capsys):
 def test_the_command_keeps_a_state_that_it_was_told_to(network, tmp_path, capsys):
     folder = folder_of(tmp_path / "p", pictures(20))
     state = tmp_path / "state.npz"
-    base = ("evaluate", folder, "--features", network, "--metrics", "none", "--state", state)
+    trust = ("--trust", file_hash(network))
+    base = ("evaluate", folder, "--features", network, *trust, "--metrics", "none")
+    base += ("--state", state)
     assert run(*base, "--save-statistics", tmp_path / "a.npz") == 0
     assert state.exists()
     assert run(*base, "--save-statistics", tmp_path / "b.npz") == 0
@@ -450,14 +460,22 @@ def test_the_command_keeps_a_state_that_it_was_told_to(network, tmp_path, capsys
         (("{p}", "--protocol", "cifar10-50k"), "needs 50,000 pictures, got 20"),
         (("{p}", "--protocol", "coco-5k", "--limit", "3"), "fixes these: leave out --limit"),
         (("{p}", "--protocol", "coco-5k", "--captions", "c"), "needs 5,000 pictures, got 20"),
-        (("{p}", "--features", "{net}"), "comes with no reference"),
+        (
+            ("{p}", "--features", "{net}"),
+            "corners.pt is a program (TorchScript) that can write files",
+        ),
+        (("{p}", "--features", "{net}", "--trust", "abc"), "at least its first 12 digits"),
+        (("{p}", "--features", "{net}", "--trust", "{hash}"), "comes with no reference"),
         (("{p}/missing", "--features", "{net}"), "missing: not there"),
-        (("{p}", "--features", "{net}", "--reference", "{net}"), "corners.pt has no pictures"),
+        (
+            ("{p}", "--features", "{net}", "--trust", "{hash}", "--reference", "{net}"),
+            "corners.pt has no pictures",
+        ),
     ],
 )
 def test_what_a_user_can_mend_is_one_line(arguments, message, network, tmp_path, capsys):
     folder = folder_of(tmp_path / "p", pictures(20))
-    filled = [one.format(p=folder, net=network) for one in arguments]
+    filled = [one.format(p=folder, net=network, hash=file_hash(network)) for one in arguments]
     assert run("evaluate", *filled) == 2
     error = capsys.readouterr().err
     assert message in error

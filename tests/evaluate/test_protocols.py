@@ -19,7 +19,8 @@ from fewstep.cli import main
 from fewstep.data.captions import read_captions
 from fewstep.data.sources import array_images, open_images
 from fewstep.evaluate.features import Extractor, Preprocessing, module_features
-from fewstep.evaluate.measure import evaluate, open_reference
+from fewstep.evaluate.gather import open_reference
+from fewstep.evaluate.measure import evaluate
 from fewstep.evaluate.protocols import check_protocol, explain, get_protocol, protocols
 
 # name: pictures, size, reference pictures, captions; as the papers have them

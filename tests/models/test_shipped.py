@@ -54,7 +54,7 @@ def folder(tmp_path) -> Path:
         entry.pop("learned", None)
     for nfe in SIGMAS:
         tuned(nfe, card["weights_sha256"]).save(here / "solvers" / "tuned" / str(nfe))
-    card["auto"]["3"]["learned"] = "solvers/tuned/3"
+    card["auto"]["3"]["learned"] = "tuned"
     (here / "card.json").write_text(json.dumps(card))
     return here
 
@@ -275,7 +275,7 @@ def test_a_solver_file_that_cannot_be_read_is_one_line(tmp_path):
     cases = {
         "is not a learned solver of fewstep, or was cut": path.read_text()[:40],
         "update fewstep": json.dumps({**whole, "format": "fewstep-solver/2"}),
-        "it lacks 'settings'": json.dumps({k: v for k, v in whole.items() if k != "settings"}),
+        "it lacks settings": json.dumps({k: v for k, v in whole.items() if k != "settings"}),
     }
     for message, text in cases.items():
         path.write_text(text)

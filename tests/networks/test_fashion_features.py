@@ -74,7 +74,7 @@ def test_the_shipped_networks_stay_small():
 def test_accuracy_on_a_stored_sample_is_that_of_the_card(name, least):
     x, labels = pictures()
     net = load_feature_network(name)
-    stated = net.card["accuracy"]["test"]
+    stated = net.card.about["accuracy"]["test"]
     assert stated >= least
     found = (net.logits(unit(x)).argmax(1).numpy() == labels).mean()
     # four standard deviations of a share of 256
@@ -330,7 +330,7 @@ def test_a_killed_run_ends_in_the_same_bytes(network, data, tmp_path):
         assert digest(cut / "export" / file) == digest(whole / "export" / file)
     net = load_feature_folder(cut / "export")
     assert net(unit(pictures(4)[0])).isfinite().all()
-    assert net.card["accuracy"]["pictures"] == 64
+    assert net.card.about["accuracy"]["pictures"] == 64
 
 
 @pytest.mark.parametrize("network", ["a", "b"])

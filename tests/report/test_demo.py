@@ -15,7 +15,6 @@ from rich.console import Console
 
 import fewstep
 from fewstep.data.images import read_png
-from fewstep.models import BUILTIN
 from fewstep.report.demo import FAMILIES, STOCHASTIC, run_demo
 from fewstep.report.demo_page import render_table
 from fewstep.solver import names
@@ -51,10 +50,10 @@ def solved(solver, nfe):
     with torch.no_grad():
         start, known = model.prior(SEEDS), {}
         if solver == "auto":
-            known = dict(model.card.auto["5"])
+            known = model.card.auto["5"].given()
             solver = known.pop("solver")
             if "learned" in known:  # it comes with a grid of its own
-                solver, known = BUILTIN / "fashion-mnist" / known["learned"], {}
+                solver, known = str(model.card.learned(5)), {}
         return fewstep.solve(model.denoiser(), start, solver, nfe, **known).double().numpy()
 
 

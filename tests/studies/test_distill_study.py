@@ -234,13 +234,13 @@ def test_a_student_ships_with_its_figures_under_a_name(place: Path) -> None:
         student: Any = fewstep.load("tiny-splam")
     card = student.card
     assert (card.name, card.weights_sha256) == ("tiny-splam", made.card.weights_sha256)
-    assert (card.distilled["teacher"], card.distilled["method"]) == ("tiny", "splam")
+    assert (card.distilled.teacher, card.distilled.method) == ("tiny", "splam")
     assert card.about["data"]["pictures"] == 40
     assert card.about["validation"]["step"] == 1
     test = {"seeds": "0-9", "command": "study"}
     test |= {str(nfe): {"error": nfe / 8, "excess FD-j": nfe / 4} for nfe in (1, 2)}
     assert card.about["test"] == test
-    samplers = [entry["solver"] for entry in card.auto.values()]
+    samplers = [entry.solver for entry in card.auto.values()]
     assert samplers == ["consistency", *["consistency-ode"] * 3]
     ours, theirs = (
         fewstep.sample(one, solver="consistency-ode", nfe=2, seeds=[5]).images

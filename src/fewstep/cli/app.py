@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fewstep import __version__
+from fewstep.provenance import VERSION
 
 __all__ = ["app", "train_app"]
 
@@ -23,7 +23,7 @@ app.add_typer(train_app, name="train")
 
 def _show_version(asked: bool) -> None:
     if asked:
-        print(f"fewstep {__version__}")
+        print(f"fewstep {VERSION}")
         raise typer.Exit
 
 

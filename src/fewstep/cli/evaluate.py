@@ -71,6 +71,14 @@ def evaluate_command(
         int | None,
         typer.Option(help="Cut reference photographs to squares of this many pixels.", min=1),
     ] = None,
+    as_stored: Annotated[
+        bool,
+        typer.Option("--as-stored", help="Do not turn pictures as their Exif data say."),
+    ] = False,
+    trust: Annotated[
+        list[str] | None,
+        typer.Option(help="SHA-256 of a TorchScript file of --features that may run its code."),
+    ] = None,
     skip_corrupt: Annotated[
         bool,
         typer.Option("--skip-corrupt", help="Leave out, and count, pictures that cannot be read."),
@@ -106,7 +114,10 @@ def evaluate_command(
     wanted = _metrics(metrics, chosen.metrics if chosen else ("fd",))
     if chosen is not None:
         changed = {"--features": not (features or "inception").startswith("inception")}
-        refuse_beside(f"protocol {chosen.name} fixes these", {**changed, "--limit": limit})
+        refuse_beside(
+            f"protocol {chosen.name} fixes these",
+            {**changed, "--limit": limit, "--as-stored": as_stored},
+        )
         features = features or chosen.features
         fit, clip = fit or chosen.reference_fit, clip or chosen.clip
     if ("clip" in wanted) != (captions is not None):
@@ -114,14 +125,17 @@ def evaluate_command(
 
     from fewstep.data.captions import read_captions
     from fewstep.data.sources import open_images, picture_shape
-    from fewstep.evaluate.features import load_clip, resolve_features
-    from fewstep.evaluate.measure import evaluate, open_reference
+    from fewstep.evaluate.clip import load_clip
+    from fewstep.evaluate.features import resolve_features
+    from fewstep.evaluate.gather import open_reference
+    from fewstep.evaluate.measure import evaluate
     from fewstep.files import check_writable, write_json
 
     for path in (out, save_statistics, state):
         if path is not None:
             check_writable(path.parent)
-    pictures = open_images(images)
+    upright = chosen.upright if chosen is not None else not as_stored
+    pictures = open_images(images, upright=upright)
     shape = picture_shape(pictures)
     if chosen is not None:
         check_protocol(chosen, len(pictures.names), shape[:2] if shape else None)
@@ -131,7 +145,9 @@ def evaluate_command(
     seen = bool(against) or save_statistics is not None or not wanted
     extractor = None
     if seen:
-        extractor = resolve_features(features or "inception", device, shape or (32, 32, 3))
+        extractor = resolve_features(
+            features or "inception", device, shape or (32, 32, 3), trust or ()
+        )
     own = state is None and out is not None
     state = out.with_name(f"{out.name}.state.npz") if own and out is not None else state
     beside = state.with_name(f"reference.{state.name}") if state is not None else None
@@ -147,6 +163,7 @@ def evaluate_command(
                 reference,
                 extractor,
                 fit=fit,
+                upright=upright,
                 batch=batch,
                 skip_corrupt=skip_corrupt,
                 state=beside,

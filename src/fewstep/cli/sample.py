@@ -356,8 +356,7 @@ def models_command(
         return
     table = Table("model", "what it is", "pictures", "classes", "sigma", box=None)
     for card in cards:
-        size, channels = (card.network.get(key, "?") for key in ("size", "channels"))
-        pictures = f"{size}x{size}x{channels}"
+        pictures = "x".join(map(str, card.picture or ("?", "?", "?")))
         span = f"{card.sigma_min:g} to {card.sigma_max:g}"
         table.add_row(card.name, card.summary, pictures, ", ".join(card.classes), span)
     Console().print(table)

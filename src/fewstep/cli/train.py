@@ -41,6 +41,7 @@ def train_network_command(
     """
     from fewstep.data.idx import load_idx_folder
     from fewstep.networks.unet import UNetConfig
+    from fewstep.records import check_slug
     from fewstep.report import terminal as show
     from fewstep.train.network import Recipe, check_names, export_network, train_network
 
@@ -59,6 +60,7 @@ def train_network_command(
         seed=seed,
         network=UNetConfig(widths=parse_widths(widths), classes=count),
     )
+    check_slug("name", name)
     with resumable(out), show.TrainingBar(recipe.total_steps) as bar:
         net = train_network(
             images,

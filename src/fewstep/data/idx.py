@@ -1,44 +1,68 @@
-"""Reading pictures and labels in the idx format of MNIST and its kin: raw, .gz or .xz."""
+"""Reading pictures and labels in the idx format of MNIST and its kin: raw, gzip or xz."""
 
 from __future__ import annotations
 
 import gzip
 import lzma
 import math
+import zlib
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.data.bounds import check_room, check_unpacked, reason, shown
+
 __all__ = ["load_idx_folder", "read_idx", "to_pixels", "to_unit"]
 
-OPENERS = {"": open, ".gz": gzip.open, ".xz": lzma.open}
+SUFFIXES = ("", ".gz", ".xz")
+PACKED = {b"\x1f\x8b": gzip.open, b"\xfd7": lzma.open}  # by a file's first two bytes
 
 
 def read_idx(path: Path | str) -> np.ndarray:
-    """The uint8 array in one idx file.
+    """The uint8 array in one idx file, packed or not; its size is checked before it is read.
 
-    Errors: ValueError where the file is cut short or is not an idx file of bytes.
+    Raises:
+        ValueError: it is cut short, is not an idx file of bytes, or is larger than it can be.
+        OSError: it cannot be read.
     """
     path = Path(path)
-    opener = OPENERS.get(path.suffix, open)
+    with open(path, "rb") as file:
+        opener = PACKED.get(file.read(2), open)
     try:
-        with opener(path, "rb") as file:
-            raw = file.read()
-    except (EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} cannot be decompressed ({error}); fetch it again") from None
-    if len(raw) < 4 or raw[:3] != b"\x00\x00\x08" or not 1 <= raw[3] <= 4:
-        raise ValueError(f"{path} is not an idx file of bytes (it starts with {raw[:4].hex()})")
-    header = 4 + 4 * raw[3]
-    shape = tuple(np.frombuffer(raw[4:header], dtype=">u4").tolist())
-    if len(raw) != header + math.prod(shape):
-        raise ValueError(f"{path} is cut short: {len(raw)} bytes for shape {shape}")
-    return np.frombuffer(raw, dtype=np.uint8, offset=header).reshape(shape)
+        with opener(path, "rb") as stream:
+            return _read(stream, path)
+    except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, MemoryError) as error:
+        name = shown(path)
+        raise ValueError(
+            f"{name} cannot be decompressed ({reason(error)}); fetch it again"
+        ) from None
+
+
+def _read(stream: IO[bytes], path: Path) -> np.ndarray:
+    name, head = shown(path), stream.read(4)
+    if len(head) < 4 or head[:3] != b"\x00\x00\x08" or not 1 <= head[3] <= 4:
+        raise ValueError(f"{name} is not an idx file of bytes (it starts with {head.hex()})")
+    sizes = stream.read(4 * head[3])
+    if len(sizes) < 4 * head[3]:
+        raise ValueError(f"{name} is cut short in its header")
+    shape = tuple(np.frombuffer(sizes, dtype=">u4").tolist())
+    size = math.prod(shape)
+    if not size:
+        raise ValueError(f"{name} is empty: it has the shape {shape}")
+    check_unpacked(size, path.stat().st_size, name)
+    check_room(2 * size, name)
+    data = stream.read(size + 1)
+    if len(data) != size:
+        more = "more" if len(data) > size else len(data)
+        raise ValueError(f"{name} is cut short: shape {shape} takes {size} bytes, it has {more}")
+    return np.frombuffer(data, dtype=np.uint8).reshape(shape)
 
 
 def find_idx(folder: Path, stem: str) -> Path:
-    for suffix in OPENERS:
+    for suffix in SUFFIXES:
         if (path := folder / f"{stem}-ubyte{suffix}").is_file():
             return path
     raise FileNotFoundError(
@@ -58,11 +82,12 @@ def load_idx_folder(
     prefix = {"train": "train", "test": "t10k"}[split]
     images = read_idx(find_idx(folder, f"{prefix}-images-idx3"))
     labels = read_idx(find_idx(folder, f"{prefix}-labels-idx1"))
-    if images.ndim != 3 or labels.ndim != 1 or not 0 < len(images) == len(labels):
+    if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
         raise ValueError(f"{folder}: {images.shape} pictures do not go with {labels.shape} labels")
     spare = (size - images.shape[1], size - images.shape[2])
     if min(spare) < 0:
         raise ValueError(f"pictures of {images.shape[1:]} do not fit in {size}x{size}")
+    check_room(len(images) * size * size, str(folder))
     pad = [(0, 0), *((s // 2, s - s // 2) for s in spare)]
     return torch.from_numpy(np.pad(images, pad))[:, None], torch.from_numpy(labels.astype(np.int64))
 

@@ -1,54 +1,73 @@
-"""Pictures to be measured: a folder, a .zip, an .npz or an .npy, in one fixed order.
+"""Pictures of a folder, a .zip, an .npz or an .npy, in one fixed order: the one list that training
+and measuring read.
 
 A source knows the names of its pictures and streams them one by one, so memory does not grow with
 their number. Files are ordered by name (the whole path inside the folder or archive, "/" between
-parts), arrays by position. Decompression is bounded: by Pillow's limit on pixels, and by MOST_BYTES
-for each picture of an archive.
+parts), arrays by position. What a source is, is told by its content. Files that are not pictures
+are left out and counted.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import math
 import os
+import stat
 import zipfile
-import zlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, overload
 
 import numpy as np
 
-from fewstep.data.images import Unreadable, bounded_open, decode, fit_picture
+from fewstep.data.archives import (
+    Header,
+    array_names,
+    member_bytes,
+    open_archive,
+    open_member,
+    read_header,
+    whole,
+)
+from fewstep.data.bounds import MOST_BYTES, read_bytes, shown
+from fewstep.data.images import SUFFIXES, Picture, Unreadable, decode, fit_picture, metadata_in
 
 __all__ = [
-    "MOST_BYTES",
+    "ARRAYS",
     "Entry",
     "Images",
     "array_images",
     "open_images",
+    "Positions",
     "picture_shape",
+    "told",
 ]
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 ARRAYS = ("arr_0", "images")  # names that guided-diffusion and others give to pictures in an .npz
 SHEET = "sheet.png"
-MOST_BYTES = 1 << 28  # of one member of an archive, unpacked
+HEADS = {b"\x93NUMPY": "npy", b"PK\x03\x04": "zip", b"PK\x05\x06": "zip"}  # as a file begins
+ENDS = {".npy": "npy", ".npz": "zip", ".zip": "zip"}  # for the message where it begins otherwise
 
-Read = Callable[[], np.ndarray]
+Read = Callable[[], Picture]
+BytesOf = Callable[[str], bytes]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One picture: its name, and a function that reads it as uint8 [h, w, c], c = 1 or 3, or raises
-    Unreadable."""
+    """One picture: its name, and a function that reads it, or raises Unreadable."""
 
     name: str
-    read: Read
+    picture: Read
+
+    def read(self) -> np.ndarray:
+        """uint8 [h, w, c], c = 1 or 3."""
+        return self.picture().pixels
 
 
 class Images(Protocol):
@@ -56,68 +75,121 @@ class Images(Protocol):
 
     name: as the user gave it
     names: of the pictures, in order
-    left_out: files that are there and are no pictures of the set: contact sheets
+    left_out: how many files of each kind are there and are no pictures of the set
     digest: of everything that a change of the pictures would change, without reading them
     """
 
     @property
     def name(self) -> str: ...
     @property
-    def names(self) -> tuple[str, ...]: ...
+    def names(self) -> Sequence[str]: ...
     @property
-    def left_out(self) -> tuple[str, ...]: ...
+    def left_out(self) -> Mapping[str, int]: ...
     @property
     def digest(self) -> str: ...
     def stream(self, start: int = 0) -> Iterator[Entry]:
-        """From picture `start` on, in order; each is read before the next is asked for."""
+        """From picture `start` on, in order."""
         ...
 
 
-def open_images(path: Path | str, fit: int | None = None) -> Images:
-    """A folder (with folders in it), a .zip, an .npz with uint8 [n, h, w, c] under `arr_0` or
-    `images`, or an .npy.
+def open_images(path: Path | str, fit: int | None = None, *, upright: bool = True) -> Images:
+    """A folder (with folders in it, and links to folders), a .zip, an .npz with uint8 [n, h, w, c]
+    under `arr_0` or `images`, or an .npy.
 
-    fit: cut the middle square out of every picture and resize it to so many pixels, by Pillow's
-        bicubic: for photographs of all sizes
-    Errors: OSError where it is not there; ValueError where it has no pictures.
+    Args:
+        path: of the pictures
+        fit: cut the middle square out of every picture and resize it to so many pixels, by Pillow's
+            bicubic: for photographs of all sizes
+        upright: turn pictures as their Exif data say; False: take them as they are stored
+
+    Raises:
+        ValueError: it has no pictures, or is not a whole file.
+        OSError: it is not there.
     """
     path = Path(path)
     if fit is not None and fit < 1:
         raise ValueError(f"fit must be a size in pixels, got {fit}")
     if path.is_dir():
-        found: Images = _folder(path)
+        found: Images = _folder(path, upright)
     elif not path.exists():
         raise FileNotFoundError(2, "not there", str(path))
-    elif path.suffix == ".npy":
-        found = _npy(path)
-    elif path.suffix == ".npz":
-        found = _npz(path)
-    elif zipfile.is_zipfile(path):
-        found = _zip(path)
     else:
-        raise ValueError(f"{path} is not a folder, .zip, .npz or .npy of pictures")
-    if not found.names:
-        raise ValueError(f"{path} has no pictures ({', '.join(SUFFIXES)})")
+        found = _file(path, upright)
+    if not len(found.names):
+        raise ValueError(f"{shown(path)} has no pictures ({', '.join(SUFFIXES)})")
     return found if fit is None else Fitted(found, fit)
+
+
+def _file(path: Path, upright: bool) -> Images:
+    kind = None
+    if path.is_file():
+        with open(path, "rb") as file:
+            start = file.read(6)
+        ours = (kind for head, kind in HEADS.items() if start.startswith(head))
+        kind = next(ours, None) or ENDS.get(path.suffix.lower())
+    if kind is None:
+        raise ValueError(f"{shown(path)} is not a folder, .zip, .npz or .npy of pictures")
+    if kind == "npy":
+        return _npy(path)
+    named = path.suffix.lower() if path.suffix.lower() in ENDS else ".zip"
+    with open_archive(path, named) as archive:
+        inside = array_names(archive)
+        member = next((f"{name}.npy" for name in ARRAYS if name in inside), None)
+        if member is not None:
+            return _npz(path, archive, member)
+        if named == ".npz":
+            raise ValueError(
+                f"{shown(path)} has no pictures under {' or '.join(ARRAYS)}; it has "
+                f"{shown(', '.join(inside))[:200] or 'nothing'}"
+            )
+        return _zip(path, archive, upright)
 
 
 @dataclass(frozen=True, eq=False)
 class Files:
     """Picture files of a folder or an archive.
 
-    opened: a context that gives a function from a name to the file's bytes
+    opened: gives a function from a name to the file's bytes; what it holds open is closed with it
     """
 
     name: str
     names: tuple[str, ...]
-    left_out: tuple[str, ...]
+    left_out: Mapping[str, int]
     digest: str
-    opened: Callable[[], contextlib.AbstractContextManager[Callable[[str], bytes]]]
+    opened: Callable[[], BytesOf]
+    upright: bool = True
 
     def stream(self, start: int = 0) -> Iterator[Entry]:
-        with self.opened() as bytes_of:
-            for name in self.names[start:]:
-                yield Entry(name, partial(_read_entry, self.name, name, bytes_of))
+        bytes_of = self.opened()
+        for name in self.names[start:]:
+            yield Entry(name, partial(self._decode, name, bytes_of))
+
+    def _decode(self, name: str, bytes_of: BytesOf) -> Picture:
+        where = f"{shown(self.name)}: {shown(name)}"
+        try:
+            return decode(bytes_of(name), self.upright)
+        except Unreadable as error:
+            raise Unreadable(f"{where} cannot be read ({error})") from None
+        except ValueError as error:
+            raise ValueError(f"{where} {error}") from None
+
+
+class Positions(Sequence[str]):
+    """The names of an array's pictures, "0" and so on: an array may have a million."""
+
+    def __init__(self, count: int) -> None:
+        self.length = count
+
+    def __len__(self) -> int:
+        return self.length
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[str, ...]: ...
+    def __getitem__(self, index: int | slice) -> str | tuple[str, ...]:
+        chosen = range(self.length)[index]
+        return tuple(map(str, chosen)) if isinstance(chosen, range) else str(chosen)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,11 +204,11 @@ class Array:
     shape: tuple[int, ...]
     digest: str
     opened: Callable[[int], contextlib.AbstractContextManager[Callable[[int], bytes]]]
-    left_out: tuple[str, ...] = ()
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(map(str, range(self.shape[0])))
+    def names(self) -> Positions:
+        return Positions(self.shape[0])
 
     def stream(self, start: int = 0) -> Iterator[Entry]:
         with self.opened(start) as take:
@@ -144,10 +216,10 @@ class Array:
                 data = take(math.prod(self.shape[1:]))
                 yield Entry(str(i), partial(self._decode, i, data))
 
-    def _decode(self, i: int, data: bytes) -> np.ndarray:
+    def _decode(self, i: int, data: bytes) -> Picture:
         if len(data) != math.prod(self.shape[1:]):
             raise Unreadable(f"picture {i} of {self.name} is cut short; fetch the file again")
-        return np.frombuffer(data, np.uint8).reshape(self.shape[1:])
+        return Picture(np.frombuffer(data, np.uint8).reshape(self.shape[1:]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,11 +228,11 @@ class InMemory:
 
     name: str
     images: np.ndarray
-    left_out: tuple[str, ...] = ()
-    names: tuple[str, ...] = field(init=False)
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "names", tuple(map(str, range(len(self.images)))))
+    @property
+    def names(self) -> Positions:
+        return Positions(len(self.images))
 
     @property
     def digest(self) -> str:
@@ -168,7 +240,7 @@ class InMemory:
 
     def stream(self, start: int = 0) -> Iterator[Entry]:
         for i in range(start, len(self.images)):
-            yield Entry(str(i), partial(self.images.__getitem__, i))
+            yield Entry(str(i), partial(Picture, self.images[i]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,11 +255,11 @@ class Fitted:
         return self.inner.name
 
     @property
-    def names(self) -> tuple[str, ...]:
+    def names(self) -> Sequence[str]:
         return self.inner.names
 
     @property
-    def left_out(self) -> tuple[str, ...]:
+    def left_out(self) -> Mapping[str, int]:
         return self.inner.left_out
 
     @property
@@ -196,10 +268,11 @@ class Fitted:
 
     def stream(self, start: int = 0) -> Iterator[Entry]:
         for entry in self.inner.stream(start):
-            yield Entry(entry.name, partial(self._fit, entry.read))
+            yield Entry(entry.name, partial(self._fit, entry.picture))
 
-    def _fit(self, read: Read) -> np.ndarray:
-        return fit_picture(read(), self.size, self.size)
+    def _fit(self, read: Read) -> Picture:
+        found = read()
+        return found._replace(pixels=fit_picture(found.pixels, self.size, self.size))
 
 
 def picture_shape(images: Images) -> tuple[int, int, int] | None:
@@ -211,139 +284,146 @@ def picture_shape(images: Images) -> tuple[int, int, int] | None:
     return height, width, channels
 
 
+def told(images: Images, more: int = 0) -> list[str]:
+    """What to say of files that are there and were not taken whole.
+
+    more: pictures that have further frames or pages
+    """
+    lines = []
+    if images.left_out:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(images.left_out.items()))
+        lines.append(f"left out of {shown(images.name)}, as no pictures of the set: {kinds}")
+    if more:
+        lines.append(f"{more} pictures of {shown(images.name)} have more frames: first ones taken")
+    return lines
+
+
 def array_images(images: np.ndarray, name: str = "array") -> Images:
     """A source of pictures in memory, uint8 [n, h, w, c] with c = 1 or 3, or [n, h, w]."""
     shape = _picture_shape(images.shape, images.dtype, name)
     return InMemory(name, images.reshape(shape))
 
 
-def _folder(path: Path) -> Files:
-    inside, left_out, facts = [], [], []
-    for folder, folders, files in os.walk(path):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        where = Path(folder).relative_to(path)
-        inside += [(where / name).as_posix() for name in files if _is_picture(name)]
-    names = []
-    for name in sorted(inside):
-        if _is_sheet(name, lambda name=name: (path / name).read_bytes()):
-            left_out.append(name)
+def _folder(path: Path, upright: bool) -> Files:
+    found, left_out = _walk(path)
+    names, facts = [], []
+    for name in sorted(found):
+        if _is_sheet(name, lambda name: read_bytes(path / name)):
+            left_out["contact sheet"] += 1
             continue
         names.append(name)
-        stat = (path / name).stat()
-        facts.append([name, stat.st_size, stat.st_mtime_ns])
+        facts.append([name, found[name].st_size, found[name].st_mtime_ns])
 
-    @contextlib.contextmanager
-    def opened() -> Iterator[Callable[[str], bytes]]:
-        yield lambda name: (path / name).read_bytes()
+    def bytes_of(name: str) -> bytes:
+        try:
+            return read_bytes(path / name)
+        except OSError as error:
+            raise Unreadable(error.strerror or str(error)) from None
 
-    return Files(str(path), tuple(names), tuple(left_out), _digest(facts), opened)
-
-
-def _zip(path: Path) -> Files:
-    @contextlib.contextmanager
-    def opened() -> Iterator[Callable[[str], bytes]]:
-        with zipfile.ZipFile(path) as archive:
-            yield partial(_member, archive)
-
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = {
-                info.filename: [info.filename, info.file_size, info.CRC]
-                for info in archive.infolist()
-                if not info.is_dir() and _is_picture(info.filename)
-            }
-            inside = sorted(members)
-            left_out = tuple(n for n in inside if _is_sheet(n, partial(_member, archive, n)))
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{path} is not a whole .zip ({error}); fetch it again") from None
-    names = tuple(name for name in inside if name not in set(left_out))
-    return Files(str(path), names, left_out, _digest([members[n] for n in names]), opened)
+    return Files(
+        str(path), tuple(names), left_out, _set_digest(facts, upright), lambda: bytes_of, upright
+    )
 
 
-def _member(archive: zipfile.ZipFile, name: str) -> bytes:
-    size = archive.getinfo(name).file_size
-    if size > MOST_BYTES:
-        raise Unreadable(f"it unpacks to {size} bytes, more than {MOST_BYTES}")
-    try:
-        with archive.open(name) as file:
-            data = file.read(size + 1)  # no more than it says it has
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise Unreadable(str(error)) from None
-    if len(data) != size:
-        raise Unreadable(f"it unpacks to another size than the {size} bytes that it states")
-    return data
+def _walk(root: Path) -> tuple[dict[str, os.stat_result], Counter[str]]:
+    """The picture files under a folder, by name, and the number of others of each kind.
+
+    Links are followed, after all real folders; each real folder is entered once, so a loop ends.
+    """
+    found: dict[str, os.stat_result] = {}
+    left_out: Counter[str] = Counter()
+    folders, links, seen = [""], [], set()
+    while folders or links:
+        inside = folders.pop() if folders else links.pop()
+        facts = os.stat(root / inside)
+        if (facts.st_dev, facts.st_ino) in seen:
+            left_out["link to a folder that was read already"] += 1
+            continue
+        seen.add((facts.st_dev, facts.st_ino))
+        for entry in sorted(os.scandir(root / inside), key=lambda one: one.name, reverse=True):
+            name = f"{inside}/{entry.name}" if inside else entry.name
+            try:
+                facts = entry.stat()
+            except OSError:  # of a link to nowhere, or to itself
+                left_out["broken link"] += 1
+                continue
+            if stat.S_ISDIR(facts.st_mode):
+                if not entry.name.startswith("."):
+                    (links if entry.is_symlink() else folders).append(name)
+            elif kind := _not_a_picture(name):
+                left_out[kind] += 1
+            elif not stat.S_ISREG(facts.st_mode):
+                left_out["pipe or device"] += 1
+            else:
+                found[name] = facts
+    return found, left_out
 
 
-def _npz(path: Path) -> Array:
+def _zip(path: Path, archive: zipfile.ZipFile, upright: bool) -> Files:
+    members, left_out = {}, Counter[str]()
+    for info in archive.infolist():
+        if info.is_dir():
+            continue
+        if kind := _not_a_picture(info.filename):
+            left_out[kind] += 1
+        elif info.filename in members:
+            left_out["second of one name"] += 1
+        else:
+            members[info.filename] = [info.filename, info.file_size, info.CRC]
+    bytes_of = partial(member_bytes, archive)
+    sheets = {name for name in members if _is_sheet(name, bytes_of)}
+    if sheets:
+        left_out["contact sheet"] += len(sheets)
+    names = tuple(sorted(members.keys() - sheets))
+    digest = _set_digest([members[name] for name in names], upright)
+
+    def opened() -> BytesOf:
+        with whole(path, ".zip"):
+            return partial(member_bytes, zipfile.ZipFile(path))
+
+    return Files(str(path), names, left_out, digest, opened, upright)
+
+
+def _npz(path: Path, archive: zipfile.ZipFile, member: str) -> Array:
+    info = archive.getinfo(member)
+    with open_member(archive, info) as file:
+        shape = _header(file, info.file_size, path)
+
     @contextlib.contextmanager
     def opened(start: int) -> Iterator[Callable[[int], bytes]]:
-        with zipfile.ZipFile(path) as archive, archive.open(member) as file:
-            shape = _array_header(file, str(path))
-            file.seek(file.tell() + start * math.prod(shape[1:]))
+        with open_archive(path, ".npz") as archive, archive.open(member) as file:
+            file.seek(read_header(file, info.file_size).start + start * math.prod(shape[1:]))
 
             def take(size: int) -> bytes:
-                try:
+                with whole(path, ".npz"):
                     return file.read(size)
-                except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-                    raise ValueError(
-                        f"{path} cannot be unpacked ({error}); fetch it again"
-                    ) from None
 
             yield take
 
-    try:
-        with zipfile.ZipFile(path) as archive:
-            inside = [name.removesuffix(".npy") for name in archive.namelist()]
-            chosen = [name for name in ARRAYS if name in inside][:1]
-            if not chosen:
-                raise ValueError(
-                    f"{path} has no pictures under {' or '.join(ARRAYS)}; it has "
-                    f"{', '.join(inside) or 'nothing'}"
-                )
-            member = f"{chosen[0]}.npy"
-            info = archive.getinfo(member)
-            with archive.open(member) as file:
-                shape = _array_header(file, str(path))
-                _check_length(file.tell() + math.prod(shape), info.file_size, str(path))
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{path} is not a whole .npz ({error}); fetch it again") from None
     return Array(str(path), shape, _digest([shape, info.file_size, info.CRC]), opened)
 
 
 def _npy(path: Path) -> Array:
+    facts = path.stat()
+    with whole(path, ".npy"), open(path, "rb") as file:
+        shape = _header(file, facts.st_size, path)
+        start_of_all = file.tell()
+
     @contextlib.contextmanager
     def opened(start: int) -> Iterator[Callable[[int], bytes]]:
         with open(path, "rb") as file:
-            shape = _array_header(file, str(path))
-            file.seek(start * math.prod(shape[1:]), os.SEEK_CUR)
+            file.seek(start_of_all + start * math.prod(shape[1:]))
             yield file.read
 
-    with open(path, "rb") as file:
-        shape = _array_header(file, str(path))
-        stat = path.stat()
-        _check_length(file.tell() + math.prod(shape), stat.st_size, str(path))
-    return Array(str(path), shape, _digest([shape, stat.st_size, stat.st_mtime_ns]), opened)
+    return Array(str(path), shape, _digest([shape, facts.st_size, facts.st_mtime_ns]), opened)
 
 
-def _array_header(file: IO[bytes], name: str) -> tuple[int, ...]:
-    """[n, h, w, c] from the head of an .npy; the file is left at its first byte of pixels."""
-    try:
-        version = np.lib.format.read_magic(file)
-        read = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[version]
-        shape, fortran, dtype = read(file)
-    except (ValueError, KeyError, EOFError) as error:
-        raise ValueError(f"{name} is not a whole array ({error}); fetch it again") from None
-    if fortran:
-        raise ValueError(f"{name} is in Fortran order; save it with numpy.ascontiguousarray")
-    return _picture_shape(shape, dtype, name)
-
-
-def _check_length(needed: int, size: int, name: str) -> None:
-    if needed > size:
-        raise ValueError(f"{name} is cut short: it should have {needed} bytes and has {size}")
+def _header(file: IO[bytes], length: int, path: Path) -> tuple[int, ...]:
+    """[n, h, w, c] from the head of an .npy."""
+    found: Header = read_header(file, length)
+    if found.fortran:
+        raise ValueError(f"{shown(path)} is in Fortran order; save it with numpy.ascontiguousarray")
+    return _picture_shape(found.shape, found.dtype, shown(path))
 
 
 def _picture_shape(shape: tuple[int, ...], dtype: Any, name: str) -> tuple[int, ...]:
@@ -359,30 +439,28 @@ def _picture_shape(shape: tuple[int, ...], dtype: Any, name: str) -> tuple[int, 
     return tuple(int(n) for n in shape)
 
 
-def _is_picture(name: str) -> bool:
+def _not_a_picture(name: str) -> str:
+    """What kind of file it is by its name, "" for a picture."""
     path = PurePosixPath(name)
-    hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
-    return path.suffix.lower() in SUFFIXES and not hidden
+    if any(part.startswith((".", "__MACOSX")) for part in path.parts):
+        return "hidden"
+    if path.suffix.lower() in SUFFIXES:
+        return ""
+    return shown(path.suffix.lower())[:20] or "without suffix"
 
 
-def _is_sheet(name: str, read: Callable[[], bytes]) -> bool:
+def _is_sheet(name: str, bytes_of: BytesOf) -> bool:
     """Whether it is the contact sheet of a fewstep folder: its metadata has the seeds of many."""
     if PurePosixPath(name).name != SHEET:
         return False
     try:
-        with bounded_open(read()) as picture:
-            return "seeds" in json.loads(picture.info.get("fewstep", "{}"))
-    except (Unreadable, ValueError, TypeError):
+        return "seeds" in (metadata_in(io.BytesIO(bytes_of(name))) or {})
+    except (ValueError, OSError):
         return False
 
 
-def _read_entry(source: str, name: str, bytes_of: Callable[[str], bytes]) -> np.ndarray:
-    try:
-        return decode(bytes_of(name))
-    except Unreadable as error:
-        raise Unreadable(f"{source}: {name} cannot be read ({error})") from None
-    except ValueError as error:
-        raise ValueError(f"{source}: {name} {error}") from None
+def _set_digest(facts: Any, upright: bool) -> str:
+    return _digest(facts if upright else ["as stored", facts])
 
 
 def _digest(value: Any) -> str:

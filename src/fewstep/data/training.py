@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import warnings
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -11,8 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.data.archives import read_arrays
+from fewstep.data.bounds import check_room, shown
 from fewstep.data.idx import load_idx_folder, to_unit
 from fewstep.data.images import fit_picture
+from fewstep.data.sources import Positions, open_images, told
 from fewstep.denoiser import Condition
 from fewstep.models import Model
 from fewstep.train.network import data_hash
@@ -81,11 +87,14 @@ def read_data(
 
     dropout: the share of pictures that are shown without class; where it is 1 the data need none
 
-    idx pictures are padded to the model's size. Of others the middle square is taken and made
-    smaller; their classes are the folders that they lie in, or `labels` or `arr_1` of an .npz.
+    idx pictures are padded to the model's size. Others are turned upright as their Exif data say,
+    and the middle square is taken and made smaller; their classes are the folders that they lie in,
+    or `labels` or `arr_1` of an .npz. Files that are no pictures are left out, with a warning that
+    counts them.
 
-    Errors: ValueError for pictures or labels that do not go with the model, or files that cannot be
-    read; FileNotFoundError where there are none.
+    Raises:
+        ValueError: pictures or labels do not go with the model, or files cannot be read.
+        FileNotFoundError: there are none.
     """
     if isinstance(data, str | Path):
         data = _on_disk(Path(data), model, needed=dropout < 1)
@@ -106,19 +115,23 @@ def _on_disk(path: Path, model: Model, needed: bool) -> tuple[Tensor, Tensor]:
     if next(path.glob(IDX), None) is not None:
         images, labels = load_idx_folder(path, size=model.shape[-1])
         return images, labels if classes else torch.zeros_like(labels)
-    from fewstep.data.sources import open_images
-
     source = open_images(path)
+    check_room(len(source.names) * math.prod(model.shape), shown(path))
     images = torch.empty((len(source.names), *model.shape), dtype=torch.uint8)
+    more = 0
     for place, entry in zip(images, source.stream(), strict=True):
-        picture = _at_size(entry.read(), model, f"{path}: {entry.name}")
+        found = entry.picture()
+        more += found.more
+        picture = _at_size(found.pixels, model, f"{shown(path)}: {shown(entry.name)}")
         place.copy_(torch.from_numpy(picture.transpose(2, 0, 1).copy()))
+    for text in told(source, more):
+        warnings.warn(text, stacklevel=2)
     labels = _labels(path, source.names, classes) if classes else None
     if labels is None and classes and needed:
-        shown = ", ".join(classes[:2])
+        some = ", ".join(classes[:2])
         raise ValueError(
             f"{path} has no classes and {model.card.name} has {len(classes)}: put the pictures of "
-            f"each into a folder of its name ({shown}, ...), or give label_dropout 1 to train "
+            f"each into a folder of its name ({some}, ...), or give label_dropout 1 to train "
             "without classes"
         )
     return images, torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
@@ -150,9 +163,12 @@ def _labels(path: Path, names: Sequence[str], classes: Sequence[str]) -> Tensor 
 
     Errors: ValueError where some pictures lie in a class's folder and others do not.
     """
-    if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as arrays:
-            found = next((arrays[name] for name in LABELS if name in arrays.files), None)
+    if isinstance(names, Positions):  # an array has no folders
+        found = (
+            next(iter(read_arrays(path, LABELS).values()), None)
+            if zipfile.is_zipfile(path)
+            else None
+        )
         if found is not None and found.dtype.kind not in "iu":
             raise ValueError(f"{path}: its labels must be integers, got {found.dtype}")
         return None if found is None else torch.from_numpy(found.astype(np.int64))
@@ -162,8 +178,8 @@ def _labels(path: Path, names: Sequence[str], classes: Sequence[str]) -> Tensor 
         return torch.tensor([classes.index(folder) for folder in folders])
     if any(folder in classes for folder in folders):
         raise ValueError(
-            f"{path}: {names[other]} lies in no class's folder, and others do; the classes are "
-            f"{', '.join(classes)}"
+            f"{shown(path)}: {shown(names[other])} lies in no class's folder, and others do; the "
+            f"classes are {', '.join(classes)}"
         )
     return None
 

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from fewstep import __version__
 from fewstep.data.idx import to_unit
 from fewstep.data.images import contact_sheet, write_png
 from fewstep.evaluate import frechet_distance
 from fewstep.evaluate.references import References
 from fewstep.models import Model
-from fewstep.models.card import Card
+from fewstep.models.card import Card, Choice, Distilled
 from fewstep.networks.features import load_feature_network
+from fewstep.provenance import VERSION
 from fewstep.sampling.generate import sample
 
 __all__ = ["Examination", "student_card", "student_levels"]
@@ -62,7 +62,7 @@ def student_card(
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
     auto = {
-        str(nfe): {"solver": sampler, "grid": list(student_levels(levels, nfe))}
+        str(nfe): Choice(sampler, student_levels(levels, nfe))
         for nfe in BUDGETS
         if nfe < len(levels)
     }
@@ -71,8 +71,8 @@ def student_card(
         name=name,
         summary=f"{facts['teacher']} distilled by {facts['method']}, {len(levels)} levels",
         auto=auto,
-        distilled={**facts, "levels": list(levels)},
-        about={"fewstep": __version__, **run, "teacher": card.about},
+        distilled=Distilled(**facts, levels=tuple(levels)),
+        about={"fewstep": VERSION, **run, "teacher": card.about},
         folder=None,
     )
 
@@ -167,7 +167,7 @@ class Examination:
                 figures[f"rmse{mark}_{nfe}"] = float(np.sqrt(np.mean(difference**2)))
                 if self.distance is not None:
                     figures[f"fd{mark}_{nfe}"] = self.distance(images)
-                if nfe == 1 or sampler == student.card.auto[str(nfe)]["solver"]:
+                if nfe == 1 or sampler == student.card.auto[str(nfe)].solver:
                     rows.append(images[:SHOWN])
         if self.distance is not None:
             figures["fd_fine"] = self.distance(self.reference)

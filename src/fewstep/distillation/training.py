@@ -33,7 +33,8 @@ from fewstep.distillation.subject import Subject, subject
 from fewstep.distillation.teacher import Stepper, stepper
 from fewstep.files import sweep, write_whole
 from fewstep.models import Model, load
-from fewstep.models.card import CARD_FILE, WEIGHTS_FILE, Card
+from fewstep.models.card import Card
+from fewstep.records import check_slug
 from fewstep.train.interrupts import between_steps
 from fewstep.train.network import CHECKPOINT, LOG, Progress, check_folder, log_lines
 from fewstep.train.network import sorted_header as bytes_in_order
@@ -231,7 +232,7 @@ def distill(
     known = subject(model, recipe.told, recipe.seed)
     step = _checked(recipe, known, model)
     pictures = read_data(data, model, recipe.dropout)
-    name = name or f"{model.card.name}-{recipe.method}"
+    name = check_slug("name", name or f"{model.card.name}-{recipe.method}")
     card = _card(recipe, known, step, model.card, pictures, name, sampler)
     folder = None if out is None else Path(out)
     key = f"{pictures.digest}:{model.card.weights_sha256}:{step.digest}"
@@ -273,7 +274,7 @@ def _train(
         while run.step < total:
             loss = run.update()
             last, figures = run.step == total, None
-            stop = run.team.any(stopping(), run.weights[0].device)
+            stop = run.team.any(bool(stopping()), run.weights[0].device)
             if examine and (last or run.step % validate_every == 0):
                 student = run.subject.bind(run.averaged(), card)
                 figures = examine(student, "guidance" in recipe.told, files.sheet(run.step))
@@ -376,8 +377,7 @@ class Files:
         """Remove what killed processes left, and take up the log as far as `step`."""
         if self.folder is None:
             return
-        for name in (CHECKPOINT, LOG, WEIGHTS_FILE, CARD_FILE):
-            sweep(self.folder / name)
+        sweep(self.folder / SHEETS)
         self.lines = [line for line in log_lines(self.folder / LOG) if line["step"] <= step]
 
     def sheet(self, step: int) -> Path | None:

@@ -34,7 +34,7 @@ import re
 import time
 import zipfile
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -338,8 +338,8 @@ def compare(
     by_label = {judge.label: judge for judge in judges}
     if how := workbench.model.card.distilled:
         raise ValueError(
-            f"{workbench.model.card.name} is a student of {how['teacher']}, which it is held to; "
-            f"name it beside solvers: fewstep compare {how['teacher']} --solvers dpmpp-2m,FOLDER"
+            f"{workbench.model.card.name} is a student of {how.teacher}, which it is held to; "
+            f"name it beside solvers: fewstep compare {how.teacher} --solvers dpmpp-2m,FOLDER"
         )
     if design.choose_by != "error" and design.choose_by not in by_label:
         raise ValueError(
@@ -403,8 +403,8 @@ def load_students(model: Model, solvers: Sequence[str], **options: Any) -> dict[
         if not is_model(name):
             continue
         how = read_card(name).distilled
-        if how.get("teacher_weights") != model.card.weights_sha256:
-            what = f"distilled from {how['teacher']}" if how else "no student"
+        if how is None or how.teacher_weights != model.card.weights_sha256:
+            what = f"distilled from {how.teacher}" if how else "no student"
             raise ValueError(
                 f"{name} is {what}, so it has no place beside samplers of {model.card.name} "
                 f"({model.card.weights_sha256[:8]}); compare it on the weights that it came from"
@@ -496,7 +496,8 @@ def _row(
     error = np.sqrt(run.mse)
     denoiser, card = workbench.denoiser(), workbench.model.card
     recipe = card.about.get("recipe", {})
-    student = {**card.distilled, "weights": card.weights_sha256, "recipe": recipe}
+    how = asdict(card.distilled) if card.distilled else {}
+    student = {**how, "weights": card.weights_sha256, "recipe": recipe}
     return {
         "sampler": solver,
         **({"student": student} if solver in workbench.students else {}),

@@ -9,11 +9,9 @@ The Inception file takes uint8 pictures of any size and resizes them itself, bil
 TensorFlow 1 did. It is looked for in $FEWSTEP_INCEPTION, then in the cache, and downloaded if it is
 in neither. Its SHA-256 is that which k-diffusion and others publish.
 
-A TorchScript file is a program: loading it runs code of its maker, though not arbitrary Python as a
-pickle does. The Inception file is checked by its hash; load others only from people you trust.
-
-`ClipScorer` scores pictures against captions: Hessel et al. 2021, arXiv:2104.08718, as
-100 max(cos(picture, caption), 0).
+A TorchScript file is a program of its maker: it can write files when it is loaded and when it is
+called. So none is opened unless its SHA-256 is trusted: Inception's is known, and for any other
+file the caller gives it (`trust`).
 """
 
 from __future__ import annotations
@@ -21,8 +19,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import math
+import io
 import os
+import re
 import urllib.error
 import urllib.request
 import warnings
@@ -36,17 +35,17 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from fewstep.cache import cache_folder
+from fewstep.data.bounds import check_room, read_bytes, shown
 from fewstep.evaluate.statistics import Statistics
-from fewstep.files import file_hash, write_whole
+from fewstep.files import write_whole
 from fewstep.models.network import check_device
 
 __all__ = [
     "INCEPTION_SHA256",
     "INCEPTION_URL",
-    "ClipScorer",
     "Extractor",
     "Preprocessing",
-    "load_clip",
     "load_inception",
     "load_torchscript",
     "module_features",
@@ -62,6 +61,9 @@ INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e9
 INCEPTION_FILE, INCEPTION_DIM = "inception-2015-12-05.pt", 2048
 INCEPTION_NAME = "inception-2015-12-05 tf1-bilinear-299 uint8"
 MOST_DOWNLOAD = 1 << 28
+MOST_NETWORK = 1 << 33  # bytes of a TorchScript file
+MOST_DIM = 1 << 14  # features: their covariance has 2 GiB
+HASH = re.compile(r"[0-9a-f]{12,64}")
 
 # Feature networks that know a model's kind of picture; the first is the one that may choose.
 OWN = {"fashion-mnist": ("fashion-a", "fashion-b")}
@@ -251,7 +253,11 @@ def module_features(
     if not torch.is_tensor(tried) or tried.ndim != 2:
         found = tuple(tried.shape) if torch.is_tensor(tried) else type(tried).__name__
         raise ValueError(f"{name} must give features [n, d], got {found}")
-    return replace(out, dim=tried.shape[1])
+    dim = tried.shape[1]
+    if not 1 <= dim <= MOST_DIM:
+        raise ValueError(f"{name} gives {dim} features per picture, the most are {MOST_DIM}")
+    check_room(6 * 8 * dim**2, f"the covariance of {name}'s {dim} features")
+    return replace(out, dim=dim)
 
 
 def own_features(model: str) -> tuple[str, ...]:
@@ -263,13 +269,22 @@ def own_features(model: str) -> tuple[str, ...]:
 
 
 def resolve_features(
-    name: str, device: str | torch.device = "cpu", shape: tuple[int, int, int] = (32, 32, 3)
+    name: str,
+    device: str | torch.device = "cpu",
+    shape: tuple[int, int, int] = (32, 32, 3),
+    trust: Sequence[str] = (),
 ) -> Extractor:
     """The extractor of a name: fashion-a, fashion-b, inception, inception=FILE, or a TorchScript
     file, FILE or FILE:WORDS.
 
-    shape: of the pictures, (h, w, c), for finding a TorchScript network's dimension
-    Errors: ValueError for an unknown name, or a file that is not what it should be.
+    Args:
+        name: of the features
+        device: where the network runs
+        shape: of the pictures, (h, w, c), for finding a TorchScript network's dimension
+        trust: SHA-256 of TorchScript files that may run, or at least their first 12 digits
+
+    Raises:
+        ValueError: an unknown name, a file that is not what it should be, or is not trusted.
     """
     from fewstep.networks.features import feature_networks
 
@@ -284,7 +299,8 @@ def resolve_features(
         stem, _, words = name.rpartition(":")
         path = Path(stem)
     if path.is_file():
-        return load_torchscript(path, Preprocessing.parse(words), device=device, shape=shape)
+        spec = Preprocessing.parse(words)
+        return load_torchscript(path, spec, trust=trust, device=device, shape=shape)
     have = ", ".join([*feature_networks(), "inception"])
     raise ValueError(
         f"there are no features {name!r}; there are {have}, and TorchScript files, "
@@ -297,7 +313,7 @@ def _fashion(name: str, device: str | torch.device) -> Extractor:
 
     network = load_feature_network(name, device)
     preprocessing = Preprocessing(channels="grey", takes=32)
-    weights = str(network.card.get("weights_sha256", ""))
+    weights = network.card.weights_sha256
     out = module_features(
         network, name, preprocessing, dim=network.dim, device=device, weights=weights
     )
@@ -311,16 +327,36 @@ def load_torchscript(
     path: Path | str,
     preprocessing: Preprocessing = Preprocessing(),
     *,
+    trust: Sequence[str],
     device: str | torch.device = "cpu",
     shape: tuple[int, int, int] = (32, 32, 3),
 ) -> Extractor:
     """A TorchScript file [n, c, h, w] -> [n, d] as an extractor, named by the file and its hash.
 
-    The file is a program: see this module's head. Errors: ValueError where it is not TorchScript.
+    Args:
+        path: of the file
+        preprocessing: from pictures to what it takes
+        trust: SHA-256 of files that may run, or at least their first 12 digits; the file is a
+            program, see this module's head
+        device: where it runs
+        shape: see `module_features`
+
+    Raises:
+        ValueError: it is not trusted, or it is not TorchScript.
     """
     path = Path(path)
-    weights = file_hash(path)
-    network = _load_script(path, device)
+    data = read_bytes(path, MOST_NETWORK)
+    weights = hashlib.sha256(data).hexdigest()
+    if bad := [one for one in trust if not HASH.fullmatch(one.lower())]:
+        raise ValueError(
+            f"trust takes a SHA-256, or at least its first 12 digits, got {shown(bad[0])!r}"
+        )
+    if not any(weights.startswith(one.lower()) for one in trust):
+        raise ValueError(
+            f"{shown(path)} is a program (TorchScript) that can write files here; if you trust its "
+            f"maker, say --trust {weights[:16]} (its SHA-256 is {weights})"
+        )
+    network = _load_script(data, path, device)
     name = f"{path.stem}-{weights[:8]}"
     return module_features(
         network, name, preprocessing, device=device, shape=shape, weights=weights
@@ -330,27 +366,28 @@ def load_torchscript(
 def load_inception(
     path: Path | str | None = None,
     *,
-    sha256: str | None = INCEPTION_SHA256,
+    sha256: str = INCEPTION_SHA256,
     device: str | torch.device = "cpu",
 ) -> Extractor:
     """FID's network, 2048 features.
 
     path: of `inception-2015-12-05.pt`; else $FEWSTEP_INCEPTION, else the cache, else a download
     sha256: what the file must have; another hash than the usual one is the caller's word for a file
-        of their own, whose distances are not called FID. None: any file, in the same way
+        of their own, whose distances are not called FID
     Errors: ValueError that says where to put the file.
     """
     chosen = path or os.environ.get("FEWSTEP_INCEPTION")
     found = Path(chosen) if chosen else _cached_inception()
     if not found.is_file():
         raise FileNotFoundError(errno.ENOENT, f"not there; fetch {INCEPTION_URL}", str(found))
-    weights = file_hash(found)
-    if sha256 is not None and weights != sha256:
+    data = read_bytes(found, MOST_NETWORK)
+    weights = hashlib.sha256(data).hexdigest()
+    if weights != sha256:
         raise ValueError(
             f"{found} is not {INCEPTION_FILE}: its SHA-256 is {weights}, not {sha256}; "
             f"fetch {INCEPTION_URL}"
         )
-    network = _load_script(found, device)
+    network = _load_script(data, found, device)
     usual = weights == INCEPTION_SHA256
     label = "inception" if usual else f"inception-{weights[:8]}"
     name = INCEPTION_NAME if usual else f"{label} tf1-bilinear-299 uint8"
@@ -369,8 +406,6 @@ def load_inception(
 
 def _cached_inception() -> Path:
     """The file in the cache, downloaded and checked if it is not there."""
-    from fewstep.evaluate.references import cache_folder
-
     path = cache_folder() / INCEPTION_FILE
     if path.is_file():
         return path
@@ -392,18 +427,20 @@ def _cached_inception() -> Path:
     return path
 
 
-def _load_script(path: Path, device: str | torch.device) -> Any:
+def _load_script(data: bytes, path: Path, device: str | torch.device) -> Any:
+    """The network in a file's bytes, whose hash was checked: the file may have changed since."""
     place = check_device(device)
-    with _quiet():
+    with quiet():
         try:
-            return torch.jit.load(str(path), map_location=place).eval()
-        except RuntimeError as error:
-            raise ValueError(f"{path} is not a TorchScript file ({_reason(error)})") from None
+            return torch.jit.load(io.BytesIO(data), map_location=place).eval()
+        except (RuntimeError, ValueError, EOFError, OSError) as error:
+            name = shown(path)
+            raise ValueError(f"{name} is not a TorchScript file ({_reason(error)})") from None
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """TorchScript is deprecated, and still what these networks are published as."""
+def quiet() -> Iterator[None]:
+    """Without warnings: TorchScript is deprecated, and still what networks are published as."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -412,75 +449,4 @@ def _quiet() -> Iterator[None]:
 def _reason(error: Exception) -> str:
     """The last line of an error that has many: TorchScript's begin with a traceback."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:200] if lines else type(error).__name__
-
-
-@dataclass(frozen=True, eq=False)
-class ClipScorer:
-    """100 max(cos(picture, caption), 0) for each picture and its caption.
-
-    name: the model's folder or id
-    most_tokens: captions are cut there
-    """
-
-    name: str
-    model: Any
-    processor: Any
-    device: torch.device
-    most_tokens: int
-
-    @torch.inference_mode()
-    def __call__(self, images: np.ndarray, captions: Sequence[str]) -> np.ndarray:
-        """Scores float64 [n] of uint8 [n, h, w, c] and n captions."""
-        if len(images) != len(captions):
-            raise ValueError(
-                f"each picture needs a caption, got {len(captions)} captions for {len(images)}"
-            )
-        rgb = [image.repeat(3, axis=2) if image.shape[2] == 1 else image for image in images]
-        inputs = self.processor(
-            images=[Image.fromarray(image) for image in rgb],
-            text=list(captions),
-            return_tensors="pt",
-            padding=True,
-            truncation=True,
-            max_length=self.most_tokens,
-        ).to(self.device)
-        out = self.model(**inputs)
-        picture, text = (
-            torch.nn.functional.normalize(embeds.double(), dim=-1)
-            for embeds in (out.image_embeds, out.text_embeds)
-        )
-        scores = 100 * (picture * text).sum(dim=-1).clamp(min=0)
-        if not math.isfinite(float(scores.sum())):
-            raise ValueError(f"{self.name} gave NaN or infinity; is its folder whole?")
-        return scores.cpu().numpy()
-
-
-def load_clip(name: Path | str, device: str | torch.device = "cpu") -> ClipScorer:
-    """A CLIP model with its processor, from a folder or by its id on the Hugging Face hub.
-
-    Weights are read from safetensors only. Errors: ValueError where transformers or the model are
-    missing.
-    """
-    place = check_device(device)
-    try:
-        from transformers import CLIPModel, CLIPProcessor
-    except ImportError:
-        raise ValueError(
-            "the CLIP score needs transformers: pip install 'fewstep[evaluate]'"
-        ) from None
-    try:
-        with _quiet():
-            model: Any = CLIPModel.from_pretrained(str(name), use_safetensors=True)
-            processor = CLIPProcessor.from_pretrained(str(name))
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ValueError(
-            f"{name} is not a CLIP model that can be read ({_first_line(error)}); give the "
-            "folder of one with config, safetensors, tokenizer and preprocessor_config"
-        ) from None
-    most = int(model.config.text_config.max_position_embeddings)
-    return ClipScorer(str(name), model.to(place).eval(), processor, place, most)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return shown(lines[-1])[:200] if lines else type(error).__name__

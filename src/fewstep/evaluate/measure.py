@@ -1,42 +1,33 @@
-"""From pictures to numbers that can be made again: `gather` takes features of a set of pictures,
-and `evaluate` compares them with a reference and writes down all that the numbers depend on.
-
-Memory does not grow with the number of pictures: of each set there remain moments, and at most
-MOST_ROWS rows of features. A long run writes its state every so many pictures and goes on from it.
-"""
+"""From pictures to numbers that can be made again: `evaluate` compares a set of pictures with a
+reference and writes down all that the numbers depend on."""
 
 from __future__ import annotations
 
-import hashlib
-import io
-import itertools
-import json
 import time
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fewstep.data.captions import Captions, match_captions
-from fewstep.data.sources import ARRAYS, Entry, Images, Unreadable, open_images
-from fewstep.evaluate.features import ClipScorer, Extractor
-from fewstep.evaluate.protocols import Protocol, check_protocol
+from fewstep.data.sources import Images, told
+from fewstep.evaluate.clip import ClipScorer
+from fewstep.evaluate.features import Extractor
+from fewstep.evaluate.gather import Gathered, Reference, Report, gather, open_reference, silent
+from fewstep.evaluate.protocols import Protocol, check_orientation, check_protocol
 from fewstep.evaluate.statistics import (
     MOST_ROWS,
     Estimate,
-    Rows,
     Statistics,
     bootstrap_frechet,
     kid,
     own_bias,
     precision_recall,
-    read_statistics,
     write_statistics,
 )
-from fewstep.files import file_hash, write_whole
+from fewstep.provenance import VERSION, machine
 
 __all__ = [
     "METRICS",
@@ -49,362 +40,8 @@ __all__ = [
 ]
 
 FORMAT = "fewstep-evaluation/1"
-STATE = "fewstep-evaluation-state/1"
 METRICS = ("fd", "kid", "pr", "clip")
 MOST_NAMED = 100  # skipped files that the record names
-
-Report = Callable[[str, int, int], None]
-
-
-def silent(what: str, done: int, total: int) -> None:
-    """Reports nothing."""
-
-
-@dataclass(frozen=True, eq=False)
-class Gathered:
-    """What is kept of a set of pictures.
-
-    done: pictures of the source that are behind us, read or skipped
-    size: of the pictures, (h, w); first: the name of the first one
-    skipped: names of pictures that could not be read
-    clip: statistics of the CLIP scores, [1]
-    """
-
-    done: int = 0
-    size: tuple[int, int] | None = None
-    first: str = ""
-    skipped: tuple[str, ...] = ()
-    statistics: Statistics | None = None
-    rows: Rows | None = None
-    clip: Statistics | None = None
-
-    @property
-    def count(self) -> int:
-        """Pictures that were read."""
-        return self.done - len(self.skipped)
-
-
-@dataclass(frozen=True)
-class _Judges:
-    """What looks at each picture: a feature network, a CLIP model with one caption for each, or
-    both."""
-
-    extractor: Extractor | None
-    clip: ClipScorer | None = None
-    captions: tuple[str, ...] = ()
-
-
-def gather(
-    images: Images,
-    extractor: Extractor | None,
-    *,
-    clip: ClipScorer | None = None,
-    captions: Sequence[str] = (),
-    batch: int = 64,
-    limit: int | None = None,
-    skip_corrupt: bool = False,
-    state: Path | None = None,
-    save_every: int = 1000,
-    what: str = "features",
-    report: Report = silent,
-) -> Gathered:
-    """Features of all pictures, or of the first `limit`, as moments and rows.
-
-    extractor: None where only CLIP scores are wanted
-    clip, captions: a scorer and one caption for each picture
-    skip_corrupt: leave out what cannot be read, and count it; else the first such file is an error
-    state: a file that is written every `save_every` pictures, whole; a run that finds it goes on
-        from there and gives the same numbers
-    report: called with `what`, the pictures done and their total
-    Errors: ValueError that names the file, for pictures of different sizes or that cannot be read,
-    and for a state that belongs to other pictures or another network.
-    """
-    if batch < 1 or save_every < 1 or (limit is not None and limit < 1):
-        raise ValueError(
-            f"batch, save_every and limit must be at least 1, got {batch}, {save_every} and {limit}"
-        )
-    judges = _Judges(extractor, clip, tuple(captions))
-    total = min(len(images.names), limit or len(images.names))
-    facts = _facts(images, judges, total, skip_corrupt)
-    found = _read_state(state, facts) if state is not None and state.is_file() else Gathered()
-    report(what, found.done, total)
-    entries = itertools.islice(images.stream(found.done), total - found.done)
-    while found.done < total:
-        block = itertools.islice(entries, min(save_every, total - found.done))
-        found = _add_block(
-            found, block, judges, batch, skip_corrupt, images.name, lambda n: report(what, n, total)
-        )
-        if state is not None:
-            _write_state(state, facts, found)
-    if not found.count:
-        raise ValueError(f"{images.name}: none of {total} pictures can be read")
-    return found
-
-
-def _add_block(
-    found: Gathered,
-    entries: Iterator[Entry],
-    judges: _Judges,
-    batch: int,
-    skip_corrupt: bool,
-    source: str,
-    report: Callable[[int], None],
-) -> Gathered:
-    """With the block's pictures, of which one batch at a time is in memory."""
-    features, index, scores, skipped = [], [], [], []
-    pictures, places = [], []
-    done, size, first = found.done, found.size, found.first
-
-    def look() -> None:
-        if not pictures:
-            return
-        stacked = _stack(pictures)
-        if judges.extractor is not None:
-            features.append(judges.extractor(stacked))
-            index.extend(places)
-        if judges.clip is not None:
-            texts = [judges.captions[place] for place in places]
-            scores.append(judges.clip(stacked, texts)[:, None])
-        pictures.clear()
-        places.clear()
-        report(done)
-
-    for entry in entries:
-        try:
-            image = entry.read()
-        except Unreadable as error:
-            if not skip_corrupt:
-                raise ValueError(
-                    f"{error}; mend it, or leave such files out with --skip-corrupt"
-                ) from None
-            skipped.append(entry.name)
-        else:
-            size, first = _check_size(image, entry.name, size, first, source)
-            pictures.append(image)
-            places.append(done)
-        done += 1
-        if len(pictures) == batch:
-            look()
-    look()
-    out = replace(found, done=done, size=size, first=first, skipped=found.skipped + tuple(skipped))
-    if features and judges.extractor is not None:
-        rows, name = np.concatenate(features), judges.extractor.name
-        kept = Rows.of(rows, index)
-        out = replace(
-            out,
-            statistics=_merged(out.statistics, Statistics.of(rows, name)),
-            rows=kept if out.rows is None else out.rows.merge(kept),
-        )
-    if scores and judges.clip is not None:
-        more = Statistics.of(np.concatenate(scores), judges.clip.name)
-        out = replace(out, clip=_merged(out.clip, more))
-    return out
-
-
-def _merged(found: Statistics | None, more: Statistics) -> Statistics:
-    return more if found is None else found.merge(more)
-
-
-def _check_size(
-    image: np.ndarray, name: str, size: tuple[int, int] | None, first: str, source: str
-) -> tuple[tuple[int, int], str]:
-    height, width = image.shape[:2]
-    if size is None:
-        return (height, width), name
-    if size != (height, width):
-        raise ValueError(
-            f"{source}: {name} is {width}x{height}, but {first} is {size[1]}x{size[0]}; "
-            "pictures of one set must have one size"
-        )
-    return size, first
-
-
-def _stack(pictures: list[np.ndarray]) -> np.ndarray:
-    """[n, h, w, c], c = 3 where one of them has colours."""
-    channels = max(image.shape[2] for image in pictures)
-    return np.stack(
-        [image if image.shape[2] == channels else image.repeat(3, axis=2) for image in pictures]
-    )
-
-
-def _facts(images: Images, judges: _Judges, total: int, skip_corrupt: bool) -> str:
-    """All that a state depends on, as text."""
-    texts = "\0".join(judges.captions).encode() if judges.clip is not None else b""
-    return json.dumps(
-        {
-            "format": STATE,
-            "pictures": images.digest,
-            "total": total,
-            "skip_corrupt": skip_corrupt,
-            "extractor": judges.extractor.name if judges.extractor is not None else None,
-            "weights": judges.extractor.weights if judges.extractor is not None else None,
-            "clip": judges.clip.name if judges.clip is not None else None,
-            "captions": hashlib.sha256(texts).hexdigest(),
-        }
-    )
-
-
-def _write_state(path: Path, facts: str, found: Gathered) -> None:
-    plain = {
-        "done": found.done,
-        "size": found.size,
-        "first": found.first,
-        "skipped": found.skipped,
-        "extractor": found.statistics.extractor if found.statistics is not None else None,
-    }
-    values: dict[str, Any] = {"facts": np.array(facts), "plain": np.array(json.dumps(plain))}
-    for name, part in (("features", found.statistics), ("clip", found.clip)):
-        if part is not None:
-            values |= {
-                f"{name}_count": np.array(part.count),
-                f"{name}_mean": part.mean,
-                f"{name}_covariance": part.covariance,
-            }
-    if found.rows is not None:
-        values |= {"rows": found.rows.features, "row_index": found.rows.index}
-    buffer = io.BytesIO()
-    np.savez(buffer, **values)
-    write_whole(path, buffer.getvalue())
-
-
-def _read_state(path: Path, facts: str) -> Gathered:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            values = {name: file[name] for name in file.files}
-        theirs = json.loads(str(values["facts"]))
-        plain = json.loads(str(values["plain"]))
-    except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not the state of an evaluation ({error}); remove it") from None
-    ours = json.loads(facts)
-    if differ := [name for name in ours if theirs.get(name) != ours[name]]:
-        raise ValueError(
-            f"{path} is the state of another evaluation ({', '.join(differ)} differ); "
-            "remove it or name another state"
-        )
-
-    def part(name: str, extractor: str) -> Statistics | None:
-        if f"{name}_count" not in values:
-            return None
-        mean, covariance = values[f"{name}_mean"], values[f"{name}_covariance"]
-        return Statistics(extractor, int(values[f"{name}_count"]), mean, covariance)
-
-    return Gathered(
-        done=plain["done"],
-        size=tuple(plain["size"]) if plain["size"] else None,
-        first=plain["first"],
-        skipped=tuple(plain["skipped"]),
-        statistics=part("features", plain["extractor"]),
-        rows=Rows(values["row_index"], values["rows"]) if "rows" in values else None,
-        clip=part("clip", ours["clip"]),
-    )
-
-
-@dataclass(frozen=True, eq=False)
-class Reference:
-    """What pictures are compared with.
-
-    name: as the user gave it; kind: "pictures", "statistics" or "built-in"
-    sha256: of the file, or of what tells a folder's pictures apart
-    rows: features that KID, precision and recall need; None where the file has none
-    assumed: whether the file does not say which network made it
-    """
-
-    name: str
-    kind: str
-    sha256: str
-    statistics: Statistics
-    rows: Rows | None = None
-    skipped: tuple[str, ...] = ()
-    assumed: bool = False
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "kind": self.kind,
-            "sha256": self.sha256,
-            "count": self.statistics.count,
-            "extractor": self.statistics.extractor,
-            "extractor_assumed": self.assumed,
-            "skipped": len(self.skipped),
-        }
-
-
-def open_reference(
-    path: Path | str | None,
-    extractor: Extractor,
-    *,
-    fit: int | None = None,
-    batch: int = 64,
-    limit: int | None = None,
-    skip_corrupt: bool = False,
-    state: Path | None = None,
-    report: Report = silent,
-) -> Reference:
-    """Statistics to compare with: an .npz with mu and sigma as they are, or those of pictures.
-
-    path: pictures as `open_images` takes them, what `--save-statistics` wrote, or EDM's .npz; None:
-        the data set's that come with a built-in feature network
-    fit: see `open_images`; for pictures only
-    Errors: ValueError, with both names, for statistics of another network. A file that does not say
-    which network made it is taken for Inception's where it has 2048 features and the pictures are
-    seen by Inception, and the record says so.
-    """
-    if path is None:
-        if extractor.data is None:
-            raise ValueError(f"{extractor.label} comes with no reference; give one")
-        digest = hashlib.sha256(extractor.data.covariance.tobytes()).hexdigest()
-        return Reference(f"data of {extractor.label}", "built-in", digest, extractor.data)
-    path = Path(path)
-    if _has_statistics(path, extractor):
-        return _reference_file(path, extractor)
-    images = open_images(path, fit)
-    found = gather(
-        images,
-        extractor,
-        batch=batch,
-        limit=limit,
-        skip_corrupt=skip_corrupt,
-        state=state,
-        what="reference",
-        report=report,
-    )
-    assert found.statistics is not None
-    return Reference(
-        str(path), "pictures", images.digest, found.statistics, found.rows, found.skipped
-    )
-
-
-def _has_statistics(path: Path, extractor: Extractor) -> bool:
-    """Whether to take moments from the file. Some .npz have pictures as well, and the moments of
-    their Inception features: those count where Inception looks."""
-    if path.suffix != ".npz" or not path.is_file():
-        return False
-    try:
-        with zipfile.ZipFile(path) as archive:
-            inside = {name.removesuffix(".npy") for name in archive.namelist()}
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{path} is not a whole .npz ({error}); fetch it again") from None
-    pictures = bool(inside & set(ARRAYS)) and "extractor" not in inside
-    return {"mu", "sigma"} <= inside and (extractor.is_inception or not pictures)
-
-
-def _reference_file(path: Path, extractor: Extractor) -> Reference:
-    statistics, rows = read_statistics(path)
-    assumed = not statistics.extractor
-    if assumed:
-        if not extractor.is_inception or statistics.dim != extractor.dim:
-            raise ValueError(
-                f"{path} does not say which network made its {statistics.dim} features, so it "
-                "can only stand for Inception's 2048; the pictures are seen by "
-                f"{extractor.name!r}: take --features inception, or make the reference again"
-            )
-        statistics = replace(statistics, extractor=extractor.name)
-    if statistics.extractor != extractor.name:
-        raise ValueError(
-            f"{path} was made by {statistics.extractor!r}, but the pictures are seen by "
-            f"{extractor.name!r}; take the same features for both"
-        )
-    return Reference(str(path), "statistics", file_hash(path), statistics, rows, (), assumed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -479,6 +116,7 @@ def evaluate(
     )
     if protocol is not None:
         check_protocol(protocol, found.count, found.size)
+        check_orientation(protocol, images.name, found.turned, found.askew)
     numbers, warnings = [], []
     if reference is not None and extractor is not None:
         if resamples is None:
@@ -486,8 +124,7 @@ def evaluate(
         numbers, warnings = _compare(found, reference, extractor, metrics, resamples)
     if found.clip is not None:
         numbers.append(_clip_row(found.clip))
-    if found.skipped:
-        warnings.append(f"{len(found.skipped)} pictures could not be read and were left out")
+    warnings += [*told(images), *found.told(), *(reference.told if reference is not None else ())]
     record = {
         "format": FORMAT,
         "metrics": numbers,
@@ -498,7 +135,10 @@ def evaluate(
             "count": found.count,
             "size": list(found.size or ()),
             "skipped": {"count": len(found.skipped), "names": list(found.skipped[:MOST_NAMED])},
-            "left_out": list(images.left_out),
+            "left_out": dict(images.left_out),
+            "turned": found.turned,
+            "askew": found.askew,
+            "more_frames": found.more,
         },
         "extractor": _extractor_facts(extractor) if extractor is not None else None,
         "reference": reference.to_dict() if reference is not None else None,
@@ -548,6 +188,8 @@ def _check_request(
 def _check_parts(
     protocol: Protocol, reference: Reference | None, extractor: Extractor | None
 ) -> None:
+    if reference is not None:
+        check_orientation(protocol, reference.name, reference.turned, reference.askew)
     if extractor is not None and protocol.features == "inception" and not extractor.is_inception:
         raise ValueError(
             f"protocol {protocol.name} takes Inception's features, got {extractor.name!r}"
@@ -666,7 +308,4 @@ def _extractor_facts(extractor: Extractor) -> dict[str, Any]:
 
 
 def _software() -> dict[str, Any]:
-    from fewstep import __version__
-    from fewstep.evaluate.compare import machine
-
-    return {"fewstep": __version__, "numpy": np.__version__, "machine": machine()}
+    return {"fewstep": VERSION, "numpy": np.__version__, "machine": machine()}

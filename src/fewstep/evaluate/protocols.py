@@ -11,7 +11,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["Protocol", "check_protocol", "explain", "get_protocol", "protocols"]
+__all__ = [
+    "Protocol",
+    "check_orientation",
+    "check_protocol",
+    "explain",
+    "get_protocol",
+    "protocols",
+]
 
 EDM_REFS = "https://nvlabs-fi-cdn.nvidia.com/edm/fid-refs"
 
@@ -29,6 +36,7 @@ class Protocol:
     reference: what they are compared with; reference_pictures: how many
     reference_fit: side of the middle square that reference photographs are cut and resized to;
         None: they are as they should be
+    upright: whether photographs are turned as their Exif data say; False: taken as they are stored
     captions: whether a file with a caption for each picture is needed
     batches: what depends on the batch
     notes: what else moves the number
@@ -46,6 +54,7 @@ class Protocol:
     reference_pictures: int
     metrics: tuple[str, ...]
     reference_fit: int | None = None
+    upright: bool = True
     captions: bool = False
     clip: str | None = None
     batches: str = "none: picture i depends on seed i alone, and statistics on no batch"
@@ -67,6 +76,7 @@ CLIP_MODEL = "openai/clip-vit-large-patch14"
 COCO_NOTES = (
     "the reference pictures are not in one agreed form: crops and sizes differ between papers, so "
     "compare numbers of this protocol with each other, or give the paper's own .npz as reference",
+    "many published tools take photographs as they are stored: --as-stored, without a protocol",
     "the CLIP score is 100 max(cos, 0), the mean over pictures; papers that use ViT-g/14 or "
     "another CLIP model have other numbers: choose the model with --clip",
     "the guidance scale moves FID and CLIP score against each other; it belongs to the number",
@@ -183,6 +193,17 @@ def check_protocol(protocol: Protocol, count: int, size: tuple[int, int] | None 
         )
 
 
+def check_orientation(protocol: Protocol, name: str, turned: int, askew: int) -> None:
+    """Raises ValueError where `turned` or `askew` pictures of a set lie otherwise than the protocol
+    says; a set without Exif orientations fits every protocol."""
+    if askew if protocol.upright else turned:
+        how = _ORIENTATION[protocol.upright]
+        raise ValueError(
+            f"protocol {protocol.name} takes pictures {how}, and {turned or askew} of {name} are "
+            "taken otherwise: open them as the protocol says (see --as-stored)"
+        )
+
+
 def explain(protocol: Protocol) -> list[tuple[str, str]]:
     """Everything about a protocol, as pairs of a heading and a text; headings may repeat."""
     width = f"{protocol.size[1]}x{protocol.size[0]}"
@@ -195,6 +216,7 @@ def explain(protocol: Protocol) -> list[tuple[str, str]]:
         ("batches", protocol.batches),
         ("features", protocol.features),
         ("resize", protocol.resize),
+        ("orientation", _ORIENTATION[protocol.upright]),
         ("reference", protocol.reference),
         ("metrics", ", ".join(_METRIC_NAMES[name] for name in protocol.metrics)),
     ]
@@ -209,4 +231,5 @@ def explain(protocol: Protocol) -> list[tuple[str, str]]:
     ]
 
 
+_ORIENTATION = {True: "upright, turned as Exif data say", False: "as stored, whatever Exif says"}
 _METRIC_NAMES = {"fd": "FID", "kid": "KID", "pr": "precision and recall", "clip": "CLIP score"}

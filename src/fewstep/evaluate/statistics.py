@@ -23,7 +23,6 @@ et al. 2019, arXiv:1904.06991 (precision and recall).
 from __future__ import annotations
 
 import io
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +31,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fewstep.data.archives import read_arrays
+from fewstep.data.bounds import reason, shown
 from fewstep.files import write_whole
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
 
 MOST_ROWS = 10_000
 BLOCK = 4096  # rows that are float64 at a time
+NAMES = ("mu", "sigma", "count", "extractor", "rows", "row_index", "most")  # in an .npz
 TILE = 1000  # rows of a kernel or distance matrix at a time
 
 
@@ -460,12 +462,11 @@ def read_statistics(path: Path | str) -> tuple[Statistics, Rows | None]:
     Never executes anything. Errors: ValueError where the file is something else.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return statistics_in(file)
-    except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        reason = " ".join(str(error).split())[:200]
+        return statistics_in(read_arrays(path, NAMES))
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path} is not statistics of features, an .npz with mu and sigma ({reason})"
+            f"{shown(path)} is not statistics of features, an .npz with mu and sigma "
+            f"({reason(error)})"
         ) from None
 
 

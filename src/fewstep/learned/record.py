@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from fewstep.files import check_writable
 from fewstep.learned.solver import SOLVER_FILE
+from fewstep.records import parse
+from fewstep.tensors import read_metadata
 
 __all__ = ["CHECKPOINT", "check_folder", "check_same", "facts_in", "plain"]
 
@@ -22,11 +22,10 @@ def facts_in(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path} is not a file; remove it, or give another folder")
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
+        metadata = read_metadata(path)
         if "run" in metadata and "state" in metadata:
-            return json.loads(metadata["run"])
-    except (SafetensorError, OSError, ValueError) as error:
+            return parse(metadata["run"])
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}); remove it to start again") from None
     raise ValueError(f"{path} is not a checkpoint of a solver's training; give another folder")
 

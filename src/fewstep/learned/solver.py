@@ -14,21 +14,43 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from fewstep.denoiser import Denoiser
-from fewstep.files import check_writable, write_json, write_whole
+from fewstep.files import check_writable, file_hash, write_json, write_whole
 from fewstep.grid import check_grid
 from fewstep.learned.kinds import KINDS
 from fewstep.learned.method import Method
 from fewstep.loop import finish
 from fewstep.plan import Eval, Op, Ops, Plan, Program, in_numbers
+from fewstep.records import Digest, Int, Levels, Slug, read_json, record, shown
+from fewstep.tensors import load_tensors
 
 __all__ = ["PREDICTOR_FILE", "SOLVER_FILE", "LearnedSolver", "budgets"]
 
 SOLVER_FILE, PREDICTOR_FILE = "solver.json", "predictor.safetensors"
 FORMAT = "fewstep-solver/1"
+
+
+@record
+class Facts:
+    """What solver.json says, beside its format.
+
+    base: the solver that it starts from, where the method has one
+    settings: what was learned, as its method writes it
+    predictor_sha256: of the file of weights beside it; None where there is none
+    """
+
+    method: Slug
+    nfe: Int
+    afs: Slug
+    sigmas: Levels
+    settings: dict[str, Any]
+    base: Slug | None = None
+    predictor_sha256: Digest | None = None
+    model: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    validation: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -111,36 +133,24 @@ class LearnedSolver:
         if not path.is_file():
             what = f"it has no {SOLVER_FILE}" if folder.is_dir() else "there is no such folder"
             raise ValueError(f"{folder} is not a learned solver: {what}")
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            found = values["format"]
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{path} is not a learned solver of fewstep, or was cut short ({error!r:.80}); "
-                "train or fetch it again"
-            ) from None
-        if found != FORMAT or values.get("method") not in KINDS:
-            what = f"format {found!r} and method {values.get('method')!r}"
+        values = read_json(path, "a learned solver of fewstep, or was cut short")
+        found, kind = values.pop("format", None), values.get("method")
+        if found != FORMAT or kind not in tuple(KINDS):
+            what = f"format {shown(found)} and method {shown(kind)}"
             raise ValueError(
                 f"{path} has {what}, this version reads {FORMAT!r} with {', '.join(KINDS)}; "
                 "update fewstep"
             )
         try:
-            data = _read(folder / PREDICTOR_FILE) if values["predictor_sha256"] else b""
-            if (_hash(data) if data else None) != values["predictor_sha256"]:
-                raise ValueError(f"{PREDICTOR_FILE} is damaged or of another solver")
-            tensors = safetensors.torch.load(data) if data else {}
-            method = KINDS[values["method"]].read(
-                values["base"],
-                check_grid(values["sigmas"]),
-                values["afs"],
-                values["settings"],
-                tensors,
+            facts = Facts(**values)
+            tensors = _read(folder / PREDICTOR_FILE, facts.predictor_sha256)
+            method = KINDS[facts.method].read(
+                facts.base, check_grid(facts.sigmas), facts.afs, facts.settings, tensors
             )
-            solver = cls(method, *(dict(values[k]) for k in ("model", "training", "validation")))
-            if solver.nfe != values["nfe"]:
-                raise ValueError(f"nfe is {values['nfe']!r}, but it spends {solver.nfe}")
-        except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+            solver = cls(method, facts.model, facts.training, facts.validation)
+            if solver.nfe != facts.nfe:
+                raise ValueError(f"nfe is {facts.nfe}, but it spends {solver.nfe}")
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
             raise ValueError(f"{path} cannot be used: {reason}; train or fetch it again") from None
         return solver
@@ -196,7 +206,12 @@ def _hash(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, digest: str | None) -> dict[str, Tensor]:
+    """The weights beside the record; none where it names none."""
+    if not digest:
+        return {}
     if not path.is_file():
         raise ValueError(f"{path.name} is missing")
-    return path.read_bytes()
+    if file_hash(path) != digest:
+        raise ValueError(f"{path.name} is damaged or of another solver")
+    return load_tensors(path)

@@ -78,7 +78,7 @@ def builtin() -> list[str]:
 def students_of(card: Card) -> list[str]:
     """Names of those that were distilled from a model with these weights and ship with fewstep."""
     found = ((name, read_card(name).distilled) for name in builtin())
-    return [name for name, how in found if how.get("teacher_weights") == card.weights_sha256]
+    return [name for name, how in found if how and how.teacher_weights == card.weights_sha256]
 
 
 def load(

@@ -2,101 +2,201 @@
 
 from __future__ import annotations
 
-import json
-import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, field, fields, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-__all__ = ["CARD_FILE", "POPULATION_FOLDER", "SOLVERS", "WEIGHTS_FILE", "Card"]
+from pydantic import AfterValidator, Field
+
+from fewstep.records import (
+    Digest,
+    Levels,
+    Real,
+    Slug,
+    Text,
+    check_slug,
+    read_json,
+    record,
+    shown,
+)
+
+__all__ = [
+    "CARD_FILE",
+    "POPULATION_FOLDER",
+    "SOLVERS",
+    "WEIGHTS_FILE",
+    "Card",
+    "Choice",
+    "Distilled",
+]
 
 CARD_FILE, WEIGHTS_FILE = "card.json", "model.safetensors"
 SOLVERS = "solvers"  # folder of the learned solvers that come with a model, by name and budget
 POPULATION_FOLDER = "population"  # of the statistics of reference solves that come with a model
 FORMAT = "fewstep-model/1"
+MOST_CLASSES = 1_000_000
 
 
-@dataclass(frozen=True)
+def _grid(value: Any) -> str | tuple[float, ...]:
+    """A grid by name or by its levels, which may stand in a list."""
+    if isinstance(value, str):
+        return check_slug("grid", value)
+    numbers = value if isinstance(value, list | tuple) else ()
+    levels = tuple(float(n) for n in numbers if type(n) in (int, float))
+    if len(levels) < 2 or len(levels) < len(numbers) or not min(levels) >= 0:
+        raise ValueError(f"must be a name, or a list of levels, got {shown(value)}")
+    if not all(a > b for a, b in pairwise(levels)):
+        raise ValueError(f"must be levels that strictly decrease, got {shown(value)}")
+    return levels
+
+
+def _budget(key: str) -> str:
+    if not (key.isascii() and key.isdecimal() and 0 < int(key) < 10_000):
+        raise ValueError("must be keyed by a number of evaluations, like '5'")
+    return key
+
+
+Grid = Annotated[Any, AfterValidator(_grid)]
+Budget = Annotated[str, AfterValidator(_budget)]
+
+
+def _scale(value: Any) -> float | tuple[float, float] | None:
+    """A guidance scale, or the ends of a range of them."""
+    if value is None:
+        return None
+    ends: tuple[Any, ...] = tuple(value) if isinstance(value, list | tuple) else (value,)
+    pair = isinstance(value, list | tuple)
+    plain = all(type(end) in (int, float) and 0 <= end < float("inf") for end in ends)
+    if not plain or len(ends) != 1 + pair or ends[0] > ends[-1]:
+        raise ValueError(f"must be a scale, or two that rise, got {shown(value)}")
+    return (float(ends[0]), float(ends[-1])) if pair else float(ends[0])
+
+
+@record
+class Choice:
+    """The best known way to spend one budget.
+
+    solver: its name
+    grid, afs, end: where they are not the model's usual ones; a grid is a name or its levels
+    learned: the name of a learned solver beside the card that is better at exactly this budget
+    """
+
+    solver: Slug
+    grid: Grid = None
+    afs: Slug | None = None
+    end: Slug | None = None
+    learned: Slug | None = None
+
+    def given(self) -> dict[str, Any]:
+        """The fields that say something, JSON-ready."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@record
+class Distilled:
+    """How a network was distilled, and on which levels it may be sampled.
+
+    rule: of the weights of the sub-path, where the method has any
+    gamma_input: how the network is told gamma: embedding or none
+    guidance: the scale that it imitates, or the ends of the range that it is told
+    teacher, teacher_weights: the name and the weights' hash of the model that it imitates
+    teacher_step: the solver and the evaluations of one step of the teacher
+    levels: from sigma_max down
+    """
+
+    method: Slug
+    levels: Levels
+    teacher: Slug
+    teacher_weights: Digest
+    rule: Slug | None = None
+    gamma_input: Slug = "none"
+    guidance: Annotated[Any, AfterValidator(_scale)] = None
+    teacher_step: Text = ""
+
+
+@record
 class Card:
     """Facts about a model, JSON-ready.
 
+    name: letters, digits and . _ + -
     kind: what the weights are, which selects the loader
-    network: the configuration of its network; for the kind unet, that of `UNetConfig`
+    network: the configuration of its network, which the loader of its kind checks
     classes: their names, in order
     feature_module: dotted name of the module whose output feature taps read
     weights_sha256: hash of the weights file
     grid, end: the usual grid and its end, for a solver that is named without them
-    auto: for each budget (as a string) the best known "solver" without training, and "grid",
-        "afs" and "end" where they are not the usual ones; and "learned", the folder of a learned
-        solver beside the card that is better at exactly this budget
-    distilled: for a network that was distilled, how, and the levels on which it may be sampled
+    auto: for each budget (as a string) the best known solver
+    distilled: for a network that was distilled, how
     about: recipe, data, licence and figures, for people
     folder: where the card lies; not part of it
 
-    Errors: ValueError for a field of the wrong kind.
+    Raises:
+        ValueError: that names the field, for a value of the wrong kind.
     """
 
-    name: str
+    name: Slug
     network: dict[str, Any] = field(default_factory=dict)
-    summary: str = ""
-    classes: tuple[str, ...] = ()
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    sigma_data: float = 0.5
-    feature_module: str = "middle"
-    weights_sha256: str = ""
-    grid: str = "karras"
-    end: str = "sigma_min"
-    auto: dict[str, dict[str, Any]] = field(default_factory=dict)
-    distilled: dict[str, Any] = field(default_factory=dict)
+    summary: Text = ""
+    classes: Annotated[tuple[Text, ...], Field(max_length=MOST_CLASSES)] = ()
+    sigma_min: Real = 0.002
+    sigma_max: Real = 80.0
+    sigma_data: Real = 0.5
+    feature_module: Annotated[Text, Field(pattern=r"^[\w.]*$")] = "middle"
+    weights_sha256: Digest = ""
+    grid: Slug = "karras"
+    end: Slug = "sigma_min"
+    auto: dict[Budget, Choice] = field(default_factory=dict)
+    distilled: Distilled | None = None
     about: dict[str, Any] = field(default_factory=dict)
-    kind: str = "unet"
-    format: str = FORMAT
+    kind: Slug = "unet"
+    format: Text = FORMAT
     folder: Path | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("name", "summary", "kind", "feature_module", "weights_sha256", "grid", "end"):
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(f"{name} must be text, got {getattr(self, name)!r}")
-        for name in ("network", "auto", "distilled", "about"):
-            if not isinstance(getattr(self, name), dict):
-                raise ValueError(f"{name} must be a table, got {getattr(self, name)!r}")
-        if isinstance(self.classes, str) or not all(isinstance(c, str) for c in self.classes):
-            raise ValueError(f"classes must be a list of names, got {self.classes!r}")
-        object.__setattr__(self, "classes", tuple(self.classes))
-        if not 0 < self.sigma_min < self.sigma_max < math.inf:
+        if not 0 < self.sigma_min < self.sigma_max:
             raise ValueError(
                 f"need 0 < sigma_min < sigma_max, got {self.sigma_min}, {self.sigma_max}"
             )
-        if not 0 < self.sigma_data < math.inf:
+        if not self.sigma_data > 0:
             raise ValueError(f"sigma_data must be positive, got {self.sigma_data}")
-        for budget, entry in self.auto.items():
-            if not _is_choice(budget, entry):
-                raise ValueError(
-                    "auto must give for each budget a solver, and perhaps grid, afs, end and "
-                    f"learned, got {budget!r}: {entry!r}"
-                )
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """Names of the further numbers that its network is told."""
+        told = self.network.get("told", ())
+        return tuple(told) if isinstance(told, list | tuple) else ()
+
+    @property
+    def picture(self) -> tuple[int, int, int] | None:
+        """Shape of one picture, (h, w, c), where the network's configuration says it."""
+        size, channels = (self.network.get(name) for name in ("size", "channels"))
+        return (size, size, channels) if size and channels else None
 
     @property
     def built_in_guidance(self) -> float | None:
         """The guidance scale that a student imitates in one pass and that cannot be changed; None
         where there is none, or it is told the scale."""
-        scale = self.distilled.get("guidance")
-        if "guidance" in self.network.get("told", ()):
+        if self.distilled is None or "guidance" in self.told:
             return None
-        low = scale[0] if isinstance(scale, list | tuple) else scale
-        return None if low in (None, 1) else float(low)
+        scale = self.distilled.guidance
+        low = scale[0] if isinstance(scale, tuple) else scale
+        return None if low in (None, 1) else low
 
     def to_dict(self) -> dict[str, Any]:
+        """As it is written, JSON-ready; `auto` names only what is chosen."""
         values = {"format": self.format, **asdict(self)}
         del values["folder"]
-        return values
+        return {**values, "auto": {nfe: choice.given() for nfe, choice in self.auto.items()}}
 
     def learned(self, nfe: int) -> Path | None:
         """The folder of the learned solver that is the best known at this budget, if there is
         one."""
-        name = self.auto.get(str(nfe), {}).get("learned")
-        return self.folder / name if name and self.folder else None
+        choice = self.auto.get(str(nfe))
+        if choice is None or choice.learned is None or self.folder is None:
+            return None
+        return self.folder / SOLVERS / choice.learned / str(nfe)
 
     def shipped(self, solver: str) -> Path | None:
         """The folder of the learned solvers of that name that come with the model, if any do."""
@@ -107,29 +207,20 @@ class Card:
 
     @classmethod
     def read(cls, folder: Path) -> Card:
-        """The card of a model folder. Errors: ValueError where it is not one, or a newer one."""
+        """The card of a model folder.
+
+        Raises:
+            ValueError: that names the file, where it is not a card, or a newer one.
+        """
         path = folder / CARD_FILE
+        values = read_json(path, "a model card of fewstep")
+        if (found := values.get("format")) != FORMAT:
+            raise ValueError(
+                f"{path} has format {shown(found)}, this version reads {FORMAT!r}; update fewstep"
+            )
         try:
-            values = json.loads(path.read_text())
-            found = values["format"]
-            if found == FORMAT:
-                return replace(cls(**values), folder=folder)
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not a model card of fewstep: {error!r}") from None
-        raise ValueError(
-            f"{path} has format {found!r}, this version reads {FORMAT!r}; update fewstep"
-        )
-
-
-def _is_choice(budget: Any, entry: Any) -> bool:
-    """Whether these are a budget, as a string, and a choice of solver, grid and first step."""
-    return (
-        isinstance(budget, str)
-        and budget.isdecimal()
-        and isinstance(entry, dict)
-        and isinstance(entry.get("solver"), str)
-        and isinstance(entry.get("grid", ""), str | list | tuple)
-        and isinstance(entry.get("afs", ""), str)
-        and isinstance(entry.get("end", ""), str)
-        and isinstance(entry.get("learned", ""), str)
-    )
+            if "folder" in values:
+                raise ValueError("it has an unknown field 'folder'")
+            return replace(cls(**values), folder=folder)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a model card of fewstep: {error}") from None

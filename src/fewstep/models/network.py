@@ -162,7 +162,7 @@ class NetworkModel:
     def _told(self, rows: Tensor, label: Label, guidance: Any, scale: Tensor) -> Wrapper:
         """D of a network that is told the guidance scale, which it knows on a range; without a
         class the scale means nothing, and is one of that range."""
-        low, high = self.card.distilled.get("guidance", (0.0, math.inf))
+        low, high = self._span()
         if label is None:
             if guidance is not None:
                 raise ValueError("guidance needs a label to guide towards; give label too")
@@ -176,6 +176,11 @@ class NetworkModel:
         assert told is not None  # it is told the guidance at least
         forward = partial(self.forward, told=told.to(self.device))
         return Bound(Conditional(self.net, self.card, forward), rows, self.stats["far_mean"][rows])
+
+    def _span(self) -> tuple[float, float]:
+        """The ends of the range of guidance that the network was distilled for."""
+        known = self.card.distilled.guidance if self.card.distilled else None
+        return known if isinstance(known, tuple) else (0.0, math.inf)
 
     def _rows(self, label: Label) -> Tensor:
         """Rows of the label table, [1] or [b]."""

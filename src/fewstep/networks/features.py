@@ -20,20 +20,19 @@ Sources: He et al. 2016, arXiv:1512.03385 (residual blocks); Bardes et al. 2022,
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fewstep.files import file_hash
 from fewstep.models.network import check_device
+from fewstep.records import Digest, Slug, read_json, record, shown
+from fewstep.tensors import load_tensors
 
 __all__ = [
     "Clamped",
@@ -121,6 +120,7 @@ class Patches(nn.Module):
         return self.layers(x)
 
 
+LARGEST = {"blocks": 64, "patch": SIZE}  # other sizes are up to 4096
 TRUNKS: dict[str, Callable[..., Residual | Patches]] = {"residual": Residual, "patches": Patches}
 
 
@@ -129,13 +129,51 @@ def make_trunk(network: dict[str, Any], conv: Conv = plain_conv) -> Residual | P
 
     conv: makes the convolutions that training puts a batch norm behind, which export folds away
 
-    Errors: ValueError for an unknown kind, TypeError for options that do not go with it.
+    Errors: ValueError for an unknown kind, or sizes out of bounds; TypeError for options that do
+    not go with it.
     """
     options = dict(network)
     kind = options.pop("kind", None)
-    if kind not in TRUNKS:
-        raise ValueError(f"network kind must be one of {', '.join(TRUNKS)}, got {kind!r}")
+    if kind not in tuple(TRUNKS):
+        raise ValueError(f"network kind must be one of {', '.join(TRUNKS)}, got {shown(kind)}")
+    for name, value in options.items():
+        sizes = value if isinstance(value, list | tuple) else [value]
+        most = LARGEST.get(name, 4096)
+        if len(sizes) > 8 or not all(type(n) is int and 0 < n <= most for n in sizes):
+            raise ValueError(f"{name} must be integers from 1 to {most}, got {shown(value)}")
     return TRUNKS[kind](conv, **options)
+
+
+@record
+class FeatureCard:
+    """Facts about a feature network.
+
+    network: its architecture, for `make_trunk`
+    weights_sha256: hash of the weights file
+    about: recipe, data, licence and figures, for people; in the file they stand beside the others
+    """
+
+    name: Slug
+    network: dict[str, Any]
+    weights_sha256: Digest
+    about: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> FeatureCard:
+        """From its file. Errors: ValueError where it is not one, or a newer one."""
+        values = read_json(path, "a card of a feature network")
+        if (found := values.pop("format", None)) != FORMAT:
+            raise ValueError(
+                f"{path} has format {shown(found)}, this version reads {FORMAT!r}; update fewstep"
+            )
+        own = {name: values.pop(name) for name in tuple(values) if name in OWN}
+        try:
+            return cls(**own, about=values)
+        except ValueError as error:
+            raise ValueError(f"{path} is not a card of a feature network: {error}") from None
+
+
+OWN = ("name", "network", "weights_sha256")
 
 
 class FeatureNetwork(nn.Module):
@@ -153,23 +191,23 @@ class FeatureNetwork(nn.Module):
     shift: Tensor
     scale: Tensor
 
-    def __init__(self, card: dict[str, Any]) -> None:
+    def __init__(self, card: FeatureCard) -> None:
         super().__init__()
         self.card = card
-        self.trunk = make_trunk(card["network"])
+        self.trunk = make_trunk(card.network)
         self.head = nn.Linear(self.trunk.dim, CLASSES)
         self.register_buffer("shift", torch.zeros(self.trunk.dim))
         self.register_buffer("scale", torch.ones(self.trunk.dim))
 
     @property
     def name(self) -> str:
-        return self.card["name"]
+        return self.card.name
 
     @property
     def full_name(self) -> str:
         """What statistics in its space are known by: a network of other weights is another one,
         whatever it is called."""
-        return f"{self.name}-{self.card['weights_sha256'][:8]} native"
+        return f"{self.name}-{self.card.weights_sha256[:8]} native"
 
     @property
     def dim(self) -> int:
@@ -236,39 +274,20 @@ def load_feature_folder(folder: Path | str, device: str | torch.device = "cpu") 
 
     Errors: ValueError where a file is missing, cut short, or does not go with the card.
     """
-    path, card = Path(folder) / WEIGHTS_FILE, _read_card(Path(folder) / CARD_FILE)
+    path, card = Path(folder) / WEIGHTS_FILE, FeatureCard.read(Path(folder) / CARD_FILE)
     place = check_device(device)
     if not path.is_file():
         raise ValueError(f"{folder} has a card but no {WEIGHTS_FILE}; fetch it again")
-    if file_hash(path) != card["weights_sha256"]:
+    if file_hash(path) != card.weights_sha256:
         raise ValueError(
             f"{path} is not the file that its card names (SHA-256 differs); fetch it again"
         )
+    tensors = load_tensors(path)
     try:
         with torch.device("meta"):  # takes no memory and draws no random numbers
             net = FeatureNetwork(card)
-        weights = {name: t.float() for name, t in safetensors.torch.load_file(path).items()}
-        net.load_state_dict(weights, assign=True)
-    except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read ({error}); fetch it again") from None
+        net.load_state_dict({name: t.float() for name, t in tensors.items()}, assign=True)
     except (RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{path} does not go with its card: {reason}") from None
     return net.to(place).eval().requires_grad_(False)
-
-
-def _read_card(path: Path) -> dict[str, Any]:
-    try:
-        card = json.loads(path.read_text())
-        found, texts = card["format"], (card["name"], card["weights_sha256"])
-        if not all(isinstance(text, str) for text in texts) or not isinstance(
-            card["network"], dict
-        ):
-            raise ValueError("a field is of the wrong kind")
-    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a card of a feature network: {error!r}") from None
-    if found != FORMAT:
-        raise ValueError(
-            f"{path} has format {found!r}, this version reads {FORMAT!r}; update fewstep"
-        )
-    return card

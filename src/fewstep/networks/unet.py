@@ -13,13 +13,13 @@ arXiv:2206.00364.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fewstep.networks.conditioning import TOLD, Told
+from fewstep.records import Int, Text, record
 
 __all__ = ["UNet", "UNetConfig"]
 
@@ -37,7 +37,7 @@ LIMITS = {
 MOST_WIDTHS, WIDEST = 8, 4096
 
 
-@dataclass(frozen=True)
+@record
 class UNetConfig:
     """Shape of a `UNet`; everything needed to build one.
 
@@ -49,28 +49,26 @@ class UNetConfig:
     groups or the attention's heads do not divide, a size that cannot be halved so often.
     """
 
-    size: int = 32
-    channels: int = 1
-    patch: int = 2
-    widths: tuple[int, ...] = (64, 128)
-    blocks: int = 2
-    embedding: int = 128
-    classes: int = 10
-    told: tuple[str, ...] = ()
+    size: Int = 32
+    channels: Int = 1
+    patch: Int = 2
+    widths: tuple[Int, ...] = (64, 128)
+    blocks: Int = 2
+    embedding: Int = 128
+    classes: Int = 10
+    told: tuple[Text, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "widths", tuple(self.widths))
-        object.__setattr__(self, "told", tuple(self.told))
         if len(set(self.told)) < len(self.told) or not set(self.told) <= set(TOLD):
             raise ValueError(f"told must be from {', '.join(TOLD)}, each once, got {self.told}")
         for name, (low, high) in LIMITS.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or not low <= value <= high:
+            if not low <= value <= high:
                 raise ValueError(f"{name} must be an integer from {low} to {high}, got {value!r}")
         if not 1 <= len(self.widths) <= MOST_WIDTHS:
             raise ValueError(f"widths must be 1 to {MOST_WIDTHS} numbers, got {len(self.widths)}")
         for width in self.widths:
-            if not isinstance(width, int) or width % NORM_GROUPS or not 0 < width <= WIDEST:
+            if width % NORM_GROUPS or not 0 < width <= WIDEST:
                 raise ValueError(
                     f"widths must be multiples of {NORM_GROUPS} up to {WIDEST}, got {self.widths}"
                 )

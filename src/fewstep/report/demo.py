@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import datetime
 import math
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -26,14 +24,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep import __version__
 from fewstep.data.images import write_png
 from fewstep.denoiser import Counted
 from fewstep.files import check_writable, write_whole
 from fewstep.loop import finish
 from fewstep.loop import run as going
 from fewstep.models import Model, load, students_of
-from fewstep.report.demo_page import DemoResult, Row, count, page, poster, span
+from fewstep.provenance import machine_line, software_line
+from fewstep.report.demo_page import DemoResult, Row, page, poster, span
 from fewstep.sampling.choose import choose, draws_noise
 from fewstep.sampling.settings import Filled, Settings
 from fewstep.solver import Solver, get, intervals_for
@@ -90,8 +88,8 @@ def run_demo(
     model = load(model_name)
     if how := model.card.distilled:
         raise ValueError(
-            f"{model_name} is a student of {how['teacher']}, and no network for solvers: see "
-            f"fewstep demo --model {how['teacher']}, or fewstep sample {model_name}"
+            f"{model_name} is a student of {how.teacher}, and no network for solvers: see "
+            f"fewstep demo --model {how.teacher}, or fewstep sample {model_name}"
         )
     check_writable(out)
     x_T, denoiser = model.prior(seeds, label=label), Counted(model.denoiser(label))
@@ -202,7 +200,7 @@ def _student(name: str, nfe: int, label: int | str | None) -> list[_Entrant]:
     """A student at its budgets up to nfe; none where it imitates guidance, which nothing here
     has."""
     student = load(name)
-    if student.card.distilled.get("guidance") not in (None, 1):
+    if student.card.distilled and student.card.distilled.guidance not in (None, 1):
         return []
     denoiser = Counted(student.denoiser(label))
     return [
@@ -263,8 +261,8 @@ def _row(entrant: _Entrant, run: _Run, target: Tensor | None, nfe: int) -> Row:
     if name == "auto":
         what = "the card's choice" if model.card.auto else "as the card names none"
         about = f"{called}, {what}"
-    elif entrant.student:
-        about = f"another network, distilled by {model.card.distilled['method']}"
+    elif model.card.distilled:
+        about = f"another network, distilled by {model.card.distilled.method}"
     return Row(
         name,
         about,
@@ -288,7 +286,6 @@ def _protocol(
     few: int,
     rounds: int,
 ) -> dict[str, str]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     times = f"median of {rounds} rounds" if rounds > 1 else "one round"
     return {
         "command": command,
@@ -299,9 +296,7 @@ def _protocol(
         "check of it": f"{check.solver}, {check.nfe} evaluations, {check.grid} grid, "
         f"seeds {span(seeds[:few])}",
         "time": f"all {len(seeds)} pictures as one batch, {times}",
-        "software": f"fewstep {__version__}, torch {torch.__version__}, "
-        f"Python {platform.python_version()}",
-        "machine": f"{platform.system()} {platform.machine()}, {count(cores or 1, 'core')}, "
-        f"{count(torch.get_num_threads(), 'thread')}",
+        "software": software_line(),
+        "machine": machine_line(),
         "date": datetime.datetime.now().astimezone().date().isoformat(),
     }

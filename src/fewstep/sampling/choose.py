@@ -191,7 +191,7 @@ def _known(card: Card, asked: Settings, top: bool) -> dict[str, Any]:
     sigmas = asked.grid if isinstance(asked.grid, tuple) else None
     nfe = asked.nfe or DEFAULT_NFE if sigmas is None else len(sigmas) - 1
     below = [int(budget) for budget in card.auto if int(budget) <= nfe]
-    entry = dict(card.auto[str(max(below))]) if below else {}
+    entry = card.auto[str(max(below))].given() if below else {}
     if not top and entry.get("afs") == "mean":
         del entry["afs"]
     begin = entry.get("afs", "none") if asked.afs is None else asked.afs
@@ -209,14 +209,14 @@ def _known(card: Card, asked: Settings, top: bool) -> dict[str, Any]:
 
 def _own_levels(card: Card, nfe: int) -> Sequence[float]:
     """The levels that a distilled network was trained on for this budget, whatever the solver."""
-    try:
-        return card.auto[str(nfe)]["grid"]
-    except KeyError:
+    choice = card.auto.get(str(nfe))
+    if choice is None or choice.grid is None:
         have = ", ".join(card.auto) or "none"
         raise ValueError(
             f"{card.name} is distilled and has levels for {have} evaluations, not for {nfe}; "
             "take one of these, or give a grid"
-        ) from None
+        )
+    return choice.grid
 
 
 def _named(solver: Runnable) -> Program:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from fewstep.data.images import contact_sheet, read_metadata, read_png, write_png
-from fewstep.files import check_writable, sweep_stale
+from fewstep.files import check_writable
 from fewstep.models import Model
 from fewstep.sampling.generate import Run, usual_batch
 from fewstep.sampling.request import Request
@@ -95,7 +95,6 @@ def sample_to_folder(
     check_writable(out)
     with claimed(out, common):
         there = _there(out, files, metadata, common)
-        sweep_stale(out, ".png")
         done = len(there)
         report(done)
         for start in range(0, total, size):

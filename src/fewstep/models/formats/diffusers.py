@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 
 from fewstep.files import file_hash
-from fewstep.models.card import Card
+from fewstep.models.card import Card, Choice
 from fewstep.models.families import FAMILIES, Family, sample_sides
 from fewstep.models.network import check_device
 from fewstep.models.pipeline import (
@@ -33,6 +33,7 @@ from fewstep.models.pipeline import (
     quiet,
 )
 from fewstep.models.process import Process
+from fewstep.records import as_slug
 
 __all__ = ["INDEX_FILE", "from_pipe", "load_pipeline"]
 
@@ -408,7 +409,7 @@ def check_network(where: str | Path, net: Any) -> None:
 def _card(name: str, kind: str, family: Family, net: Any, process: Process, digest: str) -> Card:
     flow = process.prediction == "flow"
     return Card(
-        name=name,
+        name=as_slug(name),
         network={"class": type(net).__name__},
         summary=f"{kind} of diffusers, {process.prediction} prediction",
         sigma_min=process.sigma_min,
@@ -420,7 +421,7 @@ def _card(name: str, kind: str, family: Family, net: Any, process: Process, dige
         # where sigma_max is huge (flows, zero terminal SNR).
         grid="trailing",
         end="zero",
-        auto={"1": {"solver": "dpmpp-2m"}},
+        auto={"1": Choice("dpmpp-2m")},
         about={"pipeline": kind, "prediction": process.prediction, "flow": flow},
         kind="pipeline",
     )

@@ -1,0 +1,129 @@
+"""Safetensors files, whose header is checked before anything is allocated.
+
+A file is 8 bytes with the length of its header, the header as JSON, and the data. What the header
+declares must be there: names once, shapes that fill their part of the data, parts in the file.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from fewstep.records import LARGEST, parse, shown
+
+__all__ = ["Entry", "check_memory", "load_tensors", "read_header", "read_metadata"]
+
+BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2}
+BYTES |= {"I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a header says of one tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return BYTES[self.dtype] * math.prod(self.shape)
+
+
+def read_header(path: Path | str) -> dict[str, Entry]:
+    """The tensors of a file by name.
+
+    Raises:
+        OSError: where the file cannot be read.
+        ValueError: that names the file, where it is cut short or declares what it does not hold.
+    """
+    return _read(path)[0]
+
+
+def read_metadata(path: Path | str) -> dict[str, str]:
+    """The texts that a file holds beside its tensors. Raises: as `read_header`."""
+    return _read(path)[1]
+
+
+def load_tensors(path: Path | str) -> dict[str, Tensor]:
+    """The tensors of a file, on the CPU, in the dtypes of the file.
+
+    Raises:
+        OSError: where the file cannot be read.
+        ValueError: as `read_header`, and where the tensors do not fit into free memory.
+    """
+    total = sum(entry.nbytes for entry in read_header(path).values())
+    check_memory(total, str(path))
+    try:
+        return safetensors.torch.load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read ({error}); fetch it again") from None
+
+
+def check_memory(wanted: int, what: str) -> None:
+    """Errors: ValueError where so many bytes are more than what memory has free."""
+    free = _free_memory()
+    if free is not None and wanted > free:
+        raise ValueError(
+            f"{what} needs {wanted / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of memory are free"
+        )
+
+
+def _free_memory() -> int | None:
+    """Bytes; None where the system does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        return None
+    return None
+
+
+def _read(path: Path | str) -> tuple[dict[str, Entry], dict[str, str]]:
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or not 2 <= length <= min(size - 8, LARGEST):
+                raise ValueError(f"it has {size} bytes and declares a header of {length}")
+            values = parse(file.read(length), "its header")
+        if not isinstance(values, dict):
+            raise ValueError("its header must be a table")
+        texts = values.pop("__metadata__", {})
+        if not isinstance(texts, dict) or not all(isinstance(t, str) for t in texts.values()):
+            raise ValueError("its metadata must be a table of texts")
+        room = size - 8 - length
+        entries = {name: _entry(name, entry, room) for name, entry in values.items()}
+        if (total := sum(entry.nbytes for entry in entries.values())) > room:
+            raise ValueError(f"it declares {total} bytes of tensors and has {room}")
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}); fetch it again") from None
+    return entries, texts
+
+
+def _entry(name: str, values: Any, room: int) -> Entry:
+    """One tensor. Errors: ValueError where it is not within the data, or its shape does not fill
+    its part."""
+    fields = values if isinstance(values, dict) else {}
+    dtype: Any = fields.get("dtype")
+    shape: Any = fields.get("shape")
+    part: Any = fields.get("data_offsets")
+    whole = isinstance(shape, list) and isinstance(part, list) and isinstance(dtype, str)
+    numbers = [*shape, *part] if whole else [None]
+    if dtype not in BYTES or not all(type(n) is int and n >= 0 for n in numbers):
+        raise ValueError(f"the tensor {shown(name)} is declared as {shown(values)}")
+    begin, end = part if len(part) == 2 else (0, -1)
+    entry = Entry(dtype, tuple(shape))
+    if not begin <= end <= room or entry.nbytes != end - begin:
+        raise ValueError(
+            f"the tensor {shown(name)} of shape {shown(shape)} does not fit its part {part}"
+        )
+    return entry
