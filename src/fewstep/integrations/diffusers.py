@@ -408,7 +408,7 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         """The plan from there on; or the solver anew on the rest of the grid, where the plan needs
         outputs that this run does not have."""
         full, solver = self._full, self.config["solver"]
-        if index == 0 or full.begins_at(index):
+        if index == 0 or (self._fixed is not None and full.begins_at(index)):
             return full.program(index)
         if self._fixed is not None:
             raise ValueError(
@@ -421,6 +421,8 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
             staged = Staged.cut(get(solver).plan(rest, "none", self.config["final"]))
             if [s.told for s in staged.stages] == [s.told for s in full.stages[index:]]:
                 return staged.program()
+        if full.begins_at(index):  # where the first step adds noise, at the level with that noise
+            return full.program(index)
         can = [i for i, stage in enumerate(full.stages) if stage.rested and stage.sigma in levels]
         raise ValueError(
             f"{solver} cannot start at timestep {index} of {len(self._times)}, inside an interval; "
