@@ -41,9 +41,9 @@ def modules() -> dict[str, Path]:
 def imports(name: str, path: Path, known: dict[str, Path]) -> set[str]:
     """Modules of ours that a file imports, but for type checkers alone."""
     found: set[str] = set()
-    nodes = [ast.parse(path.read_text(encoding="utf-8"))]
+    nodes: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
     while nodes:
-        node: ast.AST = nodes.pop()
+        node = nodes.pop()
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             nodes += node.orelse
             continue

@@ -29,7 +29,7 @@ import fewstep
 from fewstep.cli import app
 from fewstep.denoiser import Wrapper
 from fewstep.integrations.diffusers import FewstepScheduler
-from fewstep.learned import LearnedSolver, prompted, train, training
+from fewstep.learned import LearnedSolver, prompted, settings, train
 from fewstep.learned.method import Lesson
 from fewstep.learned.teacher import Frozen, whole_grid
 from fewstep.learned.teacher import Path as Way
@@ -59,7 +59,7 @@ def models(folders) -> dict[str, Any]:
 @pytest.fixture
 def quick(monkeypatch) -> None:
     """Solves that pass for fine ones, where it does not matter how good the solver is."""
-    monkeypatch.setattr(training, "REFERENCE_INTERVALS", 4)
+    monkeypatch.setattr(settings, "REFERENCE_INTERVALS", 4)
 
 
 def learned(pipeline: Any, conditions: Any = None, **options: Any) -> LearnedSolver:

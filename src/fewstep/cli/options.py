@@ -165,18 +165,18 @@ def refuse_beside(what: str, options: Mapping[str, Any]) -> None:
 
 @contextmanager
 def resumable(path: Path) -> Iterator[None]:
-    """Say, where Ctrl-C ends the work, that it can be taken up again from this file or folder; exit
-    code 130."""
+    """Say, where Ctrl-C or SIGTERM ends the work, that it can be taken up again from this file or
+    folder; exit code 130 or 143."""
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         inside = path.iterdir() if path.is_dir() else ()
         if path.is_file() or any(not one.name.startswith(".") for one in inside):
             done = f"{path} holds what was done, run the same command again to go on"
         else:
             done = "nothing was saved yet, run the same command again to start again"
         print(f"fewstep: stopped; {done}", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(getattr(stop, "code", 130))
 
 
 def progress_bar(quiet: bool) -> Progress:

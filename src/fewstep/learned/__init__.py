@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from fewstep.learned.prompts import prompted
 from fewstep.learned.solver import LearnedSolver
-from fewstep.learned.training import Progress, train
+from fewstep.learned.training import train
+from fewstep.train.loop import Progress
 
 __all__ = ["LearnedSolver", "Progress", "prompted", "train"]

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from fewstep.denoiser import Denoiser
-from fewstep.learned.training import TRAINING, VALIDATION, Conditions
+from fewstep.learned.settings import TRAINING, VALIDATION
+from fewstep.learned.validation import Conditions
 from fewstep.models.texts import Memory
 from fewstep.noise import key
 
