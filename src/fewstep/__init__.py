@@ -18,6 +18,7 @@ from fewstep.provenance import VERSION
 __version__ = VERSION
 
 if TYPE_CHECKING:
+    from fewstep.distillation.training import distill
     from fewstep.loop import State
     from fewstep.models import Model, load
     from fewstep.plan import Combine, Eval, Plan, Seen, flatten, freeze, nfe
@@ -35,6 +36,7 @@ __all__ = [
     "Seen",
     "Solver",
     "State",
+    "distill",
     "flatten",
     "freeze",
     "iterate",
@@ -48,6 +50,7 @@ __all__ = [
 
 # Names are looked up on first use, so that `fewstep --help` does not wait for torch.
 _HOMES = {
+    "fewstep.distillation.training": ("distill",),
     "fewstep.loop": ("State",),
     "fewstep.models": ("Model", "load"),
     "fewstep.plan": ("Combine", "Eval", "Plan", "Seen", "flatten", "freeze", "nfe"),
@@ -58,21 +61,28 @@ _HOMES = {
 # modules that need no import of their own: fewstep.learned.train(...)
 _MODULES = (
     "data",
+    "denoiser",
     "distillation",
     "evaluate",
     "grid",
     "integrations",
     "learned",
+    "loop",
     "models",
+    "networks",
     "noise",
+    "plan",
+    "provenance",
+    "report",
     "sampling",
     "schedule",
+    "solver",
 )
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_MODULES})
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,8 @@ import torch
 import fewstep
 import fewstep.solver as registry
 from fewstep.models import BUILTIN
-from fewstep.models.network import NetworkModel, load_folder
+from fewstep.models.formats.native import load_folder
+from fewstep.models.network import NetworkModel
 from fewstep.solving import solve
 from tests.support.testbed import ALL_SOLVERS, Counted, Mixture, karras, noise
 

@@ -28,7 +28,7 @@ import fewstep
 from fewstep.cli import main
 from fewstep.data.captions import Captions, match_captions, read_captions
 from fewstep.data.images import fit_picture, read_metadata, read_picture, read_png
-from fewstep.models.texts import Memory
+from fewstep.models.texts import TextCache
 from tests.support import pipelines
 
 # image_id, caption, seed: the first rows of a list of 30,000
@@ -281,7 +281,7 @@ def test_a_picture_depends_on_its_seed_and_its_texts_alone(model):
 
 
 def test_each_text_is_encoded_once_and_alone(model):
-    model = replace(model, texts=Memory())
+    model = replace(model, texts=TextCache())
     rows: list[int] = []
     handle = model.pipe.text_encoder.register_forward_pre_hook(
         lambda encoder, args: rows.append(len(args[0]))

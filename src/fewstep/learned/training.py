@@ -21,6 +21,7 @@ from fewstep.denoiser import Denoiser
 from fewstep.grid import check_grid
 from fewstep.learned.grid_search import FINE, SEARCHED, search_grid
 from fewstep.learned.method import Kind, Lesson, Method, Setup
+from fewstep.learned.rivals import best_rival, unbeaten
 from fewstep.learned.settings import VALIDATION, Choices, Settings
 from fewstep.learned.solver import PREDICTOR_FILE, SOLVER_FILE, LearnedSolver
 from fewstep.learned.teacher import Frozen, Kept
@@ -33,6 +34,7 @@ from fewstep.learned.validation import (
     look_at,
     split,
 )
+from fewstep.models import Model
 from fewstep.provenance import VERSION
 from fewstep.train import loop
 from fewstep.train.checkpoint import plain
@@ -55,7 +57,7 @@ def train(
     loss_features: Callable[[Tensor], Tensor] | None = None,
     out: Path | str | None = None,
     device: str | torch.device = "cpu",
-    model: dict[str, Any] | None = None,
+    model: Model | dict[str, Any] | None = None,
     cache: Path | str | None = None,
     report: Callable[[Progress], None] = lambda progress: None,
     note: Callable[[str], None] = lambda text: None,
@@ -73,7 +75,7 @@ def train(
             that is to see pictures needs `fewstep.networks.features.Clamped`, or the like.
         out: a folder for checkpoint, log and the result; a run that finds its checkpoint there
             resumes.
-        model: facts about the network for the record, above all "name" and "weights", their hash.
+        model: the model, or facts about it for the record: "name" and "weights", their hash.
         cache: a folder where fine solves of the validation seeds, and the ends of a teacher that is
             looked at only there, are kept for other runs. Needs a `model` with the hash of its
             weights and all that its conditions and its prior depend on: an end is known by these
@@ -90,7 +92,8 @@ def train(
         FloatingPointError: where the denoiser or a loss is not finite; the last checkpoint stays.
         Stopped: on Ctrl-C and SIGTERM, after the batch is finished and a checkpoint saved.
     """
-    hashed = bool((model or {}).get("weights"))
+    facts = _facts_of(model)
+    hashed = bool(facts.get("weights"))
     if cache is not None and not hashed:
         raise ValueError("cache needs model['weights'], the hash of the network's weights")
     shape = tuple(int(size) for size in shape)
@@ -103,7 +106,7 @@ def train(
         conditions if conditions is not None else lambda seeds: denoiser,
         Noise(shape, chosen.sigmas[0], place, prior),
         loss_features,
-        model or {},
+        facts,
         None if cache is None else Path(cache) / "teachers",
     )
     folder = Folder(None if out is None else Path(out), (SOLVER_FILE, PREDICTOR_FILE))
@@ -125,10 +128,19 @@ def train(
         if not task.measured:
             task.begin(untrained, folder)
         loop.train(task, folder, plan, report)
+    if line := unbeaten(chosen.settings.method, task.measured):
+        note(line)
     solver = task.solver(chosen.kind)
     if folder.path is not None:
         solver.save(folder.path)
     return solver
+
+
+def _facts_of(model: Model | dict[str, Any] | None) -> dict[str, Any]:
+    """What the record says of a model."""
+    if model is None or isinstance(model, dict):
+        return model or {}
+    return {"name": model.card.name, "weights": model.card.weights_sha256}
 
 
 class School:
@@ -250,7 +262,7 @@ class SolverTraining:
         return math.ceil(chosen.trajectories / chosen.batch) if self.weights else 0
 
     @property
-    def measured(self) -> dict[str, float]:
+    def measured(self) -> dict[str, Any]:
         """Figures of the best parameters; empty before the first validation."""
         return self.run.state["measured"]
 
@@ -292,7 +304,13 @@ class SolverTraining:
             )
         folder.log.add({"step": 0, "trajectories": 0, "error": found["error"]})
         usual = found if untrained is self.method else self.ruler.measure(untrained)
-        self.run.state["measured"] = {**self.measured, "error_untrained": usual["error"]}
+        chosen, levels = self.chosen, self.method.sigmas
+        low = levels[-1] or min(chosen.low, levels[-2])
+        ends = levels[0], low, "sigma_min" if levels[-1] > 0 else "zero"
+        nfe = self.method.program().evaluations
+        rival = best_rival(self.ruler.measure, nfe, *ends, chosen.schedule)
+        also = {"error_untrained": usual["error"], "training_free": rival}
+        self.run.state["measured"] = {**self.measured, **also}
         folder.save(self.run)
 
     def validate(self) -> dict[str, float]:
