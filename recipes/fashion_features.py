@@ -40,9 +40,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fewstep import __version__
 from fewstep.data.idx import load_idx_folder, to_unit
-from fewstep.files import check_writable, file_hash, sweep, write_json, write_whole
+from fewstep.files import check_writable, file_hash, write_json, write_whole
 from fewstep.networks.features import (
     CARD_FILE,
     CLASSES,
@@ -53,6 +52,7 @@ from fewstep.networks.features import (
     make_trunk,
 )
 from fewstep.noise import generator
+from fewstep.provenance import VERSION
 from fewstep.train.network import data_hash, sorted_header
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -337,7 +337,6 @@ def train(
     path = out / CHECKPOINT
     if path.exists():
         run.restore(path)
-    sweep(path)
     run.net.train()
     begun, first, total = time.perf_counter(), run.step, 0.0
     while run.step < recipe.total_steps:
@@ -435,7 +434,7 @@ def export(
         "parameters": sum(w.numel() for w in weights.values()),
         "recipe": asdict(recipe),
         "command": command,
-        "fewstep": __version__,
+        "fewstep": VERSION,
         "torch": torch.__version__,
         "data": "Fashion-MNIST (Xiao, Rasul and Vollgraf 2017, arXiv:1708.07747), its training "
         "pictures, 28x28 grey, zero-padded to 32x32 and scaled to [-1, 1]",

@@ -53,17 +53,19 @@ Evaluation = Callable[..., tuple[Tensor, Any]]  # (x, sigma, *conditions) -> (D,
 class Denoiser(Protocol):
     """The role: D(x, sigma). A plain function fills it.
 
-    x: noisy images in EDM units, [b, ...]
-    sigma: noise level, [b]; > 0
-    returns D, [b, ...]
+    It is called with noisy images x in EDM units, [b, ...], and their noise level sigma, [b], above
+    0. It returns D, [b, ...]. It may also have the attributes below. Each is absent where it is not
+    known, and far_mean may be None.
 
-    What a denoiser may have besides (OPTIONAL; absent where unknown, and far_mean may be None):
-
-    sigma_min, sigma_max: the range on which it may be called, floats
-    schedule: the network's Schedule
-    far_mean: the mean of D at sigma_max over x, which is the mean of the data; [1, ...] or [b, ...]
-    with_features: a callable (x, sigma) -> (D, features) at the cost of one evaluation
-    calls_per_eval: how often the network sees each sample in one evaluation; 1 where absent
+    Attributes:
+        sigma_min (float): the lowest level at which it may be called
+        sigma_max (float): the highest level at which it may be called
+        schedule (Schedule): the network's schedule
+        far_mean (Tensor): the mean of D at sigma_max over x, which is the mean of the data; [1,
+            ...] or [b, ...]
+        with_features (Callable): (x, sigma) -> (D, features), at the cost of one evaluation
+        calls_per_eval (int): how often the network sees each sample in one evaluation; 1 where
+            absent
     """
 
     def __call__(self, x: Tensor, sigma: Tensor, /) -> Tensor: ...
@@ -76,8 +78,8 @@ class Wrapper(ABC):
     """Abstract: a denoiser around `self.denoiser`, with the optional attributes of that.
 
     A wrapper says once what it does to an evaluation, with features or without: in `change`, where
-    it turns D into another D, or in `evaluate` in general. Further arguments of a call
-    (conditions) are handed inwards.
+    it turns D into another D, or in `evaluate` in general. Further arguments of a call, the
+    conditions, go to the wrapped denoiser.
     """
 
     denoiser: Any
@@ -126,17 +128,18 @@ ALPHA_AT_ONE = {"v": math.sqrt(0.5), "flow": 0.5}  # what these formulas take al
 class Predicted(Wrapper):
     """A denoiser from a raw network, denoiser(x_t, t) -> prediction.
 
-    denoiser: the network, called with x_t = alpha x, [b, ...], its own time t, float [b], and any
-        further arguments of the call, such as a condition. Where it has
-        with_features(x_t, t) -> (prediction, features), so has the result.
-    schedule: t <-> sigma and alpha; also gives sigma_min and sigma_max
-    prediction: "eps", "v", "x0" or "flow"; v needs a VP schedule, flow a flow schedule
-    time_scale: the network is told time_scale * t; 1000 for Stable Diffusion 3 and its like
-    round_time: tell it the nearest integer instead, as int64. The noise level stays what it was,
-        so a solver that looks for its own levels sees a staircase: for frozen plans only.
-    dtype: cast x_t to this dtype for the network, whose answer comes back in the dtype of x. t
-        keeps that of sigma: bfloat16 cannot count to 1000.
-    far_mean: see Denoiser
+    Attributes:
+        denoiser: the network, called with x_t = alpha x, [b, ...], its own time t, float [b], and
+            any further arguments of the call, such as a condition. Where it has with_features(x_t,
+            t) -> (prediction, features), so has the result.
+        schedule: t <-> sigma and alpha; also gives sigma_min and sigma_max
+        prediction: "eps", "v", "x0" or "flow"; v needs a VP schedule, flow a flow schedule
+        time_scale: the network is told time_scale * t; 1000 for Stable Diffusion 3 and similar
+        round_time: tell it the nearest integer instead, as int64. The noise level is not rounded,
+            so D changes in jumps with it. Use this with fixed plans only.
+        dtype: cast x_t to this dtype for the network, whose answer comes back in the dtype of x. t
+            keeps that of sigma: bfloat16 cannot count to 1000.
+        far_mean: see Denoiser
     """
 
     denoiser: Any
@@ -181,7 +184,8 @@ class Predicted(Wrapper):
 class Bound(Wrapper):
     """A conditional denoiser, denoiser(x, sigma, condition), with its condition filled in.
 
-    far_mean: the mean of D at sigma_max under that condition, where known
+    Attributes:
+        far_mean: the mean of D at sigma_max under that condition, where known
     """
 
     denoiser: Any
@@ -196,14 +200,17 @@ class Bound(Wrapper):
 class Guided(Wrapper):
     """Classifier-free guidance, D_u + scale (D_c - D_u), in one batched call of 2b samples.
 
-    denoiser: called as denoiser(x, sigma, condition); the conditional half comes first
-    scale: a float, or one number per sample, [b]; 1 is the conditional denoiser at twice its price
-    cond, uncond: the two conditions, alike in structure: a tensor batched along dim 0 (b rows, or
-        one for all), or a tuple, list or dict of these
-    far_means: the means of D_c and D_u at sigma_max, where known; far_mean is then guided like D.
-        Without them it is the inner one's, taken to be the same for every condition.
-
     Features are those of the conditional half.
+
+    Attributes:
+        denoiser: called as denoiser(x, sigma, condition); the conditional half comes first
+        scale: a float, or one number per sample, [b]; 1 is the conditional denoiser at twice its
+            price
+        cond: the two conditions, alike in structure: a tensor batched along dim 0 (b rows, or one
+            for all), or a tuple, list or dict of these
+        uncond: see `cond`
+        far_means: the means of D_c and D_u at sigma_max, where known; far_mean is then guided like
+            D. Without them it is the inner denoiser's, for every condition.
     """
 
     denoiser: Any
@@ -325,7 +332,7 @@ def per_sample(value: float | Tensor, x: Tensor) -> float | Tensor:
 
 
 def _check_conditions(cond: Condition, uncond: Condition) -> None:
-    """Errors: ValueError unless both are tensors, or tuples, lists or dicts of them, alike."""
+    """Raise ValueError unless both are tensors, or tuples, lists or dicts of them, alike."""
     kinds = (Mapping, tuple | list, Tensor)
     kind = next((kind for kind in kinds if isinstance(cond, kind)), None)
     if kind is None or not isinstance(uncond, kind):

@@ -13,65 +13,88 @@ import time
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 __all__ = [
-    "cache_folder",
     "check_writable",
     "file_hash",
     "sweep",
-    "sweep_stale",
     "write_json",
     "write_whole",
 ]
 
 PARTIAL = ".partial"
-STALE = 600.0  # seconds; a living temporary is there for the time that one write takes
+OURS = re.compile(rf"\..+\.[a-z0-9_]{{8}}{re.escape(PARTIAL)}")
+STALE = 600.0  # seconds; where files cannot be locked, an older temporary has no living writer
+TRIES = 3
 
 
 def write_whole(path: Path | str, data: bytes) -> None:
-    """Write `data` to `path` so that a crash leaves either the old file or the new one, never a
-    part.
+    """Write `data` to `path` so that a crash leaves either the old file or the new one.
 
-    A process killed in the middle leaves its temporary, `.{name}.{8 letters}.partial`; see `sweep`.
-    Errors: OSError that names `path`.
+    The data go to a temporary beside it, `.{name}.{8 letters}.partial`, which is then renamed. The
+    writer holds a lock on it, so `sweep` knows those of killed processes from those of living ones.
+
+    Raises:
+        OSError: that names `path`.
     """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(
-            dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL
-        )
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        for left in reversed(range(TRIES)):
+            try:
+                return _write(path, data)
+            except FileNotFoundError:  # swept by another process before the lock was there
+                if not left:
+                    raise
     except OSError as error:  # a full disk names no file, other errors the temporary one
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def sweep(path: Path | str) -> None:
-    """Remove the temporaries that killed processes left beside `path`; only for the one process
-    that writes it."""
-    path = Path(path)
-    ours = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}{re.escape(PARTIAL)}")
-    for other in path.parent.iterdir():
-        if ours.fullmatch(other.name):
-            other.unlink(missing_ok=True)
+def _write(path: Path, data: bytes) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            _lock(file.fileno())
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
-def sweep_stale(folder: Path | str, suffix: str) -> None:
-    """Remove the temporaries of files named *suffix in `folder` that no living process can still be
-    writing, because they are ten minutes old."""
-    ours = re.compile(rf"\..+{re.escape(suffix)}\.[a-z0-9_]{{8}}{re.escape(PARTIAL)}")
-    for other in Path(folder).iterdir():
-        with contextlib.suppress(FileNotFoundError):  # another process may sweep as well
-            if ours.fullmatch(other.name) and time.time() - other.stat().st_mtime > STALE:
-                other.unlink()
+def _lock(handle: int) -> bool | None:
+    """Whether this process has the lock now; None where the file system has no locks."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def sweep(folder: Path | str) -> None:
+    """Remove the temporaries that killed processes left in `folder`; nothing else."""
+    with contextlib.suppress(OSError):  # a folder that is not there has none
+        for other in Path(folder).iterdir():
+            if OURS.fullmatch(other.name):
+                _sweep_one(other)
+
+
+def _sweep_one(path: Path) -> None:
+    with contextlib.suppress(OSError), path.open("rb") as file:  # another process may sweep as well
+        free = _lock(file.fileno())
+        if free or (free is None and time.time() - path.stat().st_mtime > STALE):
+            path.unlink()
 
 
 def write_json(path: Path | str, value: Any) -> None:
@@ -86,22 +109,18 @@ def file_hash(path: Path | str) -> str:
 
 
 def check_writable(folder: Path | str) -> None:
-    """Make the folder, and find out before any work whether it can be written.
+    """Make the folder, find out before any work whether it can be written, and sweep it.
 
-    Errors: OSError that names the folder.
+    Raises:
+        OSError: that names the folder.
     """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+        sweep(folder)
     except FileExistsError:
         raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(folder)) from None
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(folder)) from None
-
-
-def cache_folder() -> Path:
-    """Where what is slow to make again is kept: $FEWSTEP_CACHE, else the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("FEWSTEP_CACHE") or Path(base) / "fewstep")

@@ -163,8 +163,10 @@ def make_grid(
 ) -> tuple[float, ...]:
     """A grid by name, with its defaults.
 
-    name: a key of GRIDS
-    schedule: the network's, for the grids that live in its own time; the others do not look at it
+    Args:
+        name: a key of GRIDS
+        schedule: the network's, for the grids that live in its own time; the others do not look at
+            it
     """
     if name not in GRIDS:
         near = difflib.get_close_matches(name, GRIDS, n=2) or list(GRIDS)

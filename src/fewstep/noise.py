@@ -46,8 +46,18 @@ def normal(
     index: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Standard normal noise [len(seeds), *shape] on the CPU, drawn in float32 at (seed, stream,
-    index)."""
+    """Standard normal noise, drawn in float32 at (seed, stream, index).
+
+    Args:
+        seeds: one per picture
+        shape: of one picture
+        stream: a name; each stream of a seed is independent of the others ("prior" is the start)
+        index: the number of the draw in its stream
+        dtype: of the result
+
+    Returns:
+        [len(seeds), *shape], on the CPU.
+    """
     out = torch.empty(len(seeds), *shape, dtype=torch.float32)
     for row, seed in zip(out, seeds, strict=True):
         row.normal_(generator=generator(seed, stream, index))
@@ -60,11 +70,20 @@ def brownian(
     interval: tuple[float, float],
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Increment of each seed's Brownian path between two noise levels, scaled to unit variance, on
-    the CPU.
+    """Increment of each seed's Brownian path between two noise levels, scaled to unit variance.
 
-    interval: (sigma_from, sigma_to), sigma_from > sigma_to >= 0; the path's clock is log2(sigma),
-    held inside [-20, 20]. [len(seeds), *shape].
+    Args:
+        seeds: one per picture
+        shape: of one picture
+        interval: (sigma_from, sigma_to), sigma_from > sigma_to >= 0; the path's clock is
+            log2(sigma), held inside [-20, 20]
+        dtype: of the result; the path itself is float64
+
+    Returns:
+        [len(seeds), *shape], on the CPU.
+
+    Raises:
+        ValueError: where the interval does not go from more to less noise
     """
     start, end = (_clock(sigma) for sigma in interval)
     if not start > end:

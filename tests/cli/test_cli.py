@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -376,14 +377,14 @@ def test_what_killed_runs_left_is_swept_and_nothing_else(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     old, new = tmp_path / ".000003.png.abcdefgh.partial", tmp_path / ".000004.png.abcd_fgh.partial"
-    other = tmp_path / ".notes.txt.abcdefgh.partial"
-    for path in (old, new, other):
-        path.write_bytes(b"half")
+    other = tmp_path / ".notes.txt.my-own.partial"
     for path in (old, other):
-        os.utime(path, (time.time() - 3600, time.time() - 3600))
-    assert in_process("sample", "--out", tmp_path, "--seeds", "0", "--nfe", "2") == 0
+        path.write_bytes(b"half")
+    with new.open("wb") as file:  # a process beside this one writes it
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert in_process("sample", "--out", tmp_path, "--seeds", "0", "--nfe", "2") == 0
     assert not old.exists()
-    assert new.exists()  # a process beside this one may be writing it
+    assert new.exists()
     assert other.exists()
 
 

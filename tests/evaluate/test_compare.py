@@ -230,7 +230,7 @@ def test_solves_are_kept_by_the_hash_of_the_weights_alone(tmp_path: Path) -> Non
         assert folder.exists() == (not again)
     (tmp_path / "file").write_text("in the way")
     model = Toy()
-    with pytest.warns(UserWarning, match="reference solves are not kept in .*file"):
+    with pytest.warns(UserWarning, match="nothing is kept in .*file"):
         found = References(model, fine, folder=tmp_path / "file").endpoints(range(3))
     assert np.array_equal(found, afs)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cyclopts import App
 
-from fewstep import __version__
+from fewstep.provenance import VERSION
 
 __all__ = ["app", "distill_app", "train_app"]
 
@@ -19,7 +19,7 @@ app = App(
     help=HELP,
     help_format="plaintext",
     help_epilogue=EVERYWHERE,
-    version=f"fewstep {__version__}",
+    version=f"fewstep {VERSION}",
     suppress_keyboard_interrupt=False,
 )
 train_app = App(name="train", help="Train solvers and networks.")

@@ -77,8 +77,8 @@ def train_solver_command(
     Resumes, exactly, from the checkpoint in the output folder. Ends with a folder that every
     command takes as --solver.
     """
+    from fewstep.cache import cache_folder
     from fewstep.data.captions import read_captions
-    from fewstep.files import cache_folder
     from fewstep.learned import prompted, train
     from fewstep.models import load
     from fewstep.report.terminal import Progress

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from fewstep import __version__
 from fewstep.data.idx import to_unit
 from fewstep.data.images import contact_sheet, write_png
 from fewstep.evaluate import frechet_distance
@@ -19,6 +18,7 @@ from fewstep.evaluate.references import References
 from fewstep.models import Model
 from fewstep.models.card import Card, Choice, Distilled
 from fewstep.networks.features import load_feature_network
+from fewstep.provenance import VERSION
 from fewstep.sampling.generate import sample
 
 __all__ = ["Examination", "student_card", "student_levels"]
@@ -72,7 +72,7 @@ def student_card(
         summary=f"{facts['teacher']} distilled by {facts['method']}, {len(levels)} levels",
         auto=auto,
         distilled=Distilled(**facts, levels=tuple(levels)),
-        about={"fewstep": __version__, **run, "teacher": card.about},
+        about={"fewstep": VERSION, **run, "teacher": card.about},
         folder=None,
     )
 

@@ -33,7 +33,7 @@ from fewstep.distillation.subject import Subject, subject
 from fewstep.distillation.teacher import Stepper, stepper
 from fewstep.files import sweep, write_whole
 from fewstep.models import Model, load
-from fewstep.models.card import CARD_FILE, WEIGHTS_FILE, Card
+from fewstep.models.card import Card
 from fewstep.records import check_slug
 from fewstep.train.interrupts import between_steps
 from fewstep.train.network import CHECKPOINT, LOG, Progress, check_folder, log_lines
@@ -274,7 +274,7 @@ def _train(
         while run.step < total:
             loss = run.update()
             last, figures = run.step == total, None
-            stop = run.team.any(stopping(), run.weights[0].device)
+            stop = run.team.any(bool(stopping()), run.weights[0].device)
             if examine and (last or run.step % validate_every == 0):
                 student = run.subject.bind(run.averaged(), card)
                 figures = examine(student, "guidance" in recipe.told, files.sheet(run.step))
@@ -377,8 +377,7 @@ class Files:
         """Remove what killed processes left, and take up the log as far as `step`."""
         if self.folder is None:
             return
-        for name in (CHECKPOINT, LOG, WEIGHTS_FILE, CARD_FILE):
-            sweep(self.folder / name)
+        sweep(self.folder / SHEETS)
         self.lines = [line for line in log_lines(self.folder / LOG) if line["step"] <= step]
 
     def sheet(self, step: int) -> Path | None:

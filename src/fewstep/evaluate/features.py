@@ -35,6 +35,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from fewstep.cache import cache_folder
 from fewstep.data.bounds import check_room, read_bytes, shown
 from fewstep.evaluate.statistics import Statistics
 from fewstep.files import write_whole
@@ -405,8 +406,6 @@ def load_inception(
 
 def _cached_inception() -> Path:
     """The file in the cache, downloaded and checked if it is not there."""
-    from fewstep.evaluate.references import cache_folder
-
     path = cache_folder() / INCEPTION_FILE
     if path.is_file():
         return path

@@ -30,8 +30,6 @@ from __future__ import annotations
 import datetime
 import json
 import math
-import os
-import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -45,12 +43,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fewstep import __version__
 from fewstep.denoiser import Denoiser
 from fewstep.files import check_writable, write_json, write_whole
 from fewstep.grid import check_grid, make_grid
 from fewstep.loop import DEFAULT_RANGE, iterate
 from fewstep.models import Model, load
+from fewstep.provenance import machine_line, software_line
 from fewstep.sampling.generate import Settings, describe
 from fewstep.solver import get
 
@@ -513,9 +511,8 @@ def _protocol(
     grid: str | Sequence[float],
     points: int,
 ) -> dict[str, str]:
-    from fewstep.report.demo_page import count, span
+    from fewstep.report.demo_page import span
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     given = [
         f"{k} {settings[k]}" for k in ("label", "prompt", "guidance") if settings[k] is not None
     ]
@@ -527,9 +524,7 @@ def _protocol(
         "seeds": span(seeds),
         "trajectories": f"{settings['solver']}, {points} points, {name}, "
         f"{settings['dtype']} network",
-        "software": f"fewstep {__version__}, torch {torch.__version__}, "
-        f"Python {platform.python_version()}",
-        "machine": f"{platform.system()} {platform.machine()}, {count(cores or 1, 'core')}, "
-        f"{count(torch.get_num_threads(), 'thread')}",
+        "software": software_line(),
+        "machine": machine_line(),
         "date": datetime.datetime.now().astimezone().date().isoformat(),
     }

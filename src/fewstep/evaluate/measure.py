@@ -27,6 +27,7 @@ from fewstep.evaluate.statistics import (
     precision_recall,
     write_statistics,
 )
+from fewstep.provenance import VERSION, machine
 
 __all__ = [
     "METRICS",
@@ -307,7 +308,4 @@ def _extractor_facts(extractor: Extractor) -> dict[str, Any]:
 
 
 def _software() -> dict[str, Any]:
-    from fewstep import __version__
-    from fewstep.evaluate.compare import machine
-
-    return {"fewstep": __version__, "numpy": np.__version__, "machine": machine()}
+    return {"fewstep": VERSION, "numpy": np.__version__, "machine": machine()}

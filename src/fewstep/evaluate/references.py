@@ -4,18 +4,12 @@ A sampler's error is the distance of its endpoint to the reference's, so a refer
 endpoint, not a picture. Each is kept at both ends at which samplers stop: x at sigma_min, and D
 there, which is x at 0 up to O(sigma_min^2).
 
-The cache is a folder of `.npy` files of CHUNK seeds each. A file's name has a hash of everything
-that its numbers depend on, so another model, label, dtype or solver never meets it; each is written
-whole, so an interrupted run goes on where it stopped. A model in memory that has no hash of its
-weights has no cache, and a cache that cannot be written is done without.
+The cache (`fewstep.cache`) has a file for each CHUNK seeds. A model in memory that has no hash of
+its weights has no cache.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.files import cache_folder, write_whole
+from fewstep.cache import cache_folder, recall
 from fewstep.loop import solve
 from fewstep.models import Model
 
@@ -100,41 +94,23 @@ class References:
 
     def _chunk(self, seeds: tuple[int, ...]) -> np.ndarray:
         if not self.model.card.weights_sha256:
-            return self._solved(seeds)
-        key = json.dumps({**self.facts(), "seeds": seeds}, sort_keys=True)
-        digest = hashlib.sha256(key.encode()).hexdigest()[:24]
-        folder = (self.folder or cache_folder()) / "references" / self.model.card.name
-        path = folder / f"{seeds[0]}-{seeds[-1]}-{digest}.npy"
+            return self._solved(seeds).numpy()
+        folder = (self.folder or cache_folder()) / "references"
         shape = (len(seeds), 2, *self.model.shape)
-        try:
-            with open(path, "rb") as file:
-                values = np.lib.format.read_array(file, allow_pickle=False)
-            if values.shape == shape and values.dtype == np.float32:
-                return values
-        except (OSError, ValueError, EOFError):
-            pass  # not there, or cut short by something else than us: solved again
-        values = self._solved(seeds)
-        buffer = io.BytesIO()
-        np.save(buffer, values, allow_pickle=False)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_whole(path, buffer.getvalue())
-        except OSError as error:
-            why = error.strerror or error
-            warnings.warn(f"reference solves are not kept in {folder}: {why}", stacklevel=1)
-        return values
+        key = {**self.facts(), "seeds": seeds}
+        return recall(folder, key, shape, lambda: self._solved(seeds)).numpy()
 
-    def _solved(self, seeds: Sequence[int]) -> np.ndarray:
-        return np.concatenate([self._solve(part) for part in _split(seeds, self.batch)])
+    def _solved(self, seeds: Sequence[int]) -> Tensor:
+        return torch.cat([self._solve(part) for part in _split(seeds, self.batch)])
 
     @torch.inference_mode()
-    def _solve(self, seeds: Sequence[int]) -> np.ndarray:
+    def _solve(self, seeds: Sequence[int]) -> Tensor:
         denoiser = self.model.denoiser(self.label, None, self.guidance)
         x = solve(denoiser, self.model.prior(seeds), **asdict(self.fine))
         low = float(getattr(denoiser, "sigma_min", 0.002))
         clean: Tensor = denoiser(x, torch.full((len(x),), low, device=x.device))
-        both = torch.stack((x, clean), dim=1).float().cpu().numpy()
-        if not np.isfinite(both).all():
+        both = torch.stack((x, clean), dim=1).float().cpu()
+        if not torch.isfinite(both).all():
             raise FloatingPointError(f"a reference solve of seeds {seeds[0]} to {seeds[-1]} is NaN")
         return both
 

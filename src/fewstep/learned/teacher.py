@@ -7,9 +7,6 @@ with its states: a student that starts a step there need not repeat them.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -17,14 +14,12 @@ from itertools import pairwise
 from pathlib import Path as FilePath
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from fewstep.cache import recall
 from fewstep.denoiser import Denoiser, Wrapper
-from fewstep.files import write_whole
 from fewstep.grid import check_grid, make_grid
 from fewstep.loop import iterate
 from fewstep.plan import Eval, Ops, Program, Seen
@@ -123,23 +118,13 @@ class Kept:
         if self.folder is None:
             return self.teacher.path(denoiser, x_T)
         key = {**self.facts, **asdict(self.teacher), "seeds": list(seeds)}
-        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
-        file = self.folder / f"{name}.safetensors"
-        try:
-            found = safetensors.torch.load_file(file)["states"].to(x_T.device)
-            if found.shape == (len(self.teacher.sigmas) - 1, *x_T.shape):
-                return Path((x_T, *found.unbind()), ())
-        except (OSError, KeyError, SafetensorError):
-            pass  # not there, or not whole: solved again
-        path = self.teacher.path(denoiser, x_T)
-        states = torch.stack(path.states[1:]).float().cpu()
-        if torch.isfinite(states).all():
-            try:
-                write_whole(file, safetensors.torch.save({"states": states}))
-            except OSError as error:
-                why = error.strerror or error
-                warnings.warn(f"fine solves are not kept in {self.folder}: {why}", stacklevel=1)
-        return Path((x_T, *states.to(x_T.device).unbind()), ())
+        shape = (len(self.teacher.sigmas) - 1, *x_T.shape)
+
+        def solved() -> Tensor:
+            return torch.stack(self.teacher.path(denoiser, x_T).states[1:])
+
+        states = recall(self.folder, key, shape, solved).to(x_T.device)
+        return Path((x_T, *states.unbind()), ())
 
 
 def check_teacher(name: str) -> None:

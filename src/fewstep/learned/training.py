@@ -23,16 +23,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fewstep import __version__
 from fewstep.denoiser import Denoiser
-from fewstep.files import sweep, write_whole
+from fewstep.files import write_whole
 from fewstep.grid import GRIDS, check_grid, make_grid
 from fewstep.learned.grid_search import FINE, SEARCH, SEARCHED, search_grid
 from fewstep.learned.kinds import kind_of
 from fewstep.learned.method import Kind, Lesson, Method, Setup
 from fewstep.learned.predictor import feature_count
 from fewstep.learned.record import CHECKPOINT, check_folder, check_same, facts_in, plain
-from fewstep.learned.solver import PREDICTOR_FILE, SOLVER_FILE, LearnedSolver
+from fewstep.learned.solver import LearnedSolver
 from fewstep.learned.teacher import (
     Frozen,
     Kept,
@@ -43,6 +42,7 @@ from fewstep.learned.teacher import (
 )
 from fewstep.loop import DEFAULT_RANGE, solve
 from fewstep.noise import normal
+from fewstep.provenance import VERSION
 from fewstep.schedule import Schedule
 from fewstep.solver import end_at
 from fewstep.train.interrupts import between_steps
@@ -470,7 +470,7 @@ class Run:
         model = facts.pop("model")
         known = ("method", "base", "nfe", "afs", "sigmas", "settings")
         training = {k: v for k, v in facts.items() if k not in known}
-        return LearnedSolver(best, model, {**training, "fewstep": __version__}, validation)
+        return LearnedSolver(best, model, {**training, "fewstep": VERSION}, validation)
 
 
 @torch.enable_grad()
@@ -617,8 +617,6 @@ def _open(folder: Path, run: Run) -> Path:
     """The folder, with the run at its checkpoint's state, if there is one."""
     if (folder / CHECKPOINT).exists():
         run.restore(folder / CHECKPOINT)
-    for name in (CHECKPOINT, LOG, SOLVER_FILE, PREDICTOR_FILE):
-        sweep(folder / name)
     return folder
 
 

@@ -40,14 +40,17 @@ def gaussian_flow(
 ) -> Tensor:
     """Carry x from sigma to sigma_next along the exact probability flow of a Gaussian.
 
-    x: [b, *shape] in EDM units
-    sigma, sigma_next: floats or [b]; in any order, sigma_next may be 0; sigma = 0 needs every
-        variance > 0
-    mean: [*shape] or [1, *shape]
-    basis: orthonormal rows, [k, d] with d the size of a sample; k may be 0
-    variances: of the data along these rows, [k]
-    rest: the variance along every other direction, one number
-    returns x at sigma_next, [b, *shape], computed in float64, in the dtype of x
+    Args:
+        x: [b, *shape] in EDM units
+        sigma: floats or [b]; in any order, sigma_next may be 0; sigma = 0 needs every variance > 0
+        sigma_next: see `sigma`
+        mean: [*shape] or [1, *shape]
+        basis: orthonormal rows, [k, d] with d the size of a sample; k may be 0
+        variances: of the data along these rows, [k]
+        rest: the variance along every other direction, one number
+
+    Returns:
+        x at sigma_next, [b, *shape], computed in float64, in the dtype of x
     """
     far, near = _column(sigma), _column(sigma_next)
     mean, basis, variances = (v.to(x.device, torch.float64) for v in (mean, basis, variances))
@@ -60,11 +63,13 @@ def gaussian_flow(
 class Gaussian:
     """A Gaussian with some directions of their own variance, and one variance for all others.
 
-    mean: [*shape]
-    basis: orthonormal rows, [k, d] with d the size of a sample; None for k = 0
-    variances: of the data along these rows, [k], >= 0; None for k = 0
-    rest: the variance along every other direction, >= 0
-    sigma_min, sigma_max: the range that solvers read
+    Args:
+        mean: [*shape]
+        basis: orthonormal rows, [k, d] with d the size of a sample; None for k = 0
+        variances: of the data along these rows, [k], >= 0; None for k = 0
+        rest: the variance along every other direction, >= 0
+        sigma_min: the lowest level at which a solver may call it
+        sigma_max: the highest one
     """
 
     def __init__(
@@ -99,7 +104,8 @@ class Gaussian:
     def from_covariance(cls, mean: Tensor, covariance: Tensor, **range_: float) -> Gaussian:
         """The same by its covariance [d, d], symmetric positive semi-definite up to rounding.
 
-        range_: sigma_min and sigma_max, as in the class
+        Args:
+            **range_: sigma_min and sigma_max, as in the class
         """
         covariance = covariance.double()
         variances, vectors = torch.linalg.eigh(covariance)
@@ -136,10 +142,12 @@ class Gaussian:
 class GaussianMixture:
     """A mixture of isotropic Gaussians.
 
-    weights: [k], > 0; taken relative to their sum
-    means: [k, *shape]
-    variances: [k], or one for all, >= 0
-    sigma_min, sigma_max: the range that solvers read
+    Args:
+        weights: [k], > 0; taken relative to their sum
+        means: [k, *shape]
+        variances: [k], or one for all, >= 0
+        sigma_min: the lowest level at which a solver may call it
+        sigma_max: the highest one
     """
 
     def __init__(
@@ -188,12 +196,14 @@ class GaussianMixture:
 
 
 class DataSet:
-    """The exact denoiser of a finite data set: what a network would learn that never generalised.
+    """The exact denoiser of a finite data set: that of a network which does not generalise.
 
-    points: [n, *shape], kept in their own dtype
-    chunk: how many points are looked at together. Without gradients, memory is O(b (chunk + d) +
-        chunk d) whatever n is; a graph for gradients keeps all b n weights.
-    sigma_min, sigma_max: the range that solvers read
+    Args:
+        points: [n, *shape], kept in their own dtype
+        chunk: how many points are looked at together. Without gradients, memory is O(b (chunk + d)
+            + chunk d) whatever n is; a graph for gradients keeps all b n weights.
+        sigma_min: the lowest level at which a solver may call it
+        sigma_max: the highest one
     """
 
     def __init__(

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import datetime
 import math
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -26,13 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep import __version__
 from fewstep.data.images import write_png
 from fewstep.denoiser import Counted
 from fewstep.files import check_writable, write_whole
 from fewstep.loop import iterate, solve
 from fewstep.models import Model, load, students_of
-from fewstep.report.demo_page import DemoResult, Row, count, page, poster, span
+from fewstep.provenance import machine_line, software_line
+from fewstep.report.demo_page import DemoResult, Row, page, poster, span
 from fewstep.sampling.generate import Settings
 from fewstep.solver import Solver, get, intervals_for
 
@@ -283,7 +281,6 @@ def _protocol(
     few: int,
     rounds: int,
 ) -> dict[str, str]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     times = f"median of {rounds} rounds" if rounds > 1 else "one round"
     return {
         "command": command,
@@ -294,9 +291,7 @@ def _protocol(
         "check of it": f"{check.solver}, {check.nfe} evaluations, {check.grid} grid, "
         f"seeds {span(seeds[:few])}",
         "time": f"all {len(seeds)} pictures as one batch, {times}",
-        "software": f"fewstep {__version__}, torch {torch.__version__}, "
-        f"Python {platform.python_version()}",
-        "machine": f"{platform.system()} {platform.machine()}, {count(cores or 1, 'core')}, "
-        f"{count(torch.get_num_threads(), 'thread')}",
+        "software": software_line(),
+        "machine": machine_line(),
         "date": datetime.datetime.now().astimezone().date().isoformat(),
     }

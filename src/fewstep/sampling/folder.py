@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.data.images import contact_sheet, read_metadata, read_png, write_png
-from fewstep.files import check_writable, sweep_stale
+from fewstep.files import check_writable
 from fewstep.models import Model
 from fewstep.sampling.generate import Run, usual_batch
 
@@ -73,7 +73,6 @@ def sample_to_folder(
             f"each of {total} pictures needs a name of its own; is a seed there twice?"
         )
     check_writable(out)
-    sweep_stale(out, ".png")
     record = run.record()
     varying = run.each.union(FREE)
     common = {name: value for name, value in record.items() if name not in varying}

@@ -1,4 +1,7 @@
-"""Ctrl-C between two steps, so that what is saved on the way out is whole."""
+"""Ctrl-C and SIGTERM between two steps, so that what is saved on the way out is whole.
+
+Slurm and Kubernetes end a job by SIGTERM, then wait for some seconds before SIGKILL.
+"""
 
 from __future__ import annotations
 
@@ -9,32 +12,47 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-__all__ = ["between_steps"]
+__all__ = ["Stopped", "between_steps"]
+
+# the signals that are held back, each where Python or the system would act on it
+HELD = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+
+
+class Stopped(KeyboardInterrupt):
+    """A training ended early, by a signal, after its state was saved.
+
+    code: the exit code that says so, 128 and the number of the signal
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.code = 128 + number
 
 
 @contextlib.contextmanager
-def between_steps() -> Iterator[Callable[[], bool]]:
-    """Hold Ctrl-C back, and say so; the yielded function says whether there was one, and the caller
-    then saves its work and raises KeyboardInterrupt.
+def between_steps() -> Iterator[Callable[[], int]]:
+    """Hold Ctrl-C and SIGTERM back, and say so.
 
-    A second Ctrl-C is not held back. Where Python delivers no signals (outside the main thread),
-    or the program has a handler of its own, nothing changes and the function returns False.
+    The yielded function returns the number of the signal that came, or 0. The caller then saves its
+    work and raises `Stopped`. A second Ctrl-C or SIGTERM is not held back. Where Python delivers no
+    signals (outside the main thread), or the program has handlers of its own, nothing changes.
     """
-    held: list[int] = []
+    came: list[int] = []
 
     def hold(number: int, frame: FrameType | None) -> None:
-        if held:
-            raise KeyboardInterrupt
-        held.append(number)
+        if came:
+            raise Stopped(number)
+        came.append(number)
         with contextlib.suppress(OSError):  # no print: it could be what was interrupted
-            os.write(2, b"\nfewstep: stopping after this step; Ctrl-C again stops at once\n")
+            os.write(2, b"\nfewstep: stopping after this step; again, and it stops at once\n")
 
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield lambda: False
-        return
-    signal.signal(signal.SIGINT, hold)
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {n: usual for n, usual in HELD.items() if signal.getsignal(n) is usual}
+    for number in before:
+        signal.signal(number, hold)
     try:
-        yield lambda: bool(held)
+        yield lambda: came[0] if came else 0
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, usual in before.items():
+            signal.signal(number, usual)

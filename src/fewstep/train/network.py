@@ -32,14 +32,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fewstep import __version__
 from fewstep.data.idx import to_unit
-from fewstep.files import check_writable, sweep, write_whole
+from fewstep.files import check_writable, write_whole
 from fewstep.models.card import CARD_FILE, WEIGHTS_FILE, Card
 from fewstep.models.network import check_device, data_statistics, far_means, save_folder
 from fewstep.networks.preconditioning import denoise
 from fewstep.networks.unet import UNet, UNetConfig
 from fewstep.noise import generator
+from fewstep.provenance import VERSION
 from fewstep.train.interrupts import between_steps
 
 __all__ = ["Progress", "Recipe", "check_names", "export_network", "train_network"]
@@ -352,8 +352,6 @@ def train_network(
     if (path := out / CHECKPOINT).exists():
         run.restore(path)
         resumed(run.step)
-    for name in (CHECKPOINT, LOG, WEIGHTS_FILE, CARD_FILE):
-        sweep(out / name)
     lines = [line for line in log_lines(out / LOG) if line["step"] <= run.step]
     begun, first = time.perf_counter(), run.step
     with between_steps() as stopping:
@@ -419,7 +417,7 @@ def export_network(
         sigma_min=recipe.sigma_min,
         sigma_max=recipe.sigma_max,
         sigma_data=recipe.sigma_data,
-        about={"fewstep": __version__, "recipe": asdict(recipe), **(about or {})},
+        about={"fewstep": VERSION, "recipe": asdict(recipe), **(about or {})},
     )
     return save_folder(out, card, net, stats)
 
