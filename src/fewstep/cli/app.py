@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cyclopts import App
+from cyclopts import App, Parameter
 
 from fewstep.provenance import VERSION
 
@@ -21,6 +21,7 @@ app = App(
     help_epilogue=EVERYWHERE,
     version=f"fewstep {VERSION}",
     suppress_keyboard_interrupt=False,
+    default_parameter=Parameter(allow_repeating=True),  # the last one counts
 )
 train_app = App(name="train", help="Train solvers and networks.")
 distill_app = App(name="distill", help="Distil networks into few-step ones.")
