@@ -3,7 +3,7 @@
     python examples/compare_solvers.py
 
 The data are a ring of eight Gaussians in the plane; the reference is a fine solve of the same ODE.
-Put your own denoiser in the place of `ring` to see what your network likes.
+Replace `ring` by your own denoiser to compare solvers on your network.
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@
     python examples/own_network.py
 
 A small network learns to predict eps on a 1000-entry DDPM table, for points on a spiral.
-`Predicted` makes a denoiser of it, `Guided` or `Thresholded` could go around that, and any solver
-takes it from there.
+`Predicted` makes it a denoiser, which any solver can run. `Guided` or `Thresholded` can wrap it.
 """
 
 from __future__ import annotations

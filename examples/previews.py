@@ -2,9 +2,9 @@
 
     python examples/previews.py previews.png
 
-One row per seed, one column per evaluation, the result in the last column. `fewstep.iterate` is
-`fewstep.solve` one step at a time. From a checkpoint to pictures it takes four calls: load,
-denoiser, solve (or iterate), decode.
+There is one row per seed and one column per evaluation, with the result in the last column.
+`fewstep.iterate` is `fewstep.solve`, one step at a time. Four calls lead from a checkpoint to
+pictures: load, denoiser, solve (or iterate), decode.
 """
 
 from __future__ import annotations

@@ -29,7 +29,9 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Schedule", "VP", "EDM", "Flow"]
+__all__ = ["PURE_NOISE", "Schedule", "VP", "EDM", "Flow"]
+
+PURE_NOISE = 1e3  # a start above it stands for infinity (flows, zero terminal SNR)
 
 Value = TypeVar("Value", float, Tensor)
 
@@ -65,11 +67,12 @@ class Schedule(Protocol):
 class VP:
     """Variance-preserving diffusion from a table; t is a float index into it, in [0, T - 1].
 
-    sigmas: the table in EDM units, strictly rising from t = 0; finite and > 0
-
     Between entries log sigma is linear in t. Beyond the table both maps stay at its ends:
     `sigma(t)` and `t(sigma)` are an inverse pair inside and constant outside. `alpha` holds for
     every sigma.
+
+    Attributes:
+        sigmas: the table in EDM units, strictly rising from t = 0; finite and > 0
     """
 
     sigmas: tuple[float, ...]
@@ -94,13 +97,15 @@ class VP:
 
     @classmethod
     def from_betas(cls, betas: Sequence[float] | Tensor, terminal_sigma: float | None = None) -> VP:
-        """abar = cumprod(1 - beta); every beta in (0, 1), the cleanest first.
+        """The table from its betas, abar = cumprod(1 - beta).
 
-        terminal_sigma: what to put for the last entry where it is infinite. Tables rescaled to zero
-            terminal SNR (Lin et al. 2023, arXiv:2305.08891) end at beta = 1, where x_t is pure
-            noise and EDM space has no point. They are refused unless this is given; 4096, which is
-            abar = 2^-24, is the customary stand-in. The network is then told the last t at that
-            sigma.
+        Args:
+            betas: each in (0, 1), the cleanest first
+            terminal_sigma: what to put for the last entry where it is infinite. Tables rescaled to
+                zero terminal SNR (Lin et al. 2023, arXiv:2305.08891) end at beta = 1, where x_t is
+                pure noise and EDM space has no point. They are refused unless this is given; 4096,
+                which is abar = 2^-24, is the customary stand-in. The network is then told the last
+                t at that sigma.
         """
         table = torch.as_tensor(betas, dtype=torch.float64).cpu()
         # log1p and expm1 keep the small betas of the clean end to full precision
@@ -108,11 +113,13 @@ class VP:
 
     @classmethod
     def from_abar(cls, abar: Sequence[float] | Tensor, terminal_sigma: float | None = None) -> VP:
-        """The table from abar itself, strictly falling in (0, 1).
-
-        terminal_sigma: as in `from_betas`
+        """The table from abar itself.
 
         Where the betas are known prefer them: a float32 abar near 1 has lost digits of 1 - abar.
+
+        Args:
+            abar: strictly falling in (0, 1)
+            terminal_sigma: as in `from_betas`
         """
         table = torch.as_tensor(abar, dtype=torch.float64).cpu()
         return cls._from_log_abar(torch.log(table), terminal_sigma)
@@ -253,12 +260,13 @@ class EDM:
 class Flow:
     """Rectified flow, x_t = (1 - t) x_0 + t eps: sigma = t/(1 - t).
 
-    t_max: where sampling starts; t = 1 has sigma infinite, so both maps stay at t_max beyond it
-    t_min: the low end of the range; the maps themselves go on down to t = 0 = sigma
-
     A float32 t near 1 holds few digits of 1 - t: keep sigma, and derive t from it. The time shift
-    of Stable Diffusion 3, t' = s t/(1 + (s - 1) t), is sigma' = s sigma: a matter of the grid, not
-    of this map.
+    of Stable Diffusion 3, t' = s t/(1 + (s - 1) t), is sigma' = s sigma. It
+    belongs to the grid, not to this map.
+
+    Attributes:
+        t_max: where sampling starts; t = 1 has sigma infinite, so both maps stay at t_max beyond it
+        t_min: the low end of the range; the maps themselves go on down to t = 0 = sigma
     """
 
     t_max: float = 1 - 1e-5

@@ -16,6 +16,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from fewstep.data.bounds import free_memory
 from fewstep.records import LARGEST, parse, shown
 
 __all__ = ["Entry", "check_memory", "load_tensors", "read_header", "read_metadata"]
@@ -68,23 +69,11 @@ def load_tensors(path: Path | str) -> dict[str, Tensor]:
 
 def check_memory(wanted: int, what: str) -> None:
     """Errors: ValueError where so many bytes are more than what memory has free."""
-    free = _free_memory()
-    if free is not None and wanted > free:
+    free = free_memory()
+    if wanted > free:
         raise ValueError(
             f"{what} needs {wanted / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of memory are free"
         )
-
-
-def _free_memory() -> int | None:
-    """Bytes; None where the system does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        return None
-    return None
 
 
 def _read(path: Path | str) -> tuple[dict[str, Entry], dict[str, str]]:

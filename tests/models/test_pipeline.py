@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from torch import Tensor
 import fewstep
 from fewstep.grid import discrete
 from fewstep.integrations.diffusers import FewstepScheduler
-from fewstep.plan import Combine, Eval, freeze
 from fewstep.solver import get
 from tests.support import pipelines
 from tests.support.pipelines import diffusers
@@ -219,26 +217,6 @@ def test_pictures_of_latents_equal_the_pipelines(folders):
     assert abs(off).max() <= 1  # their last bit
 
 
-def heun_in_time(sigmas: list[float]):
-    """Heun's method on dx_t/dt = v in a flow's own time, as combinations of x and D.
-
-    x_t = (1 - t) x, v = (x_t - D)/t, so an Euler step from t to s along v is
-    x_s = (s/t) x_t + (1 - s/t) D; the corrector goes along the mean of v at t and at the trial.
-    """
-    for cur, nxt in pairwise(sigmas):
-        t, s = cur / (1 + cur), nxt / (1 + nxt)
-        yield Eval(cur)
-        a, b = s / t, 1 - s / t  # weights of x_t and D in x_s
-        yield Combine((b / (1 - s),), nxt, a=a * (1 - t) / (1 - s), accept=nxt == 0)
-        if nxt == 0:
-            return
-        yield Eval(nxt)
-        # half of the Euler step, and h/2 (x_s - D')/s with x_s the trial state
-        h = (s - t) / 2
-        of_x, of_d, of_new = 1 + h / t + h / s * a, -h / t + h / s * b, -h / s
-        yield Combine((of_new / (1 - s), of_d / (1 - s)), nxt, a=of_x * (1 - t) / (1 - s))
-
-
 @pytest.mark.parametrize("guidance", [None, 4.0])
 @pytest.mark.parametrize("kind, t5", [("Euler", False), ("Heun", True)])
 def test_flow_equals_the_pipeline_with_its_own_scheduler(kind, guidance, t5, folders, tmp_path):
@@ -263,15 +241,12 @@ def test_flow_equals_the_pipeline_with_its_own_scheduler(kind, guidance, t5, fol
     assert times[0] == 1
     assert times[-1] == 0
     grid = [t / (1 - t) for t in [1 - 1e-5, *times[1:]]]
-    solver: Any = "ddim"
-    if kind == "Heun":
-        solver = freeze(heun_in_time(grid), prediction="x0", depth=2, sigmas=grid)
+    solver = {"Euler": "ddim", "Heun": "heun"}[kind]
     negative = None if guidance is None else ["on", "a"]
     x = (1 + grid[0]) * z
     denoiser = model.denoiser(prompt=PROMPTS, negative=negative, guidance=guidance)
-    run: dict[str, Any] = {} if kind == "Heun" else {"grid": grid}
     with torch.no_grad():
-        assert_close(fewstep.solve(denoiser, x, solver, **run), found)
+        assert_close(fewstep.solve(denoiser, x, solver, grid=grid), found)
 
 
 def test_a_shifted_flow_has_the_schedulers_times_on_the_discrete_grid(folders):

@@ -13,8 +13,9 @@ from typing import IO, Any
 
 import numpy as np
 
-from fewstep.data.bounds import MOST_BYTES, check_room, check_unpacked, reason, shown
+from fewstep.data.bounds import MOST_BYTES, check_room, check_unpacked, reason
 from fewstep.data.images import Unreadable
+from fewstep.text import clean
 
 __all__ = ["Header", "array_names", "member_bytes", "open_archive", "read_arrays", "read_header"]
 
@@ -37,14 +38,14 @@ def whole(path: Path | str, kind: str) -> Iterator[None]:
     except Unreadable:
         raise
     except ValueError as error:
-        if str(error).startswith(shown(path)):
+        if str(error).startswith(clean(path)):
             raise
-        raise ValueError(f"{shown(path)} cannot be read as {kind}: {reason(error)}") from None
+        raise ValueError(f"{clean(path)} cannot be read as {kind}: {reason(error)}") from None
     except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds on damaged files
         if isinstance(error, OSError) and error.errno is not None:
             raise
         why = f"is not a whole {kind} ({reason(error)}); fetch it again"
-        raise ValueError(f"{shown(path)} {why}") from None
+        raise ValueError(f"{clean(path)} {why}") from None
 
 
 @contextlib.contextmanager
@@ -78,7 +79,9 @@ def open_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> IO[bytes]:
     """Raises ValueError for a compression other than deflate, or a size that it cannot have."""
     if info.compress_type not in PACKED:
         raise ValueError("it is packed by another method than deflate; pack it again")
-    check_unpacked(info.file_size, info.compress_size, shown(info.filename))
+    if info.flag_bits & 1:
+        raise ValueError("it is encrypted; unpack it with its password first")
+    check_unpacked(info.file_size, info.compress_size, clean(info.filename))
     return archive.open(info)
 
 
@@ -112,9 +115,9 @@ def read_header(file: IO[bytes], length: int) -> Header:
     shape, fortran, dtype = readers[version](file)
     found = Header(tuple(int(n) for n in shape), fortran, dtype, file.tell())
     if dtype.kind not in KINDS or dtype.hasobject:
-        raise ValueError(f"it has no numbers but {shown(dtype)}")
+        raise ValueError(f"it has no numbers but {clean(dtype)}")
     if min(found.shape, default=0) < 0 or max(found.shape, default=0) >= 2**62:
-        raise ValueError(f"no array has the shape {found.shape}")
+        raise ValueError(f"no array has the shape {clean(found.shape, 80)}")
     if found.start + found.size > length:
         raise ValueError(
             f"it is cut short: it should have {found.start + found.size} bytes and has {length}"

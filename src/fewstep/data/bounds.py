@@ -7,6 +7,8 @@ import os
 import stat
 from pathlib import Path
 
+from fewstep.text import clean
+
 __all__ = [
     "MOST_BYTES",
     "check_room",
@@ -14,7 +16,6 @@ __all__ = [
     "free_memory",
     "read_bytes",
     "reason",
-    "shown",
 ]
 
 MOST_BYTES = 1 << 28  # of one picture or text
@@ -36,26 +37,19 @@ def read_bytes(path: Path | str, most: int = MOST_BYTES) -> bytes:
     with open(path, "rb") as file:
         facts = os.fstat(file.fileno())
         if stat.S_ISREG(facts.st_mode) and facts.st_size > most:
-            raise ValueError(f"{shown(path)} has {facts.st_size} bytes, more than {most}")
+            raise ValueError(f"{clean(path)} has {facts.st_size} bytes, more than {most}")
         parts, size = [], 0
         while size <= most and (part := file.read(min(1 << 22, most + 1 - size))):
             parts.append(part)
             size += len(part)
     if size > most:
-        raise ValueError(f"{shown(path)} has more than {most} bytes")
+        raise ValueError(f"{clean(path)} has more than {most} bytes")
     return b"".join(parts)
-
-
-def shown(text: object) -> str:
-    """A name or a text from a file, for a message: one line, without control characters."""
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in str(text)
-    )
 
 
 def reason(error: BaseException) -> str:
     """What an error says, on one line of at most 200 characters."""
-    return shown(" ".join(str(error).split()))[:200] or type(error).__name__
+    return clean(" ".join(str(error).split()), 200) or type(error).__name__
 
 
 def free_memory() -> int:

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
-from fewstep.data.bounds import read_bytes, reason, shown
+from fewstep.data.bounds import read_bytes, reason
+from fewstep.text import clean
 
 __all__ = ["Captions", "match_captions", "read_captions"]
 
@@ -71,7 +72,7 @@ class Row:
         """The value of a column as text, "" where there is none; numbers of json are whole."""
         value = self.values.get(name)
         if isinstance(value, bool) or not isinstance(value, str | int | None):
-            self.fail(f"has {name} {shown(value)[:40]!r}, which is no text or whole number")
+            self.fail(f"has {name} {clean(value, 40)!r}, which is no text or whole number")
         if isinstance(value, int) and abs(value) >= 2**63:
             self.fail(f"has a {name} beyond 2^63")
         text = "" if value is None else str(value).strip()
@@ -89,7 +90,7 @@ def read_captions(path: Path | str) -> Captions:
         OSError: the file cannot be read.
     """
     path = Path(path)
-    name = shown(path)
+    name = clean(path)
     try:
         text = read_bytes(path).decode("utf-8-sig")
         if "\0" in text:
@@ -113,7 +114,7 @@ def _caption(row: Row) -> str:
     found = {key: row.text(key) for key in TEXT if isinstance(row.values.get(key), str)}
     value = next(iter(found.values()), "")
     if not value:
-        have = shown(", ".join(map(str, row.values)))[:100] or "nothing"
+        have = clean(", ".join(map(str, row.values)))[:100] or "nothing"
         row.fail(f"has no prompt or caption; it has {have}")
     return value
 
@@ -130,7 +131,7 @@ def _column(rows: Sequence[Row], name: str) -> tuple[str, ...]:
 
 def _seed(row: Row, value: str) -> int:
     if not SEED_FORM.fullmatch(value) or int(value) >= 2**63:
-        row.fail(f"has the seed {shown(value)[:40]!r}; seeds are whole numbers from 0 to 2^63 - 1")
+        row.fail(f"has the seed {clean(value, 40)!r}; seeds are whole numbers from 0 to 2^63 - 1")
     return int(value)
 
 
@@ -159,7 +160,7 @@ def match_captions(captions: Captions, names: Sequence[str]) -> tuple[tuple[str,
         if all(stem in known for stem in stems):
             if way in ("seed", "number") and len(set(stems)) != len(stems):
                 twice = next(n for n, s in zip(names, stems, strict=True) if stems.count(s) > 1)
-                raise ValueError(f"{shown(twice)} and another picture share a caption: rename one")
+                raise ValueError(f"{clean(twice)} and another picture share a caption: rename one")
             texts = dict(zip(keys, captions.texts, strict=True))
             return tuple(texts[stem] for stem in stems), way
         count = sum(stem in known for stem in stems)
@@ -168,7 +169,7 @@ def match_captions(captions: Captions, names: Sequence[str]) -> tuple[tuple[str,
     known = set(ways[best])
     stray = next(name for name, stem in zip(names, stems, strict=True) if stem not in known)
     raise ValueError(
-        f"{shown(stray)} has no caption in {shown(captions.name)}, which has {len(captions)} for "
+        f"{clean(stray)} has no caption in {clean(captions.name)}, which has {len(captions)} for "
         f"{len(names)} pictures: name each picture by its image_id, its seed or its row (7 or "
         "row-000007, the first is 0), and leave out others"
     )
@@ -195,7 +196,7 @@ def _csv(text: str, delimiter: str = ",") -> Iterator[Row]:
                 header = [name.strip() for name in fields]
                 twice = [name for name, n in Counter(header).items() if n > 1]
                 if twice:
-                    raise ValueError(f"line {start} has the column {shown(twice[0])!r} twice")
+                    raise ValueError(f"line {start} has the column {clean(twice[0])!r} twice")
                 continue
             place = f"line {start} (row {count})"
             if len(fields) != len(header):
@@ -243,7 +244,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
-        raise ValueError(f"it has {shown(twice)[:40]!r} twice in one place")
+        raise ValueError(f"it has {clean(twice, 40)!r} twice in one place")
     return found
 
 

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.data.bounds import check_room, check_unpacked, reason, shown
+from fewstep.data.bounds import check_room, check_unpacked, reason
+from fewstep.text import clean
 
 __all__ = ["load_idx_folder", "read_idx", "to_pixels", "to_unit"]
 
@@ -35,14 +36,14 @@ def read_idx(path: Path | str) -> np.ndarray:
         with opener(path, "rb") as stream:
             return _read(stream, path)
     except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, MemoryError) as error:
-        name = shown(path)
+        name = clean(path)
         raise ValueError(
             f"{name} cannot be decompressed ({reason(error)}); fetch it again"
         ) from None
 
 
 def _read(stream: IO[bytes], path: Path) -> np.ndarray:
-    name, head = shown(path), stream.read(4)
+    name, head = clean(path), stream.read(4)
     if len(head) < 4 or head[:3] != b"\x00\x00\x08" or not 1 <= head[3] <= 4:
         raise ValueError(f"{name} is not an idx file of bytes (it starts with {head.hex()})")
     sizes = stream.read(4 * head[3])

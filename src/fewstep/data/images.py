@@ -18,8 +18,9 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from fewstep.data.bounds import read_bytes, reason, shown
+from fewstep.data.bounds import read_bytes, reason
 from fewstep.files import write_whole
+from fewstep.text import clean
 
 __all__ = [
     "FORMATS",
@@ -93,7 +94,7 @@ def read_metadata(path: Path | str) -> dict[str, Any] | None:
         file.seek(0, os.SEEK_END)
         file.seek(max(0, file.tell() - len(END)))
         if found is not None and file.read() != END:
-            raise ValueError(f"{shown(path)} was cut short; remove it")
+            raise ValueError(f"{clean(path)} was cut short; remove it")
     return found
 
 
@@ -119,7 +120,7 @@ def read_png(path: Path | str) -> tuple[np.ndarray, dict[str, Any] | None]:
         return decode(data).pixels, metadata
     except ValueError as error:
         advice = "; remove it" if metadata else ""
-        raise ValueError(f"{shown(path)} is not a whole picture ({error}){advice}") from None
+        raise ValueError(f"{clean(path)} is not a whole picture ({error}){advice}") from None
 
 
 def read_picture(path: Path | str) -> np.ndarray:
@@ -133,9 +134,9 @@ def read_picture(path: Path | str) -> np.ndarray:
     try:
         return decode(data).pixels
     except Unreadable as error:
-        raise ValueError(f"{shown(path)} cannot be read as a picture ({error})") from None
+        raise ValueError(f"{clean(path)} cannot be read as a picture ({error})") from None
     except ValueError as error:
-        raise ValueError(f"{shown(path)} {error}") from None
+        raise ValueError(f"{clean(path)} {error}") from None
 
 
 def decode(data: bytes, upright: bool = True) -> Picture:

@@ -35,8 +35,9 @@ from fewstep.data.archives import (
     read_header,
     whole,
 )
-from fewstep.data.bounds import MOST_BYTES, read_bytes, shown
+from fewstep.data.bounds import MOST_BYTES, read_bytes
 from fewstep.data.images import SUFFIXES, Picture, Unreadable, decode, fit_picture, metadata_in
+from fewstep.text import clean
 
 __all__ = [
     "ARRAYS",
@@ -116,7 +117,8 @@ def open_images(path: Path | str, fit: int | None = None, *, upright: bool = Tru
     else:
         found = _file(path, upright)
     if not len(found.names):
-        raise ValueError(f"{shown(path)} has no pictures ({', '.join(SUFFIXES)})")
+        others = f"; it has {_kinds(found)}" if found.left_out else ""
+        raise ValueError(f"{clean(path)} has no pictures ({', '.join(SUFFIXES)}){others}")
     return found if fit is None else Fitted(found, fit)
 
 
@@ -128,7 +130,7 @@ def _file(path: Path, upright: bool) -> Images:
         ours = (kind for head, kind in HEADS.items() if start.startswith(head))
         kind = next(ours, None) or ENDS.get(path.suffix.lower())
     if kind is None:
-        raise ValueError(f"{shown(path)} is not a folder, .zip, .npz or .npy of pictures")
+        raise ValueError(f"{clean(path)} is not a folder, .zip, .npz or .npy of pictures")
     if kind == "npy":
         return _npy(path)
     named = path.suffix.lower() if path.suffix.lower() in ENDS else ".zip"
@@ -139,8 +141,8 @@ def _file(path: Path, upright: bool) -> Images:
             return _npz(path, archive, member)
         if named == ".npz":
             raise ValueError(
-                f"{shown(path)} has no pictures under {' or '.join(ARRAYS)}; it has "
-                f"{shown(', '.join(inside))[:200] or 'nothing'}"
+                f"{clean(path)} has no pictures under {' or '.join(ARRAYS)}; it has "
+                f"{clean(', '.join(inside), 200) or 'nothing'}"
             )
         return _zip(path, archive, upright)
 
@@ -165,7 +167,7 @@ class Files:
             yield Entry(name, partial(self._decode, name, bytes_of))
 
     def _decode(self, name: str, bytes_of: BytesOf) -> Picture:
-        where = f"{shown(self.name)}: {shown(name)}"
+        where = f"{clean(self.name)}: {clean(name)}"
         try:
             return decode(bytes_of(name), self.upright)
         except Unreadable as error:
@@ -291,11 +293,17 @@ def told(images: Images, more: int = 0) -> list[str]:
     """
     lines = []
     if images.left_out:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(images.left_out.items()))
-        lines.append(f"left out of {shown(images.name)}, as no pictures of the set: {kinds}")
+        what = f"left out of {clean(images.name)}, as no pictures of the set"
+        lines.append(f"{what}: {_kinds(images)}")
     if more:
-        lines.append(f"{more} pictures of {shown(images.name)} have more frames: first ones taken")
+        lines.append(f"{more} pictures of {clean(images.name)} have more frames: first ones taken")
     return lines
+
+
+def _kinds(images: Images) -> str:
+    kinds = sorted(images.left_out.items())
+    some = ", ".join(f"{count} {kind}" for kind, count in kinds[:20])
+    return some + (f" and {len(kinds) - 20} more kinds" if len(kinds) > 20 else "")
 
 
 def array_images(images: np.ndarray, name: str = "array") -> Images:
@@ -422,8 +430,8 @@ def _header(file: IO[bytes], length: int, path: Path) -> tuple[int, ...]:
     """[n, h, w, c] from the head of an .npy."""
     found: Header = read_header(file, length)
     if found.fortran:
-        raise ValueError(f"{shown(path)} is in Fortran order; save it with numpy.ascontiguousarray")
-    return _picture_shape(found.shape, found.dtype, shown(path))
+        raise ValueError(f"{clean(path)} is in Fortran order; save it with numpy.ascontiguousarray")
+    return _picture_shape(found.shape, found.dtype, clean(path))
 
 
 def _picture_shape(shape: tuple[int, ...], dtype: Any, name: str) -> tuple[int, ...]:
@@ -446,7 +454,7 @@ def _not_a_picture(name: str) -> str:
         return "hidden"
     if path.suffix.lower() in SUFFIXES:
         return ""
-    return shown(path.suffix.lower())[:20] or "without suffix"
+    return clean(path.suffix.lower(), 20) or "without suffix"
 
 
 def _is_sheet(name: str, bytes_of: BytesOf) -> bool:

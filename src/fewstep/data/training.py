@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from fewstep.data.archives import read_arrays
-from fewstep.data.bounds import check_room, shown
+from fewstep.data.bounds import check_room
 from fewstep.data.idx import load_idx_folder, to_unit
 from fewstep.data.images import fit_picture
 from fewstep.data.sources import Positions, open_images, told
 from fewstep.denoiser import Condition
 from fewstep.models import Model
+from fewstep.text import clean
 from fewstep.train.network import data_hash
 
 __all__ = ["Data", "Pictures", "mapped", "read_data"]
@@ -116,13 +117,13 @@ def _on_disk(path: Path, model: Model, needed: bool) -> tuple[Tensor, Tensor]:
         images, labels = load_idx_folder(path, size=model.shape[-1])
         return images, labels if classes else torch.zeros_like(labels)
     source = open_images(path)
-    check_room(len(source.names) * math.prod(model.shape), shown(path))
+    check_room(len(source.names) * math.prod(model.shape), clean(path))
     images = torch.empty((len(source.names), *model.shape), dtype=torch.uint8)
     more = 0
     for place, entry in zip(images, source.stream(), strict=True):
         found = entry.picture()
         more += found.more
-        picture = _at_size(found.pixels, model, f"{shown(path)}: {shown(entry.name)}")
+        picture = _at_size(found.pixels, model, f"{clean(path)}: {clean(entry.name)}")
         place.copy_(torch.from_numpy(picture.transpose(2, 0, 1).copy()))
     for text in told(source, more):
         warnings.warn(text, stacklevel=2)
@@ -178,7 +179,7 @@ def _labels(path: Path, names: Sequence[str], classes: Sequence[str]) -> Tensor 
         return torch.tensor([classes.index(folder) for folder in folders])
     if any(folder in classes for folder in folders):
         raise ValueError(
-            f"{shown(path)}: {shown(names[other])} lies in no class's folder, and others do; the "
+            f"{clean(path)}: {clean(names[other])} lies in no class's folder, and others do; the "
             f"classes are {', '.join(classes)}"
         )
     return None

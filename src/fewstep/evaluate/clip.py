@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fewstep.data.bounds import read_bytes, shown
+from fewstep.data.bounds import read_bytes
 from fewstep.evaluate.features import quiet
 from fewstep.models.network import check_device
+from fewstep.text import clean
 
 __all__ = ["ClipScorer", "load_clip"]
 
@@ -99,10 +100,10 @@ def _refuse_code(folder: Path) -> None:
     for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
         if path.name.endswith("config.json") and b"auto_map" in read_bytes(path):
             raise ValueError(
-                f"{shown(path)} has an auto_map: the model wants to run Python of its own, which "
+                f"{clean(path)} has an auto_map: the model wants to run Python of its own, which "
                 "fewstep never does; take a model of transformers' own classes"
             )
 
 
 def _first_line(error: Exception) -> str:
-    return shown((str(error).strip().splitlines() or [type(error).__name__])[0])[:200]
+    return clean((str(error).strip().splitlines() or [type(error).__name__])[0])[:200]

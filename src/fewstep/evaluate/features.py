@@ -36,10 +36,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fewstep.cache import cache_folder
-from fewstep.data.bounds import check_room, read_bytes, shown
+from fewstep.data.bounds import check_room, read_bytes
 from fewstep.evaluate.statistics import Statistics
 from fewstep.files import write_whole
 from fewstep.models.network import check_device
+from fewstep.text import clean
 
 __all__ = [
     "INCEPTION_SHA256",
@@ -349,11 +350,11 @@ def load_torchscript(
     weights = hashlib.sha256(data).hexdigest()
     if bad := [one for one in trust if not HASH.fullmatch(one.lower())]:
         raise ValueError(
-            f"trust takes a SHA-256, or at least its first 12 digits, got {shown(bad[0])!r}"
+            f"trust takes a SHA-256, or at least its first 12 digits, got {clean(bad[0])!r}"
         )
     if not any(weights.startswith(one.lower()) for one in trust):
         raise ValueError(
-            f"{shown(path)} is a program (TorchScript) that can write files here; if you trust its "
+            f"{clean(path)} is a program (TorchScript) that can write files here; if you trust its "
             f"maker, say --trust {weights[:16]} (its SHA-256 is {weights})"
         )
     network = _load_script(data, path, device)
@@ -434,7 +435,7 @@ def _load_script(data: bytes, path: Path, device: str | torch.device) -> Any:
         try:
             return torch.jit.load(io.BytesIO(data), map_location=place).eval()
         except (RuntimeError, ValueError, EOFError, OSError) as error:
-            name = shown(path)
+            name = clean(path)
             raise ValueError(f"{name} is not a TorchScript file ({_reason(error)})") from None
 
 
@@ -449,4 +450,4 @@ def quiet() -> Iterator[None]:
 def _reason(error: Exception) -> str:
     """The last line of an error that has many: TorchScript's begin with a traceback."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return shown(lines[-1])[:200] if lines else type(error).__name__
+    return clean(lines[-1], 200) if lines else type(error).__name__

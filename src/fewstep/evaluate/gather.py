@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 
 from fewstep.data.archives import array_names, open_archive, read_arrays
-from fewstep.data.bounds import reason, shown
+from fewstep.data.bounds import reason
 from fewstep.data.images import Unreadable
 from fewstep.data.sources import ARRAYS, Entry, Images, open_images, told
 from fewstep.evaluate.clip import ClipScorer
 from fewstep.evaluate.features import Extractor
 from fewstep.evaluate.statistics import Rows, Statistics, read_statistics
 from fewstep.files import file_hash, write_whole
+from fewstep.text import clean
 
 __all__ = ["Gathered", "Reference", "gather", "open_reference"]
 
@@ -230,17 +231,17 @@ def _alike(
     """
     assert found.shape is not None
     height, width, channels = found.shape
-    where = f"{shown(source)}: {shown(name)}"
+    where = f"{clean(source)}: {clean(name)}"
     if image.shape[:2] != (height, width):
         raise ValueError(
-            f"{where} is {image.shape[1]}x{image.shape[0]}, but {shown(found.first)} is "
+            f"{where} is {image.shape[1]}x{image.shape[0]}, but {clean(found.first)} is "
             f"{width}x{height}; pictures of one set must have one size"
         )
     as_is = judges.extractor is not None and judges.extractor.preprocessing.channels == "as-is"
     wanted = channels if as_is else 3
     if image.shape[2] > wanted:
         raise ValueError(
-            f"{where} has colours, but {shown(found.first)} is grey: say what the feature network "
+            f"{where} has colours, but {clean(found.first)} is grey: say what the feature network "
             "takes, as in FILE:rgb, or measure them apart"
         )
     return image.repeat(3, axis=2) if image.shape[2] < wanted else image
@@ -296,12 +297,12 @@ def _read_state(path: Path, facts: str) -> Gathered:
         found = _gathered(dict(json.loads(str(values["plain"]))), values, theirs)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
-            f"{shown(path)} is not the state of an evaluation ({reason(error)}); remove it"
+            f"{clean(path)} is not the state of an evaluation ({reason(error)}); remove it"
         ) from None
     ours = json.loads(facts)
     if differ := [name for name in ours if theirs.get(name) != ours[name]]:
         raise ValueError(
-            f"{shown(path)} is the state of another evaluation ({', '.join(differ)} differ); "
+            f"{clean(path)} is the state of another evaluation ({', '.join(differ)} differ); "
             "remove it or name another state"
         )
     return found

@@ -32,8 +32,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fewstep.data.archives import read_arrays
-from fewstep.data.bounds import reason, shown
+from fewstep.data.bounds import reason
 from fewstep.files import write_whole
+from fewstep.text import clean
 
 __all__ = [
     "MOST_ROWS",
@@ -465,7 +466,7 @@ def read_statistics(path: Path | str) -> tuple[Statistics, Rows | None]:
         return statistics_in(read_arrays(path, NAMES))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{shown(path)} is not statistics of features, an .npz with mu and sigma "
+            f"{clean(path)} is not statistics of features, an .npz with mu and sigma "
             f"({reason(error)})"
         ) from None
 

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.learned.method import PURE_NOISE, Lesson, Loss, Method, Recipe, Setup
+from fewstep.learned.method import Lesson, Loss, Method, Recipe, Setup
 from fewstep.learned.ops import base_of
 from fewstep.learned.predictor import Predictor, Values, read_features
 from fewstep.learned.teacher import Recalled
 from fewstep.loop import State, iterate
 from fewstep.plan import Plan, Program, Seen, freeze
+from fewstep.schedule import PURE_NOISE
 from fewstep.solver import AFS
 
 __all__ = ["AMED", "PLUGIN", "Amed", "AmedKind"]

@@ -19,9 +19,7 @@ from fewstep.learned.teacher import Path
 from fewstep.plan import Plan, Program
 from fewstep.solver import AFS, get, intervals_for
 
-__all__ = ["PURE_NOISE", "Kind", "Lesson", "Loss", "Method", "Recipe", "Setup", "start_recipe"]
-
-PURE_NOISE = 1e3  # a start above it stands for infinity (flows, zero terminal SNR)
+__all__ = ["Kind", "Lesson", "Loss", "Method", "Recipe", "Setup", "start_recipe"]
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,6 @@ import torch
 from torch import Tensor
 
 from fewstep.learned.method import (
-    PURE_NOISE,
     Lesson,
     Loss,
     Method,
@@ -62,6 +61,7 @@ from fewstep.plan import (
     levels,
     stages,
 )
+from fewstep.schedule import PURE_NOISE
 from fewstep.solver import get
 
 __all__ = ["PARTS", "SHIFT", "TUNED", "Tuned", "TunedKind"]

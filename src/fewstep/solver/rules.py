@@ -32,6 +32,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.schedule import PURE_NOISE
+
 __all__ = [
     "adams_log",
     "adams_sigma",
@@ -41,6 +43,7 @@ __all__ = [
     "interpolatory",
     "ipndm",
     "phi",
+    "trapezoid",
     "unic",
     "unip",
 ]
@@ -206,6 +209,28 @@ def unip(past: Sequence[Number], nxt: Number, order: int, bh: int = 2) -> Weight
     whole = -expm1(-h)
     slope = (h if bh == 1 else whole) * h / (2 * back)
     return nxt / past[0], (whole + slope, -slope)
+
+
+def trapezoid(cur: Number, nxt: Number, start: Number) -> Weights:
+    """The trapezoidal rule, on eps; the output at nxt comes first in b.
+
+    It takes the mean of dx/dsigma = eps at the two ends, b = h/2 each with h = nxt - cur. Where the
+    grid starts at pure noise, one output at nxt would count for a step of infinite length. There
+    the mean is of dy/du = eps - D, in the time in which infinity lies at 1:
+
+        y = x / (1 + sigma)     u = sigma / (1 + sigma)     b_new = h (1 + nxt) / (2 (1 + cur))
+
+    and b_old = h - b_new. These are the state and the time of a flow.
+
+    Args:
+        cur: the level of the state, that of the grid or one that was raised
+        nxt: the level of the next state
+        start: the level at which the grid starts
+    """
+    h = nxt - cur
+    far = not isinstance(start, Tensor) and start > PURE_NOISE
+    new = h * (1 + nxt) / (2 * (1 + cur)) if far else h / 2
+    return 1.0, (new, h - new)
 
 
 def unic(past: Sequence[Number], nxt: Number, order: int, bh: int = 2) -> Weights:

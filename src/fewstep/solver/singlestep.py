@@ -13,21 +13,25 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from fewstep.plan import Combine, Eval, Ops
-from fewstep.solver.rules import expm1, is_zero, log
+from fewstep.solver.rules import expm1, is_zero, log, trapezoid
 
 __all__ = ["dpm_solver_2", "dpm_solver_3", "dpmpp_2s", "heun"]
 
 
 def heun(sigmas: Sequence[float]) -> Ops:
-    """The trapezoidal rule on eps, two evaluations an interval; Euler into sigma = 0, as in EDM."""
+    """The trapezoidal rule on eps, two evaluations an interval; Euler into sigma = 0, as in EDM.
+
+    From pure noise on (flows, zero terminal SNR) it is the rule in a flow's time; see
+    `rules.trapezoid`.
+    """
     for cur, nxt in pairwise(sigmas):
-        h = nxt - cur
         yield Eval(cur)
-        yield Combine((h,), nxt, accept=is_zero(nxt))
+        yield Combine((nxt - cur,), nxt, accept=is_zero(nxt))
         if is_zero(nxt):
             return
         yield Eval(nxt)
-        yield Combine((h / 2, h / 2), nxt)
+        a, b = trapezoid(cur, nxt, sigmas[0])
+        yield Combine(b, nxt, a)
 
 
 def dpm_solver_2(sigmas: Sequence[float], *, r: float = 0.5) -> Ops:

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from fewstep.plan import Combine, Eval, Ops
+from fewstep.solver.rules import trapezoid
 
 __all__ = ["ancestral", "churn", "dpmpp_2m_sde"]
 
@@ -42,6 +43,8 @@ def churn(
 ) -> Ops:
     """EDM's stochastic sampler: raise the noise a little, then a Heun step from there, on eps.
 
+    As `heun`, it takes the step in a flow's time where the grid starts at pure noise.
+
     churn, low, high, noise: S_churn, S_tmin, S_tmax, S_noise of the paper, whose ImageNet 64 values
     they have.
     """
@@ -52,13 +55,13 @@ def churn(
             raised = cur * (1 + gamma)
             added = noise * cur * math.sqrt(gamma * (2 + gamma))
             yield Combine((), raised, noise=added)
-        h = nxt - raised
         yield Eval(raised)
-        yield Combine((h,), nxt, accept=nxt == 0)
+        yield Combine((nxt - raised,), nxt, accept=nxt == 0)
         if nxt == 0:
             return
         yield Eval(nxt)
-        yield Combine((h / 2, h / 2), nxt)
+        a, b = trapezoid(raised, nxt, sigmas[0])
+        yield Combine(b, nxt, a)
 
 
 def dpmpp_2m_sde(sigmas: Sequence[float], *, eta: float = 1.0) -> Ops:
