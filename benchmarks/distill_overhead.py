@@ -27,14 +27,13 @@ import fewstep
 from fewstep.distillation import Pictures, Recipe
 from fewstep.distillation.subject import subject
 from fewstep.distillation.teacher import stepper
-from fewstep.distillation.training import Run
+from fewstep.distillation.training import Distillation
 from fewstep.noise import generator
-from fewstep.train.processes import Team
 
 MOST = 1.15  # times the passes alone
 
 
-def start_run(recipe: Recipe, model: str) -> Run:
+def start_run(recipe: Recipe, model: str) -> Distillation:
     """A run on noise pictures: their content does not change what an iteration costs."""
     loaded = fewstep.load(model)
     gen, classes = generator("distill overhead"), len(loaded.card.classes)
@@ -44,10 +43,10 @@ def start_run(recipe: Recipe, model: str) -> Run:
     known = subject(loaded, recipe.told, recipe.seed)
     ends = known.sigma_max, known.sigma_min
     step = stepper(recipe.teacher, *ends, known.schedule, substeps=recipe.substeps)
-    return Run(recipe, known, step, Pictures(images, labels), "", Team())
+    return Distillation(recipe, known, step, Pictures(images, labels))
 
 
-def passes(run: Run) -> Callable[[], None]:
+def passes(run: Distillation) -> Callable[[], None]:
     """The network passes of one iteration and nothing else."""
     recipe, known = run.recipe, run.subject
     twice = 1 if recipe.scales == (1.0, 1.0) else 2
@@ -66,7 +65,7 @@ def passes(run: Run) -> Callable[[], None]:
                 known.denoise(run.target, x, sigma, condition, told)
             out = known.denoise(known.student, x, sigma, condition, told)
         out.sum().backward()
-        for weight in run.weights:
+        for weight in run.weights.values():
             weight.grad = None
 
     return one
@@ -87,10 +86,11 @@ def measure(recipe: Recipe, rounds: int, model: str = "fashion-mnist") -> dict[s
     """Seconds of an iteration and of its passes alone, and their ratio."""
     run = start_run(recipe, model)
     alone = passes(run)
-    for _ in range(2):
-        run.update()
+    for step in range(2):
+        run.update(step)
         alone()
-    pairs = [(timed(run.update), timed(alone)) for _ in range(rounds)]
+    steps = range(2, rounds + 2)
+    pairs = [(timed(lambda at=step: run.update(at)), timed(alone)) for step in steps]
     return {
         "iteration": statistics.median(a for a, _ in pairs),
         "passes": statistics.median(b for _, b in pairs),

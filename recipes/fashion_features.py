@@ -24,11 +24,9 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import math
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +35,6 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fewstep.data.idx import load_idx_folder, to_unit
@@ -53,9 +50,13 @@ from fewstep.networks.features import (
 )
 from fewstep.noise import generator
 from fewstep.provenance import VERSION
-from fewstep.train.network import data_hash, sorted_header
+from fewstep.train import loop
+from fewstep.train.loop import Folder, Progress, Schedule, Step
+from fewstep.train.network import data_hash
+from fewstep.train.optimiser import Adam, check_finite
+from fewstep.train.order import batch_indices
+from fewstep.train.run import Identity, Run
 
-CHECKPOINT = "checkpoint.safetensors"
 PROJECTOR = 256  # width of VICReg's projector
 INVARIANCE, VARIANCE, COVARIANCE = 25.0, 25.0, 1.0  # VICReg, section 4.2
 
@@ -227,129 +228,77 @@ def vicreg(first: Tensor, second: Tensor) -> Tensor:
     return loss
 
 
-def batch_indices(count: int, recipe: Recipe, step: int) -> Tensor:
-    """The pictures of one step: one fresh permutation of the data an epoch, its rest left out."""
-    epoch, place = divmod(step, count // recipe.batch)
-    order = torch.randperm(count, generator=generator(recipe.seed, "epoch", epoch))
-    return order[place * recipe.batch : (place + 1) * recipe.batch]
+class Training:
+    """Of a feature network: its loss on pictures, and AdamW."""
 
-
-class Run:
-    """The state of a run: network, Adam's moments, the step count.
-
-    data: hash of what it is trained on, kept in its checkpoints
-    """
-
-    def __init__(self, recipe: Recipe, data: str) -> None:
+    def __init__(self, recipe: Recipe, images: Tensor, labels: Tensor) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             self.net = Student(recipe)
             self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.recipe, self.data, self.step = recipe, data, 0
+        self.recipe, self.images, self.labels = recipe, images, labels
         named = dict(self.net.named_parameters())
-        groups = [
-            {"params": [w for w in named.values() if w.ndim > 1], "weight_decay": None},
-            {"params": [w for w in named.values() if w.ndim == 1], "weight_decay": 0.0},
-        ]
-        groups[0]["weight_decay"] = recipe.weight_decay
-        self.adam = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.99), fused=True)
-        for w in named.values():
-            self.adam.state[w] = {
-                "step": torch.zeros((), dtype=torch.float32),
-                "exp_avg": torch.zeros_like(w),
-                "exp_avg_sq": torch.zeros_like(w),
-            }
+        self.adam = Adam(named, weight_decay=recipe.weight_decay)
+        inputs = {"pictures or labels": data_hash(images, labels)}
+        tensors = {f"net.{name}": value for name, value in self.net.state_dict().items()}
+        identity = Identity("a feature network's training", asdict(recipe), inputs)
+        self.run = Run(identity, tensors | self.adam.tensors())
 
-    def tensors(self) -> dict[str, Tensor]:
-        out = {f"net.{name}": value for name, value in self.net.state_dict().items()}
-        for name, w in self.net.named_parameters():
-            state = self.adam.state[w]
-            out |= {f"{moment}.{name}": state[moment] for moment in ("exp_avg", "exp_avg_sq")}
-        return out
-
-    def save(self, path: Path) -> None:
-        about = {
-            "step": str(self.step),
-            "recipe": json.dumps(asdict(self.recipe)),
-            "data": self.data,
-        }
-        tensors = {name: value.contiguous() for name, value in self.tensors().items()}
-        write_whole(path, sorted_header(safetensors.torch.save(tensors, about)))
-
-    @torch.no_grad()
-    def restore(self, path: Path) -> None:
-        """Take up the state in `path`. Errors: ValueError where it is not one of this very run."""
-        try:
-            with safe_open(path, "pt") as file:
-                about = file.metadata() or {}
-                if json.loads(about.get("recipe", "null")) != asdict(self.recipe):
-                    raise ValueError(
-                        f"{path} was made by another recipe; give its options, or another folder"
-                    )
-                if about.get("data") != self.data:
-                    raise ValueError(
-                        f"{path} was trained on other pictures; give them, or another folder"
-                    )
-                for name, tensor in self.tensors().items():
-                    tensor.copy_(file.get_tensor(name))
-        except (SafetensorError, RuntimeError) as error:
-            raise ValueError(f"{path} cannot be read ({error}); remove it to start again") from None
-        self.step = int(about["step"])
-        for state in self.adam.state.values():
-            state["step"].fill_(self.step)
-
-    def update(self, images: Tensor, labels: Tensor) -> float:
-        """One optimiser step; returns the loss."""
-        recipe, gen = self.recipe, generator(self.recipe.seed, "batch", self.step)
-        chosen = batch_indices(len(images), recipe, self.step)
-        x = images[chosen].float() / 255
+    def update(self, step: int) -> Step:
+        recipe, gen = self.recipe, generator(self.recipe.seed, "batch", step)
+        chosen = batch_indices(len(self.images), recipe.batch, recipe.seed, step, whole=True)
+        x = self.images[chosen].float() / 255
         if recipe.labels:
             x = erased(shifted(x, gen), 4, 12, 0.5, gen)
-            loss = F.cross_entropy(self.net(2 * x - 1), labels[chosen], label_smoothing=0.05)
+            logits = self.net(2 * x - 1)
+            loss = F.cross_entropy(logits, self.labels[chosen], label_smoothing=0.05)
         else:
             views = torch.cat((view(x, gen), view(x, gen)))
-            first, second = self.net(2 * views - 1).chunk(2)
-            loss = vicreg(first, second)
-        for group in self.adam.param_groups:
-            group["lr"] = recipe.lr_at(self.step)
+            loss = vicreg(*self.net(2 * views - 1).chunk(2))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.net.parameters(), 5.0)
-        self.adam.step()
-        self.adam.zero_grad()
-        self.step += 1
-        return loss.item()
+        check_finite(step, value := loss.item(), self.adam.clip(5.0))
+        self.adam.step(lr := recipe.lr_at(step))
+        return Step(value, lr)
+
+    def validate(self) -> dict[str, float]:
+        return {}
 
 
 def train(
-    images: Tensor, labels: Tensor, out: Path, recipe: Recipe, *, checkpoint_every: int = 100
-) -> Run:
+    images: Tensor,
+    labels: Tensor,
+    out: Path,
+    recipe: Recipe,
+    *,
+    checkpoint_every: int = 100,
+    report: Callable[[Progress], None] | None = None,
+) -> Training:
     """Train to the end of the recipe, resuming from a checkpoint in `out` where there is one.
 
-    images: uint8 [n, 1, 32, 32]
+    Args:
+        images: uint8 [n, 1, 32, 32].
 
-    Errors: ValueError for too few pictures or a checkpoint of another run, OSError where `out`
-    cannot be written, FloatingPointError where the loss is not finite.
+    Raises:
+        ValueError: for too few pictures or a checkpoint of another run.
+        OSError: where `out` cannot be written.
+        FloatingPointError: where the loss is not finite.
     """
     if len(images) < recipe.batch:
         raise ValueError(f"batch must be at most the {len(images)} pictures, got {recipe.batch}")
-    check_writable(out)
-    run = Run(recipe, data_hash(images, labels))
-    path = out / CHECKPOINT
-    if path.exists():
-        run.restore(path)
-    run.net.train()
-    begun, first, total = time.perf_counter(), run.step, 0.0
-    while run.step < recipe.total_steps:
-        loss = run.update(images, labels)
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} at step {run.step}; try a lower lr")
-        total += loss
-        if run.step % checkpoint_every == 0 or run.step == recipe.total_steps:
-            run.save(path)
-            spent = time.perf_counter() - begun
-            speed = (run.step - first) * recipe.batch / spent
-            print(f"{run.step}/{recipe.total_steps} loss {loss:.4f}, {speed:.0f} pictures/s")
-    return run
+    plan = Schedule(recipe.total_steps, recipe.batch, checkpoint_every, None)
+    folder = Folder(out)
+    folder.check()
+    task = Training(recipe, images, labels)
+    folder.resume(task.run, recipe.total_steps)
+    task.net.train()
+
+    def show(progress: Progress) -> None:
+        if plan.saves(progress.step):
+            speed = f"{progress.per_second:.0f} pictures/s"
+            print(f"{progress.step}/{progress.total_steps} loss {progress.loss:.4f}, {speed}")
+
+    loop.train(task, folder, plan, report or show)
+    return task
 
 
 @torch.no_grad()
@@ -390,7 +339,7 @@ def trained_head(net: Student, shift: Tensor, scale: Tensor) -> nn.Linear:
 
 
 def export(
-    run: Run,
+    run: Training,
     training: tuple[Tensor, Tensor],
     test: tuple[Tensor, Tensor],
     out: Path,

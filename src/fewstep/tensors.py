@@ -16,13 +16,14 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fewstep.data.bounds import free_memory
+from fewstep.data.bounds import check_room
 from fewstep.records import LARGEST, parse, shown
 
-__all__ = ["Entry", "check_memory", "load_tensors", "read_header", "read_metadata"]
+__all__ = ["Entry", "load_tensors", "read_header", "read_metadata"]
 
 BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2}
 BYTES |= {"I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8}
+FETCH = "fetch it again"  # what to do about a file that cannot be read
 
 
 @dataclass(frozen=True)
@@ -37,46 +38,38 @@ class Entry:
         return BYTES[self.dtype] * math.prod(self.shape)
 
 
-def read_header(path: Path | str) -> dict[str, Entry]:
+def read_header(path: Path | str, advice: str = FETCH) -> dict[str, Entry]:
     """The tensors of a file by name.
 
     Raises:
         OSError: where the file cannot be read.
         ValueError: that names the file, where it is cut short or declares what it does not hold.
     """
-    return _read(path)[0]
+    return _read(path, advice)[0]
 
 
-def read_metadata(path: Path | str) -> dict[str, str]:
+def read_metadata(path: Path | str, advice: str = FETCH) -> dict[str, str]:
     """The texts that a file holds beside its tensors. Raises: as `read_header`."""
-    return _read(path)[1]
+    return _read(path, advice)[1]
 
 
-def load_tensors(path: Path | str) -> dict[str, Tensor]:
+def load_tensors(path: Path | str, advice: str = FETCH) -> dict[str, Tensor]:
     """The tensors of a file, on the CPU, in the dtypes of the file.
 
     Raises:
         OSError: where the file cannot be read.
         ValueError: as `read_header`, and where the tensors do not fit into free memory.
     """
-    total = sum(entry.nbytes for entry in read_header(path).values())
-    check_memory(total, str(path))
+    check_room(sum(entry.nbytes for entry in read_header(path, advice).values()), str(path))
     try:
-        return safetensors.torch.load_file(path)
+        # in memory of their own: a mapped file may start anywhere, which moves the last bits of
+        # sums, and it may be written again
+        return {name: t.clone() for name, t in safetensors.torch.load_file(path).items()}
     except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read ({error}); fetch it again") from None
+        raise ValueError(f"{path} cannot be read ({error}); {advice}") from None
 
 
-def check_memory(wanted: int, what: str) -> None:
-    """Errors: ValueError where so many bytes are more than what memory has free."""
-    free = free_memory()
-    if wanted > free:
-        raise ValueError(
-            f"{what} needs {wanted / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of memory are free"
-        )
-
-
-def _read(path: Path | str) -> tuple[dict[str, Entry], dict[str, str]]:
+def _read(path: Path | str, advice: str) -> tuple[dict[str, Entry], dict[str, str]]:
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -94,7 +87,7 @@ def _read(path: Path | str) -> tuple[dict[str, Entry], dict[str, str]]:
         if (total := sum(entry.nbytes for entry in entries.values())) > room:
             raise ValueError(f"it declares {total} bytes of tensors and has {room}")
     except ValueError as error:
-        raise ValueError(f"{path} cannot be read ({error}); fetch it again") from None
+        raise ValueError(f"{path} cannot be read ({error}); {advice}") from None
     return entries, texts
 
 

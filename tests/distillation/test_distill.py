@@ -6,10 +6,8 @@ import errno
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -35,15 +33,15 @@ from fewstep.distillation.students import Examination, student_levels
 from fewstep.distillation.subject import Subject, subject
 from fewstep.distillation.subpath import CleanEnd
 from fewstep.distillation.teacher import stepper
-from fewstep.distillation.training import Run
+from fewstep.distillation.training import Distillation
 from fewstep.evaluate.references import References
 from fewstep.models.card import Card
 from fewstep.models.network import NetworkModel
 from fewstep.networks.features import load_feature_network
 from fewstep.networks.unet import UNet, UNetConfig
 from fewstep.schedule import EDM, VP, Flow, Schedule
-from fewstep.train.processes import Team
 from tests.support.testbed import Mixture
+from tests.support.trainings import step_of
 
 F64 = torch.float64
 CONFIG = UNetConfig(size=8, widths=(16, 16), blocks=1, embedding=16, classes=3)
@@ -65,7 +63,7 @@ def tiny_model() -> NetworkModel:
     }
     network = {**vars(CONFIG), "widths": list(CONFIG.widths), "told": []}
     card = Card("tiny", network, classes=("a", "b", "c"), weights_sha256="0" * 64)
-    return NetworkModel(card, net.eval().requires_grad_(False), stats, net)
+    return NetworkModel(card, net.eval().requires_grad_(False), stats, net, net.image_shape)
 
 
 def pictures(count: int = 40) -> tuple[Tensor, Tensor]:
@@ -335,9 +333,9 @@ def test_on_a_gaussian_the_student_becomes_the_product_of_the_teachers_steps(met
     step = stepper("ddim", levels[0], levels[-1], points=8, grid="karras", substeps=1)
     gen = torch.Generator().manual_seed(0)
     data = Points(torch.randn(1000, 3, generator=gen, dtype=F64) * VARIANCE.sqrt())
-    run = Run(recipe, known, step, data, "", Team())
-    while run.step < recipe.total_steps:
-        run.update()
+    run = Distillation(recipe, known, step, data)
+    for done in range(recipe.total_steps):
+        run.update(done)
     product = chain(levels)
     trained = run.averaged()
     for i, sigma in enumerate(levels[:-1]):
@@ -409,41 +407,6 @@ def test_every_picture_is_seen_once_per_epoch_also_by_a_run_that_resumes() -> No
 # --- runs -------------------------------------------------------------------------------------
 
 
-class Killed(Exception):
-    pass
-
-
-@pytest.mark.parametrize("step, dtype", [(1, "float32"), (4, "bfloat16")])
-def test_a_killed_and_resumed_run_equals_an_undisturbed_one_to_the_bit(
-    tmp_path: Path, step: int, dtype: str
-) -> None:
-    settings = {"guidance": (1.0, 3.0), "validation_seeds": 3, "validate_every": 2, "dtype": dtype}
-    run_tiny(tmp_path / "whole", **settings)
-
-    def stop(progress: Any) -> None:
-        if progress.step == step:
-            raise Killed
-
-    with pytest.raises(Killed):
-        run_tiny(tmp_path / "broken", report=stop, **settings)
-    assert not (tmp_path / "broken" / "model.safetensors").exists()
-    began: list[int] = []
-    run_tiny(tmp_path / "broken", resumed=began.append, **settings)
-    assert began == [step]
-    whole, broken = (
-        {
-            str(p.relative_to(tmp_path / name)): p.read_bytes()
-            for p in (tmp_path / name).rglob("*")
-            if p.is_file()
-        }
-        for name in ("whole", "broken")
-    )
-    assert whole.keys() == broken.keys()
-    assert [name for name in whole if whole[name] != broken[name]] == []
-    assert "validation/0000006.png" in whole
-    assert whole.keys() >= {"card.json", "checkpoint.safetensors", "log.jsonl"}
-
-
 CHANGES: dict[str, Any] = {
     "method": "lcm",
     "points": 7,
@@ -507,10 +470,10 @@ def test_validation_runs_at_gamma_1(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     seen: list[Any] = []
     forward = UNet.forward
 
-    def watched(self, x, c_noise, label, features=False, told=None):
+    def watched(self, x, c_noise, label, told=None):
         if self.config.told and not torch.is_grad_enabled() and not self.training:
             seen.append(told)
-        return forward(self, x, c_noise, label, features, told)
+        return forward(self, x, c_noise, label, told)
 
     monkeypatch.setattr(UNet, "forward", watched)
     run_tiny(tmp_path, pictures=16, validation_seeds=2, validate_every=1, tell="gamma")
@@ -677,33 +640,6 @@ def test_data_that_do_not_fit_are_one_line(tmp_path: Path) -> None:
             distill(tiny_model(), data, **TINY)
 
 
-def test_other_settings_data_or_teachers_do_not_resume(tmp_path: Path) -> None:
-    run_tiny(tmp_path)
-    before = (tmp_path / "checkpoint.safetensors").read_bytes()
-    with pytest.raises(ValueError, match=r"another recipe \(lr=0.0003, now 0.1\)"):
-        run_tiny(tmp_path, lr=0.1)
-    with pytest.raises(ValueError, match="is at 48 pictures, past the 8 asked for"):
-        run_tiny(tmp_path, pictures=8)
-    with pytest.raises(ValueError, match="from other data or another teacher"):
-        distill(tiny_model(), pictures(32), out=tmp_path, validation_seeds=0, **TINY)
-    assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
-
-
-@pytest.mark.parametrize("damage", ["cut", "foreign", "pickle"])
-def test_a_damaged_checkpoint_is_one_line(tmp_path: Path, damage: str) -> None:
-    path = tmp_path / "checkpoint.safetensors"
-    if damage == "cut":
-        run_tiny(tmp_path)
-        path.write_bytes(path.read_bytes()[:1000])
-    elif damage == "foreign":
-        path.write_bytes(b"\x02\x00\x00\x00\x00\x00\x00\x00{}")
-    else:
-        torch.save({"weights": torch.zeros(2)}, path)
-    with pytest.raises(ValueError, match=r"checkpoint\.safetensors") as caught:
-        run_tiny(tmp_path)
-    assert "\n" not in str(caught.value)
-
-
 def test_a_loss_that_is_not_finite_stops_the_run_and_what_was_saved_stays(tmp_path: Path) -> None:
     def spoil(progress: Any) -> None:
         if progress.step == 3:
@@ -715,8 +651,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_what_was_saved_stays(tmp_pa
         words = "the loss is nan and its gradient nan at step 4; the last checkpoint stays"
         with pytest.raises(FloatingPointError, match=words):
             run_tiny(tmp_path, report=spoil)
-    with safe_open(tmp_path / "checkpoint.safetensors", "pt") as file:
-        assert file.metadata()["step"] == "3"
+    assert step_of(tmp_path) == 3
     assert torch.isfinite(weights(tmp_path)).all()
     run_tiny(tmp_path)  # goes on from there
 
@@ -731,8 +666,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as monkey, pytest.raises(OSError, match="No space left"):
         run_tiny(tmp_path, report=fill)
-    with safe_open(tmp_path / "checkpoint.safetensors", "pt") as file:
-        assert file.metadata()["step"] == "2"
+    assert step_of(tmp_path) == 2
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.safetensors"]
 
 
@@ -748,7 +682,7 @@ def write_idx(path: Path, array: np.ndarray) -> None:
 def folders(tmp_path: Path) -> tuple[Path, Path, Path]:
     """A model, data, and a place for the student."""
     model, (images, labels) = tiny_model(), pictures()
-    from fewstep.models.network import save_folder
+    from fewstep.models.formats.native import save_folder
 
     save_folder(tmp_path / "model", model.card, model.net, model.stats)
     (tmp_path / "data").mkdir()
@@ -782,11 +716,6 @@ def test_from_the_command_line_to_pictures(folders: tuple[Path, Path, Path]) -> 
     again = run(sys.executable, *command(folders, "--method", "lcm", "--guidance", "x"))
     assert again.returncode == 2
     assert again.stderr == "fewstep: guidance is one scale or two, like 4 or 2,8, got 'x'\n"
-
-
-def step_of(checkpoint: Path) -> int:
-    with safe_open(checkpoint, "pt") as file:
-        return int(file.metadata()["step"])
 
 
 def test_a_student_stands_beside_solvers_on_its_teacher(
@@ -869,31 +798,6 @@ def test_compiled_passes_change_rounding_alone_and_resume_to_the_bit(tmp_path: P
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_resumes_to_the_same_files(folders, tmp_path: Path) -> None:
-    model, data, _ = folders
-    assert run(sys.executable, *command(folders, "--pictures", "240")).returncode == 0
-    broken = (model, data, tmp_path / "broken")
-    arguments = [sys.executable, *command(broken, "--pictures", "240")]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    checkpoint, chance = broken[2] / "checkpoint.safetensors", np.random.default_rng()
-    reached = 0
-    for _ in range(3):  # at random steps, and wherever inside them
-        process = subprocess.Popen(arguments, env=env, stderr=subprocess.DEVNULL)
-        wanted = reached + int(chance.integers(1, 8))
-        while reached < wanted and process.poll() is None:
-            time.sleep(0.002)
-            reached = step_of(checkpoint) if checkpoint.exists() else 0
-        time.sleep(chance.uniform(0, 0.05))
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, reached
-        assert not (broken[2] / "model.safetensors").exists()
-        reached = step_of(checkpoint)  # whole whenever it is read
-    assert run(*arguments).returncode == 0
-    for name in ("checkpoint.safetensors", "model.safetensors", "card.json", "log.jsonl"):
-        assert (broken[2] / name).read_bytes() == (folders[2] / name).read_bytes()
-
-
-@pytest.mark.slow
 def test_two_processes_give_the_result_of_one(folders, tmp_path: Path) -> None:
     """To the bit where one process takes its batch in the same parts; else but for rounding, which
     Adam makes large where a gradient is hardly more than that, so at a low rate."""
@@ -918,6 +822,6 @@ def test_two_processes_give_the_result_of_one(folders, tmp_path: Path) -> None:
 
     refused = run(sys.executable, *launch, *command((model, data, both), "--lr", "1e-3"))
     assert refused.returncode != 0
-    assert "was made by another recipe (lr=0.0003, now 0.001)" in refused.stderr
+    assert "is of a run with lr=0.0003 (now 0.001)" in refused.stderr
     assert "stopped with the process of rank 0, which says why" in refused.stderr
     assert "RuntimeError" not in refused.stderr

@@ -18,13 +18,13 @@ from fewstep.distillation import Recipe, distill, student_levels
 from fewstep.distillation.subject import Subject
 from fewstep.distillation.subpath import CleanEnd, Consistency, DiscreteEnd
 from fewstep.distillation.teacher import stepper
-from fewstep.distillation.training import Run
+from fewstep.distillation.training import Distillation
 from fewstep.learned import LearnedSolver
 from fewstep.learned.amed import Amed
 from fewstep.learned.predictor import Predictor
 from fewstep.networks.conditioning import guidance_embedding
 from fewstep.schedule import EDM, VP, Flow, Schedule
-from fewstep.train.processes import Team
+from fewstep.train.checkpoint import restore, save
 from tests.distillation.test_distill import TINY, pictures, run_tiny, tiny_model, toy
 
 SHAPE, WORDS, WIDTH = (4, 4, 4), 3, 8
@@ -128,14 +128,14 @@ QUICK: dict[str, Any] = {
 }  # fmt: skip
 
 
-def start(kind: str, **settings: Any) -> Run:
+def start(kind: str, **settings: Any) -> Distillation:
     schedule, prediction, boundary, grid = KINDS[kind]
     recipe = Recipe(**{**QUICK, "grid": grid, **settings})
     known = latent_subject(schedule, prediction, boundary)
     ends = schedule.sigma_max, schedule.sigma_min
     how = {"points": recipe.points, "grid": grid, "substeps": recipe.substeps}
     step = stepper(recipe.teacher, *ends, schedule, **how)
-    return Run(recipe, known, step, Latents(), "key", Team())
+    return Distillation(recipe, known, step, Latents())
 
 
 def miss(net: Any, kind: str) -> float:
@@ -163,8 +163,8 @@ def test_students_of_every_kind_come_nearer_to_the_end_of_the_path(kind: str) ->
         assert torch.equal(untrained, run.subject.teacher(x, sigma, condition))
         before = miss(run.subject.student, kind)
         with torch.enable_grad():
-            while run.step < run.recipe.total_steps:
-                run.update()
+            for done in range(run.recipe.total_steps):
+                run.update(done)
         after = miss(run.averaged(), kind)
     # what a network of eps misses by counts times sigma, up to 14.6: it comes nearer more slowly
     assert after < (0.92 if kind == "eps on a table" else 0.7) * before
@@ -185,16 +185,16 @@ def test_a_resumed_run_of_every_kind_is_the_same_to_the_bit(tmp_path: Path, kind
     settings = {"guidance": (1.0, 4.0), "pictures": 16 * 6, "teacher": "heun"}
     whole, broken = start(kind, **settings), start(kind, **settings)
     for run in (whole, broken):
-        for _ in range(3):
-            run.update()
-    broken.save(tmp_path / "checkpoint.safetensors")
+        for done in range(3):
+            run.update(done)
+    save(tmp_path / "checkpoint.safetensors", broken.run)
     again = start(kind, **settings)
-    again.restore(tmp_path / "checkpoint.safetensors")
+    restore(tmp_path / "checkpoint.safetensors", again.run, 6)
     for run in (whole, again):
-        for _ in range(3):
-            run.update()
-    for name, value in whole.tensors().items():
-        assert torch.equal(value, again.tensors()[name]), name
+        for done in range(3, 6):
+            run.update(done)
+    for name, value in whole.run.tensors.items():
+        assert torch.equal(value, again.run.tensors[name]), name
 
 
 def test_told_the_level_of_its_place_the_student_answers_there() -> None:

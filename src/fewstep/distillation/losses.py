@@ -29,6 +29,7 @@ from fewstep.distillation.teacher import Stepper
 from fewstep.loop import solve
 from fewstep.networks.conditioning import indices
 from fewstep.noise import generator
+from fewstep.train.order import batch_indices
 
 __all__ = ["Draw", "Levels", "draw", "subpath_losses"]
 
@@ -74,24 +75,13 @@ def draw(recipe: Recipe, step: int, count: int, paths: int, shape: Sequence[int]
     uniform, low_high = torch.rand(4, b, generator=gen, dtype=torch.float64), recipe.scales
     gamma = torch.where(uniform[0] < recipe.ones, 1.0, uniform[1])
     return Draw(
-        chosen=_batch_indices(recipe, step, count),
+        chosen=batch_indices(count, b, recipe.seed, step, name="order"),
         n=n.long().clamp(max=paths - 1),
         gamma=gamma,
         guidance=low_high[0] + (low_high[1] - low_high[0]) * uniform[2],
         dropped=uniform[3] < recipe.dropout,
         eps=torch.randn(b, *shape, generator=gen),
     )
-
-
-def _batch_indices(recipe: Recipe, step: int, count: int) -> Tensor:
-    """The pictures of one step: walks through one fresh permutation of the data after another."""
-    start, parts, found = step * recipe.batch, [], 0
-    while found < recipe.batch:
-        epoch, offset = divmod(start + found, count)
-        order = torch.randperm(count, generator=generator(recipe.seed, "order", epoch))
-        parts.append(order[offset : offset + recipe.batch - found])
-        found += len(parts[-1])
-    return torch.cat(parts)
 
 
 def subpath_losses(

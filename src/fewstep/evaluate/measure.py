@@ -82,15 +82,23 @@ def evaluate(
 ) -> Evaluation:
     """Measure pictures.
 
-    reference, extractor: for fd, kid and pr; `open_reference` makes the first with the second
-    metrics: "fd" (Frechet distance), "kid", "pr" (precision and recall), "clip"; empty: features
-        only
-    clip, captions: for "clip"
-    protocol: its number of pictures and their size are enforced, and its name goes into the record
-    resamples: of the bootstrap of the Frechet distance; 0: no error bar; None: 100 of up to 512
-        features, 20 of more, where each takes seconds
-    others: see `gather`
-    Errors: ValueError.
+    Args:
+        images: the pictures
+        reference: for fd, kid and pr; `open_reference` makes it with the extractor
+        extractor: the feature network
+        metrics: "fd" (Frechet distance), "kid", "pr" (precision and recall), "clip"; empty:
+            features only
+        clip: the model of the CLIP score
+        captions: for the CLIP score
+        protocol: its number of pictures and their size are enforced, and it goes into the record
+        resamples: of the bootstrap of the Frechet distance; 0: no error bar; None: 100 of up to
+            512 features, 20 of more, where each takes seconds
+        command: for the record
+
+    The others are those of `gather`.
+
+    Raises:
+        ValueError: something is missing, does not go together, or cannot be read.
     """
     _check_request(metrics, reference, extractor, clip, captions)
     if protocol is not None:
@@ -119,8 +127,6 @@ def evaluate(
         check_orientation(protocol, images.name, found.turned, found.askew)
     numbers, warnings = [], []
     if reference is not None and extractor is not None:
-        if resamples is None:
-            resamples = 100 if extractor.dim <= 512 else 20
         numbers, warnings = _compare(found, reference, extractor, metrics, resamples)
     if found.clip is not None:
         numbers.append(_clip_row(found.clip))
@@ -129,17 +135,7 @@ def evaluate(
         "format": FORMAT,
         "metrics": numbers,
         "protocol": protocol.to_dict() if protocol is not None else None,
-        "images": {
-            "name": images.name,
-            "digest": images.digest,
-            "count": found.count,
-            "size": list(found.size or ()),
-            "skipped": {"count": len(found.skipped), "names": list(found.skipped[:MOST_NAMED])},
-            "left_out": dict(images.left_out),
-            "turned": found.turned,
-            "askew": found.askew,
-            "more_frames": found.more,
-        },
+        "images": _image_facts(images, found),
         "extractor": _extractor_facts(extractor) if extractor is not None else None,
         "reference": reference.to_dict() if reference is not None else None,
         "captions": {"name": captions.name, "sha256": captions.digest, "matched_by": matched}
@@ -208,11 +204,13 @@ def _compare(
     reference: Reference,
     extractor: Extractor,
     metrics: Sequence[str],
-    resamples: int,
+    resamples: int | None,
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Rows of numbers, and what to say about them."""
     assert found.rows is not None
     numbers, warnings = [], []
+    if resamples is None:
+        resamples = 100 if extractor.dim <= 512 else 20
     if "fd" in metrics:
         row = _frechet_row(found, reference, extractor, resamples)
         numbers.append(row)
@@ -295,6 +293,20 @@ def _clip_row(scores: Statistics) -> dict[str, Any]:
     error = float((scores.covariance[0, 0] / count) ** 0.5) if count > 1 else None
     number = Estimate(float(scores.mean[0]), error)
     return _row("CLIP score", number, "of a mean", {"count": count, "model": scores.extractor})
+
+
+def _image_facts(images: Images, found: Gathered) -> dict[str, Any]:
+    return {
+        "name": images.name,
+        "digest": images.digest,
+        "count": found.count,
+        "size": list(found.size or ()),
+        "skipped": {"count": len(found.skipped), "names": list(found.skipped[:MOST_NAMED])},
+        "left_out": dict(images.left_out),
+        "turned": found.turned,
+        "askew": found.askew,
+        "more_frames": found.more,
+    }
 
 
 def _extractor_facts(extractor: Extractor) -> dict[str, Any]:

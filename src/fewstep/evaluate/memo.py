@@ -25,7 +25,7 @@ __all__ = ["Memo", "Remembering"]
 class Memo:
     """Replies by what was asked, on the CPU.
 
-    room: bytes; beyond them the reply that was longest not asked for goes
+    room: bytes; beyond them the least recently used reply is dropped
     """
 
     room: int = 2**30

@@ -14,7 +14,8 @@ from fewstep._lazy import lazily
 if TYPE_CHECKING:
     from fewstep.learned.prompts import prompted
     from fewstep.learned.solver import LearnedSolver
-    from fewstep.learned.training import Progress, train
+    from fewstep.learned.training import train
+    from fewstep.train.loop import Progress
 
 __all__ = ["LearnedSolver", "Progress", "prompted", "train"]
 
@@ -23,6 +24,7 @@ __getattr__ = lazily(
     {
         "fewstep.learned.prompts": ("prompted",),
         "fewstep.learned.solver": ("LearnedSolver",),
-        "fewstep.learned.training": ("Progress", "train"),
+        "fewstep.learned.training": ("train",),
+        "fewstep.train.loop": ("Progress",),
     },
 )

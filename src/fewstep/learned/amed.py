@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fewstep.learned.method import Lesson, Loss, Method, Recipe, Setup
-from fewstep.learned.ops import base_of
+from fewstep.learned.ops import base_of, check_slope
 from fewstep.learned.predictor import Predictor, Values, read_features
 from fewstep.learned.teacher import Recalled
 from fewstep.loop import State, iterate
@@ -186,7 +186,8 @@ class AmedKind:
         features: whether to read the network's; None: where there are any
 
         Errors: ValueError where they are asked of a network that has none, and for a start so noisy
-        that c, a factor of the whole step there, could not be learned.
+        that c, a factor of the whole step there, could not be learned; for a base whose rule loses
+        gradients.
         """
         if setup.sigmas[0] > PURE_NOISE and base_of(setup.base).prediction == "eps":
             raise ValueError(
@@ -200,6 +201,7 @@ class AmedKind:
                 "one has none; leave features out"
             )
         count = 0 if features is False else setup.features
+        check_slope(setup.base)
         predictor = Predictor.fresh(count, scale_dir, scale_time, setup.seed, setup.device)
         return Amed(self.name, setup.base, setup.sigmas, setup.afs, predictor)
 

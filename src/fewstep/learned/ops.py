@@ -12,11 +12,13 @@ published.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 from fewstep.learned.predictor import Values
@@ -25,7 +27,7 @@ from fewstep.solver import get, names
 from fewstep.solver.multistep import linear_multistep
 from fewstep.solver.rules import Weights
 
-__all__ = ["Base", "base_of", "bases"]
+__all__ = ["Base", "base_of", "bases", "check_slope"]
 
 Source = Callable[[int, Seen | None], Values]  # (number of the interval, what is seen at its start)
 
@@ -113,6 +115,60 @@ def base_of(name: str | None) -> Base:
         raise ValueError(f"amed-plugin has no way into {name!r}; it goes with {', '.join(bases())}")
     inserted = partial(on_multistep, **ops.keywords)
     return Base(inserted, solver.prediction, solver.depth, restarts=False, states=2)
+
+
+def check_slope(name: str | None) -> None:
+    """Whether the base's weights can be differentiated in the learned levels.
+
+    A rule that calls `math`, or takes `float(level)`, loses their gradient, or a part of it, and
+    training would learn nothing. So each weight's gradient is compared with its central difference.
+
+    Raises:
+        ValueError: Where they differ, or the rule takes no tensors.
+    """
+    ops = None if name is None else get(name).ops
+    if not isinstance(ops, partial) or ops.func is not linear_multistep:
+        return
+    rule, order = ops.keywords["rule"], ops.keywords["order"]
+    older = [3.0 * 1.7**k for k in range(order)]
+    steps = (  # to the learned level, and on from it
+        lambda mid, count: rule([3.0, *older[1:count]], mid, order),
+        lambda mid, count: rule([mid, *older[: count - 1]], 0.6, order),
+    )
+    for step, count in ((step, count) for step in steps for count in range(1, order + 1)):
+        try:
+            right = _slopes_agree(lambda mid, step=step, count=count: step(mid, count))
+        except (TypeError, RuntimeError, AttributeError):
+            right = False
+        if not right:
+            raise ValueError(
+                f"amed-plugin cannot train on {name!r}: its rule loses the gradient of the levels; "
+                "write it with log and expm1 of fewstep.solver.rules instead of math, or take tuned"
+            )
+
+
+def _slopes_agree(weights: Callable[[Tensor], Weights]) -> bool:
+    """Whether the gradients of a step's weights in the level 1.3 are their differences."""
+
+    def row(level: float, grad: bool = False) -> tuple[Tensor, list[Level]]:
+        mid = torch.tensor([level], dtype=torch.float64, requires_grad=grad)
+        a, b = weights(mid)
+        return mid, [a, *b]
+
+    step = 1e-5
+    with warnings.catch_warnings(), torch.enable_grad():
+        warnings.simplefilter("ignore")  # torch warns of the very calls that are looked for
+        mid, values = row(1.3, grad=True)
+        above, below = row(1.3 + step)[1], row(1.3 - step)[1]
+    for value, high, low in zip(values, above, below, strict=True):
+        expected = (float(high) - float(low)) / (2 * step)
+        found = 0.0
+        if isinstance(value, Tensor) and value.requires_grad:
+            slope = torch.autograd.grad(value.sum(), mid, retain_graph=True, allow_unused=True)[0]
+            found = 0.0 if slope is None else float(slope)
+        if abs(found - expected) > 1e-4 * max(1.0, abs(expected)):
+            return False
+    return True
 
 
 def bases() -> list[str]:

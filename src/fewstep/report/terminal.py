@@ -17,7 +17,7 @@ from fewstep.text import clean, count, styled
 
 if TYPE_CHECKING:
     from fewstep.sampling.folder import FolderResult
-    from fewstep.train.network import Progress as TrainingProgress
+    from fewstep.train.loop import Progress as TrainingProgress
 
 __all__ = [
     "Progress",
@@ -219,7 +219,7 @@ class TrainingBar(Progress):
         """Show one step; the loss is smoothed over about 50."""
         first = math.isnan(self.loss)
         self.loss = progress.loss if first else self.loss + 0.02 * (progress.loss - self.loss)
-        speed = f"{progress.pictures_per_second:.0f}"
+        speed = f"{progress.per_second:.0f}"
         note = f"loss {self.loss:.4f}  lr {progress.lr:.1e}  {speed}/s"
         self("training", progress.step, progress.total_steps, note)
         if progress.validation:

@@ -19,34 +19,34 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fewstep.data.idx import to_unit
-from fewstep.files import check_writable, write_whole
 from fewstep.models.card import CARD_FILE, WEIGHTS_FILE, Card
-from fewstep.models.network import check_device, data_statistics, far_means, save_folder
+from fewstep.models.formats.native import save_folder
+from fewstep.models.statistics import data_statistics, far_means
+from fewstep.networks.device import check_device
 from fewstep.networks.preconditioning import denoise
 from fewstep.networks.unet import UNet, UNetConfig
 from fewstep.noise import generator
 from fewstep.provenance import VERSION
-from fewstep.train.interrupts import between_steps
+from fewstep.train.average import Average
+from fewstep.train.loop import Folder, Progress, Schedule, Step, train
+from fewstep.train.optimiser import Adam, check_finite
+from fewstep.train.order import batch_indices
+from fewstep.train.run import Identity, Run
 
-__all__ = ["Progress", "Recipe", "check_names", "export_network", "train_network"]
+__all__ = ["Recipe", "Training", "check_names", "export_network", "train_network"]
 
 P_MEAN, P_STD = -1.2, 1.2  # the log-normal of EDM, its table 1
-EMA_GAMMA = 16.97  # a window of 5 % of the run so far; EDM2, section 3.1
-CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
+RESULTS = (CARD_FILE, WEIGHTS_FILE)
 
 
 @dataclass(frozen=True)
@@ -105,23 +105,6 @@ class Recipe:
         fall = (self.total_steps - step) / (self.cooldown * self.total_steps + 1)
         return self.lr * min(1.0, rise, fall)
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Recipe:
-        return cls(**{**values, "network": UNetConfig(**values["network"])})
-
-
-@dataclass(frozen=True)
-class Progress:
-    """One training step, as `train_network` reports it. loss: EDM's, over the log-normal half of
-    the batch."""
-
-    step: int
-    total_steps: int
-    loss: float
-    lr: float
-    pictures_per_second: float
-    validation: dict[str, float] | None = None
-
 
 def noise_levels(recipe: Recipe, gen: torch.Generator) -> Tensor:
     """sigma [batch]: the first half log-normal, the second log-uniform, each stratified."""
@@ -133,16 +116,6 @@ def noise_levels(recipe: Recipe, gen: torch.Generator) -> Tensor:
     low, high = math.log(recipe.sigma_min), math.log(recipe.sigma_max)
     log_uniform = low + (high - low) * u[1]
     return torch.cat((log_normal.clamp(low, high), log_uniform)).exp().float()
-
-
-def batch_indices(count: int, recipe: Recipe, step: int) -> Tensor:
-    """The pictures of one step: walks through one fresh permutation of the data after another."""
-    start, parts = step * recipe.batch, []
-    while sum(map(len, parts)) < recipe.batch:
-        epoch, offset = divmod(start + sum(map(len, parts)), count)
-        order = torch.randperm(count, generator=generator(recipe.seed, "epoch", epoch))
-        parts.append(order[offset : offset + recipe.batch - sum(map(len, parts))])
-    return torch.cat(parts)
 
 
 def weighted_errors(
@@ -157,123 +130,55 @@ def weighted_errors(
     return weight * error.square().mean(dim=(1, 2, 3))
 
 
-class Run:
-    """The state of a training run: weights, their average, Adam's moments and the step count.
+class Training:
+    """Of a network: EDM's loss on pictures, Adam, and the average of the weights."""
 
-    data: hash of what it is trained on, kept in its checkpoints
-    """
-
-    def __init__(self, recipe: Recipe, device: torch.device, data: str) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        device: torch.device,
+        images: Tensor,
+        labels: Tensor,
+        held_out: tuple[Tensor, Tensor],
+    ) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             self.net = UNet(recipe.network).to(device)
-        self.recipe, self.device, self.data, self.step = recipe, device, data, 0
-        self.names = [name for name, _ in self.net.named_parameters()]
-        self.weights = list(self.net.parameters())
-        self.ema = [w.detach().clone() for w in self.weights]
-        self.adam = torch.optim.Adam(self.weights, lr=recipe.lr, betas=(0.9, 0.99), fused=True)
-        for w in self.weights:
-            zeros = torch.zeros_like(w)
-            self.adam.state[w] = {
-                "step": torch.zeros((), dtype=torch.float32, device=device),
-                "exp_avg": zeros,
-                "exp_avg_sq": zeros.clone(),
-            }
+        self.recipe, self.device = recipe, device
+        self.images, self.labels, self.held_out = images, labels, held_out
+        weights = dict(self.net.named_parameters())
+        self.adam, self.average = Adam(weights), Average(weights)
+        settings = {k: v for k, v in asdict(recipe).items() if k != "pictures"}
+        inputs = {"pictures or labels": data_hash(images, labels)}
+        tensors = {f"weights.{name}": w.detach() for name, w in weights.items()}
+        tensors |= self.average.tensors() | self.adam.tensors()
+        self.run = Run(Identity("a network's training", settings, inputs), tensors)
 
-    def tensors(self) -> dict[str, Tensor]:
-        out = {}
-        for name, w, average in zip(self.names, self.weights, self.ema, strict=True):
-            state = self.adam.state[w]
-            out |= {f"weights.{name}": w.detach(), f"ema.{name}": average}
-            out |= {f"{moment}.{name}": state[moment] for moment in ("exp_avg", "exp_avg_sq")}
-        return out
-
-    def save(self, path: Path) -> None:
-        metadata = {
-            "step": str(self.step),
-            "recipe": json.dumps(asdict(self.recipe)),
-            "data": self.data,
-        }
-        write_whole(path, sorted_header(safetensors.torch.save(self.tensors(), metadata)))
-
-    @torch.no_grad()
-    def restore(self, path: Path) -> None:
-        """Take up the state in `path`.
-
-        Errors: ValueError where it is no file, cut short, of another recipe, of other data, of
-        other shapes, or longer than the run that is asked for.
-        """
-        if not path.is_file():
-            raise ValueError(f"{path} is not a file; remove it, or give another folder")
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                if "recipe" not in metadata or "step" not in metadata:
-                    raise ValueError(f"{path} is not a training checkpoint of fewstep")
-                theirs, step = read_recipe(path, metadata)
-                if differing := differences(theirs, self.recipe):
-                    raise ValueError(
-                        f"{path} was made with {', '.join(differing)}; "
-                        "give the same, or another folder"
-                    )
-                # checkpoints from before the key "data" was written are taken on trust
-                if metadata.get("data", self.data) != self.data:
-                    raise ValueError(
-                        f"{path} was trained on other pictures or labels; "
-                        "give its data, or another folder"
-                    )
-                if step > self.recipe.total_steps:
-                    raise ValueError(
-                        f"{path} is at {step * theirs.batch} pictures, past the "
-                        f"{self.recipe.pictures} asked for; ask for as many or more, "
-                        "or give another folder"
-                    )
-                tensors = self.tensors()
-                for name, tensor in tensors.items():
-                    if (shape := file.get_slice(name).get_shape()) != list(tensor.shape):
-                        raise ValueError(
-                            f"{path} cannot be read ({name} has shape {shape}, not "
-                            f"{list(tensor.shape)}); remove it to start again"
-                        )
-                for name, tensor in tensors.items():
-                    tensor.copy_(file.get_tensor(name))
-        except (SafetensorError, RuntimeError) as error:
-            raise ValueError(f"{path} cannot be read ({error}); remove it to start again") from None
-        self.step = step
-        for state in self.adam.state.values():
-            state["step"].fill_(self.step)
-
-    def update(self, images: Tensor, labels: Tensor) -> float:
-        """One optimiser step; returns EDM's loss, over the log-normal half."""
-        recipe, gen = self.recipe, generator(self.recipe.seed, "batch", self.step)
-        chosen = batch_indices(len(images), recipe, self.step)
+    def update(self, step: int) -> Step:
+        """One step of Adam; the loss is EDM's, over the log-normal half of the batch."""
+        recipe, gen = self.recipe, generator(self.recipe.seed, "batch", step)
+        chosen = batch_indices(len(self.images), recipe.batch, recipe.seed, step)
         sigma = noise_levels(recipe, gen)
         dropped = torch.rand(recipe.batch, generator=gen) < recipe.label_dropout
-        label = torch.where(dropped, recipe.network.classes, labels[chosen])
-        x_0 = to_unit(images[chosen])
+        label = torch.where(dropped, recipe.network.classes, self.labels[chosen])
+        x_0 = to_unit(self.images[chosen])
         eps = torch.randn(x_0.shape, generator=gen)
         x_0, sigma, label, eps = (t.to(self.device) for t in (x_0, sigma, label, eps))
-
-        lr = recipe.lr_at(self.step)
-        for group in self.adam.param_groups:
-            group["lr"] = lr
         losses = weighted_errors(self.net, x_0, sigma, label, eps, recipe)
         losses.mean().backward()
-        torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
-        self.adam.step()
-        self.adam.zero_grad()
-        self.step += 1
-        decay = (1 - 1 / self.step) ** (EMA_GAMMA + 1)
-        with torch.no_grad():
-            for average, w in zip(self.ema, self.weights, strict=True):
-                average.lerp_(w, 1 - decay)
-        return losses[: recipe.batch // 2].mean().item()
+        loss = losses[: recipe.batch // 2].mean().item()
+        check_finite(step, loss, self.adam.clip(1.0))
+        self.adam.step(lr := recipe.lr_at(step))
+        self.average.update(step + 1)
+        return Step(loss, lr)
+
+    def validate(self) -> dict[str, float]:
+        """Of the averaged weights."""
+        return validate(self.averaged(), *self.held_out, self.recipe)
 
     def averaged(self) -> UNet:
         """A copy of the network with the averaged weights."""
-        net = copy.deepcopy(self.net)
-        net.load_state_dict(dict(zip(self.names, self.ema, strict=True)))
-        return net.eval().requires_grad_(False)
+        return self.average.of(self.net)
 
 
 @torch.no_grad()
@@ -333,53 +238,23 @@ def train_network(
 
     Resuming takes exactly the path of an undisturbed run of the same `pictures`. More pictures than
     the checkpoint's run had, even one that was finished, are allowed: see the module's docstring.
-    On Ctrl-C the step is finished and a checkpoint saved before KeyboardInterrupt goes on.
+    On Ctrl-C and SIGTERM the step is finished and a checkpoint saved before `Stopped` is raised.
 
     Errors, all before the first step: ValueError for data that do not go with the recipe, a device
-    that is not to be had, a checkpoint of another recipe or other data, or an `out` that holds
+    that is not available, a checkpoint of another recipe or other data, or an `out` that holds
     another model; OSError where `out` cannot be written. Later, FloatingPointError where the loss
     is not finite (the last checkpoint stays).
     """
-    if checkpoint_every < 1 or validate_every < 1:
-        raise ValueError(
-            "checkpoint_every and validate_every must be at least 1, "
-            f"got {checkpoint_every} and {validate_every}"
-        )
-    out, place = Path(out), check_device(device)
+    plan = Schedule(recipe.total_steps, recipe.batch, checkpoint_every, validate_every)
+    place = check_device(device)
     check_data(images, labels, held_out, recipe)
-    check_folder(out)
-    run = Run(recipe, place, data_hash(images, labels))
-    if (path := out / CHECKPOINT).exists():
-        run.restore(path)
-        resumed(run.step)
-    lines = [line for line in log_lines(out / LOG) if line["step"] <= run.step]
-    begun, first = time.perf_counter(), run.step
-    with between_steps() as stopping:
-        while run.step < recipe.total_steps:
-            loss = run.update(images, labels)
-            if not math.isfinite(loss):
-                raise FloatingPointError(
-                    f"the loss is {loss} at step {run.step}; the last checkpoint stays, "
-                    "try a lower lr"
-                )
-            last = run.step == recipe.total_steps
-            validation = None
-            if last or run.step % validate_every == 0:
-                validation = validate(run.averaged(), *held_out, recipe)
-            speed = (run.step - first) * recipe.batch / (time.perf_counter() - begun)
-            progress = Progress(
-                run.step, recipe.total_steps, loss, recipe.lr_at(run.step), speed, validation
-            )
-            if validation:
-                lines.append({"step": run.step, "pictures": run.step * recipe.batch, **validation})
-                write_whole(out / LOG, "".join(json.dumps(e) + "\n" for e in lines).encode())
-            stop = stopping()
-            if last or stop or run.step % checkpoint_every == 0:
-                run.save(path)
-            report(progress)
-            if stop:
-                raise KeyboardInterrupt
-    return run.averaged()
+    folder = Folder(Path(out), RESULTS)
+    folder.check()
+    task = Training(recipe, place, images, labels, held_out)
+    if folder.resume(task.run, recipe.total_steps):
+        resumed(task.run.step)
+    train(task, folder, plan, report)
+    return task.averaged()
 
 
 def export_network(
@@ -405,7 +280,7 @@ def export_network(
     """
     out, count = Path(out), recipe.network.classes
     names = check_names(tuple(classes) or tuple(map(str, range(count))), count)
-    check_folder(out)
+    Folder(out, RESULTS).check()
     stats = data_statistics(images, labels, count)
     rounded = copy.deepcopy(net).half().float()  # what will be loaded
     stats["far_mean"] = far_means(rounded, recipe.sigma_max, recipe.sigma_data)
@@ -461,18 +336,6 @@ def check_data(
             raise ValueError(f"every class needs at least 2 pictures, class {label} has {count}")
 
 
-def check_folder(out: Path) -> None:
-    """Errors: OSError where `out` cannot be written, ValueError where it holds a model that did not
-    come from a checkpoint beside it."""
-    check_writable(out)
-    others = [name for name in (CARD_FILE, WEIGHTS_FILE) if (out / name).exists()]
-    if others and not (out / CHECKPOINT).exists():
-        raise ValueError(
-            f"{out} has a {others[0]} but no {CHECKPOINT}, so it is another model; "
-            "give another folder"
-        )
-
-
 def data_hash(images: Tensor, labels: Tensor) -> str:
     """SHA-256 of the shapes and the values of pictures and labels, in hexadecimal."""
     digest = hashlib.sha256()
@@ -480,46 +343,3 @@ def data_hash(images: Tensor, labels: Tensor) -> str:
         digest.update(repr(tuple(values.shape)).encode())
         digest.update(values.contiguous().cpu().numpy().data)
     return digest.hexdigest()
-
-
-def read_recipe(path: Path, metadata: dict[str, str]) -> tuple[Recipe, int]:
-    """Recipe and step of a checkpoint.
-
-    Errors: ValueError, naming the file, where this version cannot read them.
-    """
-    try:
-        return Recipe.from_dict(json.loads(metadata["recipe"])), int(metadata["step"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} has a recipe that this version of fewstep does not know ({error!r}); "
-            "update fewstep, or give another folder"
-        ) from None
-
-
-def differences(theirs: Recipe, ours: Recipe) -> list[str]:
-    """What two recipes differ in besides their length, "lr=0.001 (now 0.002)" and so on."""
-    one, other = ({**asdict(r), **asdict(r.network)} for r in (theirs, ours))
-    names = [name for name in one if name not in ("pictures", "network")]
-    return [f"{n}={one[n]} (now {other[n]})" for n in names if one[n] != other[n]]
-
-
-def sorted_header(data: bytes) -> bytes:
-    """A safetensors file with its metadata sorted, so that equal contents are equal bytes: the
-    library writes the keys in random order."""
-    end = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:end])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + data[end:]
-
-
-def log_lines(path: Path) -> Iterator[dict[str, float]]:
-    """One dictionary per validation so far. Errors: ValueError where it is not such a log."""
-    try:
-        for text in path.read_text().splitlines() if path.exists() else ():
-            line = json.loads(text)
-            int(line["step"])
-            yield line
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a training log ({error!r}); move it away") from None

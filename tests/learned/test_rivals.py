@@ -1,0 +1,66 @@
+"""A learned solver is measured against the best training-free one, and says when it lost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fewstep.grid import make_grid
+from fewstep.learned import LearnedSolver, train
+from fewstep.learned.rivals import RIVALS, best_rival, unbeaten
+from fewstep.schedule import VP
+from fewstep.solver import end_at, get
+from tests.support.testbed import Mixture
+
+SHORT: dict[str, Any] = {"trajectories": 32, "batch": 16, "validation": 16, "nfe": 5}
+
+
+@pytest.mark.parametrize("end", ["sigma_min", "zero"])
+def test_the_best_is_the_least_over_solvers_grids_and_first_steps(end: str) -> None:
+    schedule, seen = VP.scaled_linear(), []
+
+    def measure(program: Any) -> dict[str, float]:
+        seen.append(program)
+        return {"error": 1.0, "features": 0.5 if len(seen) == 7 else 2.0}
+
+    best = best_rival(measure, 4, schedule.sigma_max, schedule.sigma_min, end, schedule)
+    assert {program.evaluations for program in seen} == {4}
+    assert {program.sigmas[0] for program in seen} == {schedule.sigma_max}
+    assert {program.sigmas[-1] for program in seen} == {
+        0.0 if end == "zero" else schedule.sigma_min
+    }
+    points = len(seen[6].sigmas)
+    levels = make_grid(best["grid"], points, schedule.sigma_max, schedule.sigma_min, schedule)
+    assert seen[6].sigmas == end_at(levels, end)
+    assert get(best["solver"]).on(seen[6].sigmas, best["afs"]).evaluations == 4
+    assert best["features"] == 0.5
+
+
+def test_none_is_best_where_none_is_finite() -> None:
+    assert best_rival(lambda program: {"error": float("inf")}, 3, 80.0, 0.002, "zero", None) == {}
+    assert unbeaten("amed", {"error": 1.0, "training_free": {}}) is None
+
+
+@pytest.mark.parametrize("method", ["amed", "amed-plugin", "tuned"])
+def test_a_training_says_whether_it_lost_and_keeps_it(method: str, tmp_path: Any) -> None:
+    told: list[str] = []
+    # at a rate of almost nothing the untrained solver comes out, which others beat
+    solver = train(Mixture(), (3,), method=method, lr=1e-9, out=tmp_path, note=told.append, **SHORT)
+    rival = LearnedSolver.load(tmp_path).validation["training_free"]
+    assert rival == solver.validation["training_free"]
+    assert rival["solver"] in RIVALS
+    lost = solver.validation["error"] >= rival["error"]
+    lines = [line for line in told if "did not beat the best training-free" in line]
+    assert len(lines) == lost
+    assert all(f"{rival['solver']} on {rival['grid']}" in line for line in lines)
+    assert lost or method != "amed"
+
+
+def test_the_line_goes_by_the_features_of_the_loss() -> None:
+    rival = {"solver": "deis-2", "grid": "karras", "afs": "zero", "error": 0.1, "features": 3.0}
+    won = {"error": 0.2, "features": 2.0, "training_free": rival}
+    assert unbeaten("tuned", won) is None
+    line = unbeaten("tuned", {**won, "features": 3.5})
+    assert line is not None
+    assert "deis-2 on karras with afs=zero has features 3, this has 3.5" in line
