@@ -617,7 +617,7 @@ def test_the_teacher_is_left_as_it_is() -> None:
         ({"teacher": "dddim"}, "no solver called 'dddim'"),
         ({"grid": "trailing"}, "trailing"),
         ({"steps": 5}, "distill has no setting 'steps'; it has: method, points"),
-        ({"validate_every": 0}, "validate_every must be at least 1"),
+        ({"validate_every": 0}, "validate_every must be an integer, at least 1"),
         ({"accumulate": 9}, "accumulate must be from 1 to batch, got 9"),
     ],
 )

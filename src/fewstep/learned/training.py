@@ -111,14 +111,7 @@ def train(
     )
     folder = Folder(None if out is None else Path(out), (SOLVER_FILE, PREDICTOR_FILE))
     task, untrained = school.enrol(folder, note)
-    plan = Schedule(
-        task.batches,
-        chosen.settings.batch,
-        chosen.settings.checkpoint_every,
-        chosen.settings.validate_every,
-        chosen.settings.trajectories,
-        "trajectories",
-    )
+    plan = task.plan
     folder.resume(task.run, plan.total_steps)
     if task.run.step < plan.total_steps or not task.measured:
         step = task.run.step
@@ -260,6 +253,12 @@ class SolverTraining:
         """How many there are; none where nothing learns."""
         chosen = self.chosen.settings
         return math.ceil(chosen.trajectories / chosen.batch) if self.weights else 0
+
+    @property
+    def plan(self) -> Schedule:
+        chosen = self.chosen.settings
+        every = chosen.checkpoint_every, chosen.validate_every
+        return Schedule(self.batches, chosen.batch, *every, chosen.trajectories, "trajectories")
 
     @property
     def measured(self) -> dict[str, Any]:
