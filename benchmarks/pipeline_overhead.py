@@ -23,7 +23,7 @@ import torch
 
 import fewstep
 from benchmarks.stable_diffusion import stable_diffusion
-from fewstep.models.pipelines import from_pipe
+from fewstep.models.formats.diffusers import from_pipe
 
 MOST = 0.02  # of the run, outside the networks
 NFE, GUIDANCE, PROMPT = 5, 7.5, "a lighthouse on a cliff in the fog"

@@ -18,6 +18,7 @@ from fewstep.provenance import VERSION
 __version__ = VERSION
 
 if TYPE_CHECKING:
+    from fewstep.distillation.training import distill
     from fewstep.loop import State, iterate, solve
     from fewstep.models import Model, load
     from fewstep.plan import Combine, Eval, Plan, Seen, flatten, freeze, nfe
@@ -34,6 +35,7 @@ __all__ = [
     "Seen",
     "Solver",
     "State",
+    "distill",
     "flatten",
     "freeze",
     "iterate",
@@ -47,6 +49,7 @@ __all__ = [
 
 # Names are looked up on first use, so that `fewstep --help` does not wait for torch.
 _HOMES = {
+    "fewstep.distillation.training": ("distill",),
     "fewstep.loop": ("State", "iterate", "solve"),
     "fewstep.models": ("Model", "load"),
     "fewstep.plan": ("Combine", "Eval", "Plan", "Seen", "flatten", "freeze", "nfe"),
@@ -56,21 +59,28 @@ _HOMES = {
 # modules that need no import of their own: fewstep.learned.train(...)
 _MODULES = (
     "data",
+    "denoiser",
     "distillation",
     "evaluate",
     "grid",
     "integrations",
     "learned",
+    "loop",
     "models",
+    "networks",
     "noise",
+    "plan",
+    "provenance",
+    "report",
     "sampling",
     "schedule",
+    "solver",
 )
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_MODULES})
 
 
 def __getattr__(name: str) -> Any:

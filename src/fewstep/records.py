@@ -90,8 +90,9 @@ def parse(text: str | bytes, what: str = "the text") -> Any:
     if len(text) > LARGEST:
         raise ValueError(f"{what} must have at most {LARGEST} bytes, got {len(text)}")
     try:
+        plain = text.decode("utf-8") if isinstance(text, bytes) else text
         value = json.loads(
-            text, object_pairs_hook=_once, parse_constant=_no_constant, parse_float=_finite
+            plain, object_pairs_hook=_once, parse_constant=_no_constant, parse_float=_finite
         )
     except RecursionError:
         raise ValueError(f"{what} is nested more than {DEEPEST} deep") from None

@@ -16,10 +16,10 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fewstep.data.bounds import free_memory
+from fewstep.data.bounds import check_room
 from fewstep.records import LARGEST, parse, shown
 
-__all__ = ["Entry", "check_memory", "load_tensors", "read_header", "read_metadata"]
+__all__ = ["Entry", "load_tensors", "read_header", "read_metadata"]
 
 BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2}
 BYTES |= {"I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8}
@@ -60,21 +60,13 @@ def load_tensors(path: Path | str, advice: str = FETCH) -> dict[str, Tensor]:
         OSError: where the file cannot be read.
         ValueError: as `read_header`, and where the tensors do not fit into free memory.
     """
-    total = sum(entry.nbytes for entry in read_header(path, advice).values())
-    check_memory(total, str(path))
+    check_room(sum(entry.nbytes for entry in read_header(path, advice).values()), str(path))
     try:
-        return safetensors.torch.load_file(path)
+        # in memory of their own: a mapped file may start anywhere, which moves the last bits of
+        # sums, and it may be written again
+        return {name: t.clone() for name, t in safetensors.torch.load_file(path).items()}
     except SafetensorError as error:
         raise ValueError(f"{path} cannot be read ({error}); {advice}") from None
-
-
-def check_memory(wanted: int, what: str) -> None:
-    """Errors: ValueError where so many bytes are more than what memory has free."""
-    free = free_memory()
-    if wanted > free:
-        raise ValueError(
-            f"{what} needs {wanted / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of memory are free"
-        )
 
 
 def _read(path: Path | str, advice: str) -> tuple[dict[str, Entry], dict[str, str]]:

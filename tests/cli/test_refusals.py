@@ -17,7 +17,8 @@ import fewstep.solver as registry
 from fewstep.denoiser import Guided
 from fewstep.loop import solve
 from fewstep.models import BUILTIN
-from fewstep.models.network import NetworkModel, load_folder
+from fewstep.models.formats.native import load_folder
+from fewstep.models.network import NetworkModel
 from fewstep.plan import Combine
 from fewstep.solver import Solver
 from fewstep.solver.registry import _key

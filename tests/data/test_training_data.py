@@ -36,7 +36,7 @@ def unconditional() -> NetworkModel:
     model = tiny_model()
     stats = {name: value[-1:] for name, value in model.stats.items()}
     card = replace(model.card, network={**model.card.network, "classes": 0}, classes=())
-    return NetworkModel(card, net, stats, net)
+    return NetworkModel(card, net, stats, net, net.image_shape)
 
 
 @pytest.mark.parametrize("kind", ["idx", "folder", "zip", "npz", "arr_1"])

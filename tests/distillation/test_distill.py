@@ -63,7 +63,7 @@ def tiny_model() -> NetworkModel:
     }
     network = {**vars(CONFIG), "widths": list(CONFIG.widths), "told": []}
     card = Card("tiny", network, classes=("a", "b", "c"), weights_sha256="0" * 64)
-    return NetworkModel(card, net.eval().requires_grad_(False), stats, net)
+    return NetworkModel(card, net.eval().requires_grad_(False), stats, net, net.image_shape)
 
 
 def pictures(count: int = 40) -> tuple[Tensor, Tensor]:
@@ -470,10 +470,10 @@ def test_validation_runs_at_gamma_1(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     seen: list[Any] = []
     forward = UNet.forward
 
-    def watched(self, x, c_noise, label, features=False, told=None):
+    def watched(self, x, c_noise, label, told=None):
         if self.config.told and not torch.is_grad_enabled() and not self.training:
             seen.append(told)
-        return forward(self, x, c_noise, label, features, told)
+        return forward(self, x, c_noise, label, told)
 
     monkeypatch.setattr(UNet, "forward", watched)
     run_tiny(tmp_path, pictures=16, validation_seeds=2, validate_every=1, tell="gamma")
@@ -617,7 +617,7 @@ def test_the_teacher_is_left_as_it_is() -> None:
         ({"teacher": "dddim"}, "no solver called 'dddim'"),
         ({"grid": "trailing"}, "trailing"),
         ({"steps": 5}, "distill has no setting 'steps'; it has: method, points"),
-        ({"validate_every": 0}, "validate_every must be at least 1"),
+        ({"validate_every": 0}, "validate_every must be an integer, at least 1"),
         ({"accumulate": 9}, "accumulate must be from 1 to batch, got 9"),
     ],
 )
@@ -682,7 +682,7 @@ def write_idx(path: Path, array: np.ndarray) -> None:
 def folders(tmp_path: Path) -> tuple[Path, Path, Path]:
     """A model, data, and a place for the student."""
     model, (images, labels) = tiny_model(), pictures()
-    from fewstep.models.network import save_folder
+    from fewstep.models.formats.native import save_folder
 
     save_folder(tmp_path / "model", model.card, model.net, model.stats)
     (tmp_path / "data").mkdir()

@@ -16,7 +16,7 @@ from fewstep.integrations.diffusers import FewstepPipeline, FewstepScheduler
 from fewstep.learned.amed import Amed
 from fewstep.learned.predictor import Predictor, feature_count
 from fewstep.learned.solver import LearnedSolver
-from fewstep.models.pipelines import from_pipe
+from fewstep.models.formats.diffusers import from_pipe
 from tests.support import pipelines
 from tests.support.pipelines import diffusers
 

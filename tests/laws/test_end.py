@@ -12,7 +12,8 @@ import fewstep
 import fewstep.solver as registry
 from fewstep.loop import solve
 from fewstep.models import BUILTIN
-from fewstep.models.network import NetworkModel, load_folder
+from fewstep.models.formats.native import load_folder
+from fewstep.models.network import NetworkModel
 from tests.support.testbed import ALL_SOLVERS, Counted, Mixture, karras, noise
 
 SEEDS = (1, 2, 3)

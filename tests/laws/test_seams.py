@@ -18,7 +18,8 @@ import fewstep
 from fewstep.data.images import write_png
 from fewstep.loop import Ledger
 from fewstep.models import BUILTIN
-from fewstep.models.network import NetworkModel, load_folder
+from fewstep.models.formats.native import load_folder
+from fewstep.models.network import NetworkModel
 from fewstep.noise import key
 from fewstep.plan import Combine, Eval, Program, flatten
 from fewstep.solver import Solver, get, intervals_for

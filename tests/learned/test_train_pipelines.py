@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,7 +36,7 @@ from fewstep.learned.teacher import Frozen, whole_grid
 from fewstep.learned.teacher import Path as Way
 from fewstep.learned.tuned import Tuned
 from fewstep.models.process import Shifted
-from fewstep.models.texts import Memory
+from fewstep.models.texts import TextCache
 from fewstep.schedule import VP, Flow
 from tests.support import pipelines
 from tests.support.testbed import Mixture
@@ -106,11 +107,12 @@ def test_remembered_texts_say_what_texts_say(name, negative, models):
     model = models[name]
     texts, x = ["a cat", "mat", "a cat"], pipelines.noise(3, *model.shape)
     sigma = torch.full((3,), 3.0)
-    memory = Memory()
+    model = replace(model, texts=TextCache())
     for guidance in (None, 4.0):
         asked = {"guidance": guidance, "negative": negative if guidance else None}
-        plain = model.denoiser(prompt=texts, **asked)
-        remembered = model.denoiser(prompt=texts, encoded=memory, **asked)
+        plain = replace(model, texts=TextCache(limit=0)).denoiser(prompt=texts, **asked)
+        model.denoiser(prompt=texts, **asked)
+        remembered = model.denoiser(prompt=texts, **asked)
         with torch.no_grad():
             # a text alone and texts in a batch differ by the order of float32 sums
             ours, theirs = remembered(x, sigma), plain(x, sigma)
@@ -122,21 +124,24 @@ def test_each_text_is_encoded_once_alone_and_within_the_bound(models):
     hook = model.pipe.text_encoder.register_forward_pre_hook(
         lambda module, inputs: read.append(len(inputs[0]))
     )
-    memory = Memory()
+    model = replace(model, texts=TextCache())
     try:
-        first = model.denoiser(prompt=["a cat", "mat"], guidance=3.0, encoded=memory)
+        first = model.denoiser(prompt=["a cat", "mat"], guidance=3.0)
         assert set(read) == {1}
         once = len(read)
         texts = ["mat", "a cat", "mat"]
-        second = model.denoiser(prompt=texts, guidance=3.0, encoded=memory)
+        second = model.denoiser(prompt=texts, guidance=3.0)
         assert len(read) == once
         one = first.cond["encoder_hidden_states"].nbytes // 2
-        assert memory.size == 3 * one  # the third is the empty text
-        narrow = Memory(limit=one)
+        assert model.texts.size == 3 * one  # the third is the empty text
+        narrow = replace(model, texts=TextCache(limit=one))
         for text in TEXTS:
-            model.denoiser(prompt=text, encoded=narrow)
-        assert (narrow.size, len(narrow.kept)) == (one, 1)
-        again = model.denoiser(prompt=["a cat", "mat"], guidance=3.0, encoded=narrow)
+            narrow.denoiser(prompt=text)
+            assert (narrow.texts.size, len(narrow.texts.kept)) == (one, 1)
+        known = len(read)
+        narrow.denoiser(prompt=TEXTS[-1])  # the last to leave
+        assert len(read) == known
+        again = narrow.denoiser(prompt=["a cat", "mat"], guidance=3.0)
     finally:
         hook.remove()
     for name, other in (("cond", again), ("uncond", again), ("uncond", second)):
@@ -148,12 +153,12 @@ def test_each_text_is_encoded_once_alone_and_within_the_bound(models):
 
 
 def test_what_is_too_long_is_said_once(models):
-    model, memory = models["sd"], Memory()
+    model = replace(models["sd"], texts=TextCache())
     texts = [f"a cat sat on a mat and a mat and {i} more mats" for i in range(3)]
     with pytest.warns(UserWarning, match="does not see") as caught:
-        model.denoiser(prompt=[*texts, *texts], encoded=memory)
+        model.denoiser(prompt=[*texts, *texts])
     assert len(caught) == 3  # one for each text
-    model.denoiser(prompt=texts, encoded=memory)  # and a warning here would fail the test
+    model.denoiser(prompt=texts)  # and a warning here would fail the test
 
 
 # -- where a grid ends ------------------------------------------------------------------------

@@ -16,7 +16,9 @@ import torch
 import fewstep
 from fewstep.models import BUILTIN, read_card
 from fewstep.models.card import Card
-from fewstep.models.network import NetworkModel, check_device, load_folder, save_folder
+from fewstep.models.formats.native import load_folder, save_folder
+from fewstep.models.network import NetworkModel
+from fewstep.networks.device import check_device
 from fewstep.networks.unet import UNet, UNetConfig
 
 TINY = UNetConfig(size=8, widths=(16, 16), blocks=1, embedding=16, classes=3)
@@ -199,7 +201,7 @@ def test_208_channels_above_the_attention_are_fine() -> None:
 
 @pytest.mark.parametrize("name", ["toaster", "cuda:99", "meta", "hpu", "", None])
 def test_devices_that_are_not_to_be_had_are_named(folder: Path, name: Any) -> None:
-    with pytest.raises(ValueError, match=f"device '{name}' is not to be had: .") as caught:
+    with pytest.raises(ValueError, match=f"device '{name}' is not available: .") as caught:
         fewstep.load(folder, device=name)
     assert "\n" not in str(caught.value)
     assert check_device("cpu") == torch.device("cpu")

@@ -15,7 +15,8 @@ import torch
 
 import fewstep
 from fewstep.models import BUILTIN, Model
-from fewstep.models.network import NetworkModel, load_folder
+from fewstep.models.formats.native import load_folder
+from fewstep.models.network import NetworkModel
 from fewstep.sampling.generate import locate
 
 SEEDS = (3, 11, 4, 1_000_003)

@@ -15,7 +15,7 @@ import pytest
 import fewstep
 from fewstep import models
 from fewstep.distillation import Recipe, distill
-from fewstep.models.network import save_folder
+from fewstep.models.formats.native import save_folder
 from fewstep.report.tables import seeds_table
 from recipes.ship_student import ship
 from studies import distill_lines, distill_study, distill_teachers, make_results

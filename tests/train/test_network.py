@@ -212,8 +212,8 @@ def test_recipes_that_cannot_be_are_refused(fields: dict, message: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"device": "toaster"}, "device 'toaster' is not to be had"),
-        ({"device": "meta"}, "device 'meta' is not to be had"),
+        ({"device": "toaster"}, "device 'toaster' is not available"),
+        ({"device": "meta"}, "device 'meta' is not available"),
         ({"labels": LABELS + 1}, "labels must lie below the 3 classes"),
         ({"labels": LABELS - 1}, "labels must lie below the 3 classes"),
         ({"labels": LABELS % 2}, "class 2 has 0"),

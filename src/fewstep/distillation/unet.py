@@ -13,7 +13,8 @@ from torch import Tensor
 from fewstep.distillation.subject import Subject
 from fewstep.distillation.subpath import CleanEnd
 from fewstep.models.card import Card
-from fewstep.models.network import Conditional, NetworkModel, save_folder
+from fewstep.models.formats.native import save_folder
+from fewstep.models.network import Conditional, NetworkModel
 from fewstep.networks.preconditioning import denoise
 from fewstep.networks.unet import UNet
 
@@ -36,7 +37,7 @@ def subject(model: NetworkModel, told: tuple[str, ...], seed: int) -> Subject:
 
     def bind(net: UNet, card: Card) -> NetworkModel:
         still = copy.deepcopy(net).eval().requires_grad_(False)
-        return NetworkModel(card, still, model.stats, still)
+        return NetworkModel(card, still, model.stats, still, model.shape)
 
     def save(folder: Path, net: UNet, card: Card) -> Card:
         return save_folder(folder, card, net, model.stats)
@@ -44,7 +45,7 @@ def subject(model: NetworkModel, told: tuple[str, ...], seed: int) -> Subject:
     return Subject(
         student=student,
         denoise=answer,
-        teacher=Conditional(model.net, card, model.forward),
+        teacher=Conditional(model),
         none=torch.tensor([len(card.classes)], device=model.device) if card.classes else None,
         boundary=CleanEnd(card.sigma_min),
         sigma_min=card.sigma_min,

@@ -17,7 +17,7 @@ from PIL import Image
 
 from fewstep.data.bounds import read_bytes
 from fewstep.evaluate.features import quiet
-from fewstep.models.network import check_device
+from fewstep.networks.device import check_device
 from fewstep.text import clean
 
 __all__ = ["ClipScorer", "load_clip"]

@@ -39,7 +39,7 @@ from fewstep.cache import cache_folder
 from fewstep.data.bounds import check_room, read_bytes
 from fewstep.evaluate.statistics import Statistics
 from fewstep.files import write_whole
-from fewstep.models.network import check_device
+from fewstep.networks.device import check_device
 from fewstep.text import clean
 
 __all__ = [

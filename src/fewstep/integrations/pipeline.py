@@ -22,7 +22,8 @@ from torch import Tensor
 
 from fewstep.denoiser import Denoiser, per_sample
 from fewstep.loop import Runnable, find, iterate, starts_at
-from fewstep.models.pipelines import PipelineModel, from_pipe
+from fewstep.models.formats.diffusers import from_pipe
+from fewstep.models.pipeline import PipelineModel
 from fewstep.plan import Program
 from fewstep.solver import Solver
 

@@ -8,7 +8,6 @@ from typing import Any
 from fewstep.denoiser import Denoiser
 from fewstep.learned.settings import TRAINING, VALIDATION
 from fewstep.learned.validation import Conditions
-from fewstep.models.texts import Memory
 from fewstep.noise import key
 
 __all__ = ["prompted"]
@@ -25,7 +24,7 @@ def prompted(
 ) -> Conditions:
     """Conditions for `train`, of texts.
 
-    model: a pipeline (`PipelineModel`); each text is encoded once, within a bound (`Memory`)
+    model: a pipeline (`PipelineModel`); each text is encoded once, within a bound
     texts: what is drawn from. Every tenth distinct one is for validation alone, where there are
         ten or more.
     negative, guidance: as in `model.denoiser`, the same for all
@@ -39,7 +38,6 @@ def prompted(
     distinct = list(dict.fromkeys(texts))
     held_out = distinct[HELD_OUT - 1 :: HELD_OUT] or distinct
     kept = [text for i, text in enumerate(distinct) if (i + 1) % HELD_OUT]
-    memory = Memory()
 
     def drawn(seed: int) -> str:
         pool = held_out if VALIDATION <= seed < TRAINING else kept
@@ -47,6 +45,6 @@ def prompted(
 
     def conditions(seeds: Sequence[int]) -> Denoiser:
         texts = [drawn(seed) for seed in seeds]
-        return model.denoiser(prompt=texts, negative=negative, guidance=guidance, encoded=memory)
+        return model.denoiser(prompt=texts, negative=negative, guidance=guidance)
 
     return conditions

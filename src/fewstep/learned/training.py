@@ -34,6 +34,7 @@ from fewstep.learned.validation import (
     look_at,
     split,
 )
+from fewstep.models import Model
 from fewstep.provenance import VERSION
 from fewstep.train import loop
 from fewstep.train.checkpoint import plain
@@ -56,7 +57,7 @@ def train(
     loss_features: Callable[[Tensor], Tensor] | None = None,
     out: Path | str | None = None,
     device: str | torch.device = "cpu",
-    model: dict[str, Any] | None = None,
+    model: Model | dict[str, Any] | None = None,
     cache: Path | str | None = None,
     report: Callable[[Progress], None] = lambda progress: None,
     note: Callable[[str], None] = lambda text: None,
@@ -74,7 +75,7 @@ def train(
             that is to see pictures needs `fewstep.networks.features.Clamped`, or the like.
         out: a folder for checkpoint, log and the result; a run that finds its checkpoint there
             resumes.
-        model: facts about the network for the record, above all "name" and "weights", their hash.
+        model: the model, or facts about it for the record: "name" and "weights", their hash.
         cache: a folder where fine solves of the validation seeds, and the ends of a teacher that is
             looked at only there, are kept for other runs. Needs a `model` with the hash of its
             weights and all that its conditions and its prior depend on: an end is known by these
@@ -91,7 +92,8 @@ def train(
         FloatingPointError: where the denoiser or a loss is not finite; the last checkpoint stays.
         Stopped: on Ctrl-C and SIGTERM, after the batch is finished and a checkpoint saved.
     """
-    hashed = bool((model or {}).get("weights"))
+    facts = _facts_of(model)
+    hashed = bool(facts.get("weights"))
     if cache is not None and not hashed:
         raise ValueError("cache needs model['weights'], the hash of the network's weights")
     shape = tuple(int(size) for size in shape)
@@ -104,19 +106,12 @@ def train(
         conditions if conditions is not None else lambda seeds: denoiser,
         Noise(shape, chosen.sigmas[0], place, prior),
         loss_features,
-        model or {},
+        facts,
         None if cache is None else Path(cache) / "teachers",
     )
     folder = Folder(None if out is None else Path(out), (SOLVER_FILE, PREDICTOR_FILE))
     task, untrained = school.enrol(folder, note)
-    plan = Schedule(
-        task.batches,
-        chosen.settings.batch,
-        chosen.settings.checkpoint_every,
-        chosen.settings.validate_every,
-        chosen.settings.trajectories,
-        "trajectories",
-    )
+    plan = task.plan
     folder.resume(task.run, plan.total_steps)
     if task.run.step < plan.total_steps or not task.measured:
         step = task.run.step
@@ -132,6 +127,13 @@ def train(
     if folder.path is not None:
         solver.save(folder.path)
     return solver
+
+
+def _facts_of(model: Model | dict[str, Any] | None) -> dict[str, Any]:
+    """What the record says of a model."""
+    if model is None or isinstance(model, dict):
+        return model or {}
+    return {"name": model.card.name, "weights": model.card.weights_sha256}
 
 
 class School:
@@ -251,6 +253,12 @@ class SolverTraining:
         """How many there are; none where nothing learns."""
         chosen = self.chosen.settings
         return math.ceil(chosen.trajectories / chosen.batch) if self.weights else 0
+
+    @property
+    def plan(self) -> Schedule:
+        chosen = self.chosen.settings
+        every = chosen.checkpoint_every, chosen.validate_every
+        return Schedule(self.batches, chosen.batch, *every, chosen.trajectories, "trajectories")
 
     @property
     def measured(self) -> dict[str, Any]:

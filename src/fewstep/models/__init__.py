@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fewstep.models.card import CARD_FILE, Card
+from fewstep.models.formats import FORMATS, format_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,28 +18,30 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fewstep.denoiser import Denoiser
+    from fewstep.models.formats.diffusers import from_pipe
+    from fewstep.models.own import fingerprint, of
 
 __all__ = [
     "Card",
     "Model",
     "PictureModel",
     "builtin",
+    "fingerprint",
+    "from_pipe",
     "is_model",
     "load",
+    "of",
     "read_card",
     "students_of",
 ]
 
 BUILTIN = Path(__file__).parent / "builtin"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # owner/name
-LOADERS = {
-    "unet": "fewstep.models.network"
-}  # kind of a card: the module whose load_folder reads it
 
 
 class Model(Protocol):
     """What sampling needs of a model. `denoiser(...)` gives D(x, sigma) with the conditions filled
-    in, `negative` and `encoded` as in `PipelineModel.denoiser`."""
+    in."""
 
     @property
     def card(self) -> Card: ...
@@ -53,7 +56,6 @@ class Model(Protocol):
         guidance: Any = None,
         *,
         negative: Any = None,
-        encoded: Any = None,
     ) -> Denoiser: ...
     def prior(
         self, seeds: Sequence[int], sigma: float | None = None, label: Any = None
@@ -97,8 +99,8 @@ def load(
     dtype: the network's arithmetic, float32, bfloat16 or float16, or torch's own (the sampled
         state stays float32)
     compile: torch.compile the network, worth it for many pictures
-    options: for pipelines, see `fewstep.models.pipelines.load_pipeline`: config, size, slicing,
-        tiling
+    options: for pipelines: config, size, slicing, tiling; see `load_pipeline` in
+        `fewstep.models.formats.diffusers`
 
     Nothing in a folder is executed.
 
@@ -106,19 +108,16 @@ def load(
     files are damaged.
     """
     device, dtype = str(device), str(dtype).removeprefix("torch.")
-    if _is_pipeline(name_or_path):
-        from fewstep.models.pipelines import load_pipeline
+    name = str(name_or_path)
+    path = BUILTIN / name if name in builtin() else Path(name_or_path)
+    if (found := format_of(path)) is None:
+        if path.exists() or HUB_NAME.fullmatch(name) is None:
+            found, path = FORMATS[0], _folder(name_or_path)  # raises, and says why
+        else:
+            from fewstep.models.formats.diffusers import load_pipeline
 
-        return load_pipeline(name_or_path, device, dtype, compile, **options)
-    folder = _folder(name_or_path)
-    if options:
-        raise ValueError(f"{', '.join(options)}: only pipelines have such options; leave them out")
-    kind = Card.read(folder).kind
-    if kind not in LOADERS:
-        raise ValueError(
-            f"{folder} holds a model of kind {kind!r}, this version knows: {', '.join(LOADERS)}"
-        )
-    return importlib.import_module(LOADERS[kind]).load_folder(folder, device, dtype, compile)
+            return load_pipeline(name, device, dtype, compile, **options)
+    return found.load(path, device, dtype, compile, **options)
 
 
 def is_model(name_or_path: str | Path) -> bool:
@@ -129,14 +128,6 @@ def is_model(name_or_path: str | Path) -> bool:
 def read_card(name_or_path: str | Path) -> Card:
     """The card of a model, by name or path, without its weights. Errors as in `load`."""
     return Card.read(_folder(name_or_path))
-
-
-def _is_pipeline(name_or_path: str | Path) -> bool:
-    """Whether this is for diffusers to read: an indexed folder, a file, or a name on the hub."""
-    path = Path(name_or_path)
-    if path.exists():
-        return path.is_file() or (path / "model_index.json").is_file()
-    return HUB_NAME.fullmatch(str(name_or_path)) is not None
 
 
 def _folder(name_or_path: str | Path) -> Path:
@@ -157,3 +148,17 @@ def _folder(name_or_path: str | Path) -> Path:
             "pipeline of diffusers has"
         )
     return folder
+
+
+# looked up on first use, since they need torch or diffusers
+_HOMES = {
+    "fingerprint": "fewstep.models.own",
+    "from_pipe": "fewstep.models.formats.diffusers",
+    "of": "fewstep.models.own",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fewstep.models' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,13 +1,7 @@
-"""A trained network as a model: its folder, its denoisers, its prior, its pixels.
+"""A trained network as a model: its denoisers, its prior, its pixels.
 
-A folder holds `card.json` and `model.safetensors`; the latter has the network's weights, and for
-each class, and last for no class, what solvers may use that costs no evaluation:
-
-    stats.far_mean     mean of D(sigma_max z; sigma_max) over z          [classes + 1, c, h, w]
-    stats.mean         mean of the data                                  [classes + 1, c h w]
-    stats.basis        leading principal directions of the data, rows    [classes + 1, k, c h w]
-    stats.variances    variances along them                              [classes + 1, k]
-    stats.rest         mean of the other variances                       [classes + 1]
+Whatever the network is, a `Precondition` makes D(x, sigma) of it; how a folder or a file becomes
+such a model stands in `fewstep.models.formats`, and for one's own network in `fewstep.models.own`.
 """
 
 from __future__ import annotations
@@ -15,102 +9,140 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from fewstep.data.idx import to_pixels, to_unit
 from fewstep.denoiser import Bound, Guided, Wrapper
-from fewstep.files import file_hash, write_json, write_whole
-from fewstep.models.card import CARD_FILE, WEIGHTS_FILE, Card
+from fewstep.models.card import Card
 from fewstep.models.exact import gaussian_flow
 from fewstep.networks.conditioning import indices
-from fewstep.networks.preconditioning import denoise, denoise_with_features
-from fewstep.networks.unet import UNet, UNetConfig
-from fewstep.noise import generator, normal
+from fewstep.networks.preconditioning import denoise
+from fewstep.networks.taps import as_map, hear
+from fewstep.noise import normal
+from fewstep.schedule import Schedule
 
-__all__ = [
-    "NetworkModel",
-    "check_device",
-    "data_statistics",
-    "far_means",
-    "load_folder",
-    "save_folder",
-]
+__all__ = ["Conditional", "NetworkModel", "Precondition"]
 
 Label = int | np.integer | str | Sequence[Any] | Tensor | np.ndarray | None
-DIRECTIONS = 16  # principal directions kept per class
-FAR_DRAWS = 512  # draws behind far_mean: its error is the spread of D at sigma_max over 22
+
+
+class Precondition(Protocol):
+    """Makes D of a raw network: (forward, x, sigma, label, sigma_data, dtype) -> D, [b, ...].
+
+    forward: the network, called as it wants to be called
+    x, sigma, label: noisy samples in EDM units, [b, ...]; their level, [b]; rows of classes, [b]
+    dtype: the network's arithmetic
+    """
+
+    def __call__(
+        self,
+        forward: Callable[..., Any],
+        x: Tensor,
+        sigma: Tensor,
+        label: Tensor,
+        sigma_data: float,
+        dtype: torch.dtype,
+        /,
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
 class Conditional:
-    """D(x, sigma, label) of a network under EDM's preconditioning; label [b], or [1] for all."""
+    """D(x, sigma, label) of a model's network; label [b], or [1] for all.
 
-    net: UNet
-    card: Card
-    forward: Callable[..., Any]
+    told: the further numbers that the network is told; None where it is told none
+    """
+
+    model: NetworkModel
+    told: Tensor | None = None
 
     @property
     def sigma_min(self) -> float:
-        return self.card.sigma_min
+        return self.model.card.sigma_min
 
     @property
     def sigma_max(self) -> float:
-        return self.card.sigma_max
+        return self.model.card.sigma_max
+
+    @property
+    def schedule(self) -> Schedule | None:
+        return self.model.schedule
 
     def __call__(self, x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
-        return denoise(self.forward, x, sigma, *self._rest(x, label))
+        return self.by(self.model.compiled or self.model.forward, x, sigma, label)
+
+    def by(self, forward: Callable[..., Any], x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
+        """D by the network as it is, or compiled."""
+        model = self.model
+        if self.told is not None:
+            forward = partial(forward, told=self.told)
+        rows = label.expand(len(x))
+        return model.precondition(forward, x, sigma, rows, model.card.sigma_data, model.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Heard(Wrapper):
+    """A Conditional with features: what the card's feature_module returns, [b, c, h, w]."""
+
+    denoiser: Conditional
 
     def with_features(self, x: Tensor, sigma: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """(D, the output of the network's middle [b, c, h, w])."""
-        forward = partial(self.forward, features=True)
-        return denoise_with_features(forward, x, sigma, *self._rest(x, label))
-
-    def _rest(self, x: Tensor, label: Tensor) -> tuple[Tensor, float, torch.dtype]:
-        dtype = next(self.net.parameters()).dtype
-        return label.expand(len(x)), self.card.sigma_data, dtype
+        inner, model = self.denoiser, self.denoiser.model
+        if model.features is not None:
+            return model.features(x, sigma, label.expand(len(x)))
+        out, features = hear(
+            model.net,
+            model.card.feature_module,
+            lambda: inner.by(model.forward, x, sigma, label),
+        )
+        return out, as_map(features, tuple(x.shape[2:]), 1)
 
 
 @dataclass(frozen=True, eq=False)
 class NetworkModel:
-    """A trained `UNet` with its card and statistics: everything from noise to pixels but the
+    """A trained network with its card and statistics: everything from noise to pixels but the
     solver.
 
-    stats: the tensors named stats.* of the weights file, without that prefix, float32 on the device
-    dtype: the network's arithmetic
-    forward: the network, compiled or not
+    net: the module that has the weights
+    stats: the statistics that `fewstep.models.formats.native` names, float32 on the device, as far
+        as there are any
+    forward: what the precondition calls; mostly the network itself
+    shape: of one sample; (c, h, w) for pictures
+    precondition: makes D of the network; EDM's by default
+    compiled: `forward`, compiled
+    features: (x, sigma, label) -> (D, features), where the network has a way of its own
+    schedule: the network's own, for grids that are uniform in its time; None where it has none
     """
 
     card: Card
-    net: UNet
-    stats: dict[str, Tensor]
-    forward: Callable[..., Any]
+    net: Any
+    stats: dict[str, Tensor] = field(repr=False)
+    forward: Callable[..., Any] = field(repr=False)
+    shape: tuple[int, ...]
+    precondition: Precondition = field(default=denoise, repr=False)
+    compiled: Callable[..., Any] | None = field(default=None, repr=False)
+    features: Callable[..., tuple[Tensor, Tensor]] | None = field(default=None, repr=False)
+    schedule: Schedule | None = None
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.net.parameters()).dtype
+        return next((p.dtype for p in self.net.parameters()), torch.float32)
 
     @property
     def device(self) -> torch.device:
-        return next(self.net.parameters()).device
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Shape of one sample, (c, h, w)."""
-        config = self.net.config
-        return config.channels, config.size, config.size
+        return next((p.device for p in self.net.parameters()), torch.device("cpu"))
 
     @property
     def picture(self) -> tuple[int, int, int]:
-        """Shape of one picture, (h, w, c)."""
+        """Shape of one picture, (h, w, c). Errors: ValueError where samples are no pictures."""
+        if len(self.shape) != 3:
+            raise ValueError(f"{self.card.name} has no pictures: its samples are {self.shape}")
         channels, height, width = self.shape
         return height, width, channels
 
@@ -121,7 +153,6 @@ class NetworkModel:
         guidance: float | Sequence[float] | Tensor | None = None,
         *,
         negative: str | None = None,
-        encoded: object = None,
     ) -> Wrapper:
         """D(x, sigma) for one label for all pictures, or one per picture; None is the network
         without class.
@@ -147,17 +178,29 @@ class NetworkModel:
                 f"{self.card.name} has guidance {self.card.built_in_guidance:g} built in, in one "
                 "pass; leave guidance out"
             )
-        rows, far = self._rows(label), self.stats["far_mean"]
-        if "guidance" in self.net.config.told:
+        rows = self._rows(label)
+        if "guidance" in self.card.told:
             return self._told(rows, label, guidance, scale)
-        base = Conditional(self.net, self.card, self.forward)
+        base = self.conditional()
         if scale.ndim == 0 and scale == 1:
-            return Bound(base, rows, far[rows])
+            return Bound(base, rows, self._far(rows))
         if label is None:
             raise ValueError("guidance needs a label to guide towards; give label too")
         none = torch.full_like(rows, len(self.card.classes))
         strength = scale.item() if scale.ndim == 0 else scale.float().to(self.device)
-        return Guided(base, strength, rows, none, (far[rows], far[none]))
+        means = self._far(rows), self._far(none)
+        far = None if means[0] is None or means[1] is None else (means[0], means[1])
+        return Guided(base, strength, rows, none, far)
+
+    def conditional(self, told: Tensor | None = None) -> Conditional | Heard:
+        """D(x, sigma, label), with features where the card names their module."""
+        base = Conditional(self, told)
+        return Heard(base) if self.card.feature_module or self.features else base
+
+    def _far(self, rows: Tensor) -> Tensor | None:
+        """The mean of D at sigma_max, where it is known."""
+        far = self.stats.get("far_mean")
+        return None if far is None else far[rows]
 
     def _told(self, rows: Tensor, label: Label, guidance: Any, scale: Tensor) -> Wrapper:
         """D of a network that is told the guidance scale, which it knows on a range; without a
@@ -172,10 +215,9 @@ class NetworkModel:
                 f"{self.card.name} was distilled for guidance from {low:g} to {high:g}, got "
                 f"{'none' if guidance is None else guidance}"
             )
-        told = indices(self.net.config.told, torch.ones(scale.numel()), scale.reshape(-1))
+        told = indices(self.card.told, torch.ones(scale.numel()), scale.reshape(-1))
         assert told is not None  # it is told the guidance at least
-        forward = partial(self.forward, told=told.to(self.device))
-        return Bound(Conditional(self.net, self.card, forward), rows, self.stats["far_mean"][rows])
+        return Bound(self.conditional(told.to(self.device)), rows, self._far(rows))
 
     def _span(self) -> tuple[float, float]:
         """The ends of the range of guidance that the network was distilled for."""
@@ -211,6 +253,7 @@ class NetworkModel:
 
         sigma: a lower level to carry it to along the flow of a Gaussian with the data's mean and
         leading covariance (those of the label), in closed form and without an evaluation.
+        Errors: ValueError where the model has no such statistics.
         """
         x = self.card.sigma_max * normal(seeds, self.shape, "prior").to(self.device)
         if sigma is None:
@@ -218,6 +261,10 @@ class NetworkModel:
         if not self.card.sigma_min < sigma <= self.card.sigma_max:
             span = f"({self.card.sigma_min}, {self.card.sigma_max}]"
             raise ValueError(f"head_start must lie in {span}, got {sigma}")
+        if "basis" not in self.stats:
+            raise ValueError(
+                f"{self.card.name} has no data statistics for a head start; leave out head_start"
+            )
         rows = self._rows(label).expand(len(seeds))
         flat = x.flatten(1)
         for row in rows.unique().tolist():
@@ -248,138 +295,7 @@ class NetworkModel:
         return (clean + sigma * normal(seeds, self.shape, "prior")).to(self.device), sigma
 
     def decode(self, x: Tensor) -> np.ndarray:
-        """Pictures uint8 [n, h, w, c] from clean states in [-1, 1]."""
+        """Pictures uint8 [n, h, w, c] from clean states in [-1, 1]. Errors: as `picture`."""
+        height, width, channels = self.picture
+        x = x.reshape(-1, channels, height, width)
         return to_pixels(x).permute(0, 2, 3, 1).cpu().numpy()
-
-
-def check_device(name: str | torch.device) -> torch.device:
-    """The device of that name, tried out. Errors: ValueError where it is unknown, absent, or holds
-    no numbers (meta)."""
-    try:
-        device = torch.device(name)
-        torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError, ImportError, TypeError) as error:
-        raise ValueError(
-            f"device {str(name)!r} is not to be had: {str(error).partition(chr(10))[0]}"
-        ) from None
-    return device
-
-
-def load_folder(
-    folder: Path,
-    device: str | torch.device = "cpu",
-    dtype: str | torch.dtype = "float32",
-    compile: bool = False,
-) -> NetworkModel:
-    """Read a model folder of the kind unet. Nothing in it is executed: JSON and safetensors only.
-
-    Errors: ValueError where a file is missing, cut short, or does not go with the card.
-    """
-    dtype = str(dtype).removeprefix("torch.")
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
-    place = check_device(device)
-    card = Card.read(folder)
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        raise ValueError(f"{folder} has a card but no {WEIGHTS_FILE}; fetch it again")
-    if card.weights_sha256 and file_hash(path) != card.weights_sha256:
-        raise ValueError(
-            f"{path} is not the file that its card names (SHA-256 differs); fetch it again"
-        )
-    try:
-        tensors = {name: t.float() for name, t in safetensors.torch.load_file(path).items()}
-        config = UNetConfig(**card.network)
-        with torch.device("meta"):  # takes no memory and draws no random numbers
-            net = UNet(config)
-        kind = getattr(torch, dtype)  # for the weights; the table of frequencies stays float32
-        weights = {n: t.to(kind) for n, t in tensors.items() if not n.startswith("stats.")}
-        net.load_state_dict(weights, assign=True)
-        stats = _statistics(tensors, config)
-        if len(card.classes) != config.classes:
-            raise ValueError(f"{len(card.classes)} class names for {config.classes} classes")
-        if card.feature_module != "middle":
-            raise ValueError(f"feature_module must be middle, got {card.feature_module!r}")
-    except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read ({error}); fetch it again") from None
-    except (RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{path} does not go with its card: {reason}") from None
-    net = net.to(place).eval().requires_grad_(False)
-    # float16 in the file: orthonormal again
-    stats["basis"] = torch.linalg.qr(stats["basis"].mT).Q.mT.contiguous()
-    stats = {name: t.to(place) for name, t in stats.items()}
-    return NetworkModel(card, net, stats, torch.compile(net) if compile else net)
-
-
-def _statistics(tensors: dict[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
-    """The tensors named stats.*, without that prefix. Errors: ValueError where one is missing or of
-    another shape than the module's docstring says."""
-    stats = {n.removeprefix("stats."): t for n, t in tensors.items() if n.startswith("stats.")}
-    rows, picture = config.classes + 1, (config.channels, config.size, config.size)
-    pixels = math.prod(picture)
-    k = stats["variances"].shape[-1] if "variances" in stats and stats["variances"].ndim else 0
-    shapes = {
-        "far_mean": (rows, *picture),
-        "mean": (rows, pixels),
-        "basis": (rows, min(k, pixels), pixels),
-        "variances": (rows, min(k, pixels)),
-        "rest": (rows,),
-    }
-    for name, shape in shapes.items():
-        found = tuple(stats[name].shape) if name in stats else None
-        if found != shape:
-            raise ValueError(f"stats.{name} must have shape {shape}, got {found or 'none'}")
-    return {name: stats[name] for name in shapes}
-
-
-def save_folder(folder: Path, card: Card, net: UNet, stats: dict[str, Tensor]) -> Card:
-    """Write weights as float16 and the card, each whole; returns the card with the weights'
-    hash."""
-    tensors = {
-        name: value.detach().half().contiguous().cpu() for name, value in net.state_dict().items()
-    }
-    tensors |= {f"stats.{name}": value.half().contiguous().cpu() for name, value in stats.items()}
-    write_whole(folder / WEIGHTS_FILE, safetensors.torch.save(tensors))
-    card = replace(card, weights_sha256=file_hash(folder / WEIGHTS_FILE), folder=folder)
-    write_json(folder / CARD_FILE, card.to_dict())
-    return card
-
-
-@torch.no_grad()
-def far_means(net: UNet, sigma_max: float, sigma_data: float, draws: int = FAR_DRAWS) -> Tensor:
-    """Mean over z of D(sigma_max z; sigma_max), for each class and for none, [classes + 1, c, h,
-    w]."""
-    config, device = net.config, next(net.parameters()).device
-    shape = (config.channels, config.size, config.size)
-    z = torch.randn(draws, *shape, generator=generator("far means")).to(device)
-    means = []
-    for row in range(config.classes + 1):
-        total = torch.zeros(shape, dtype=torch.float64, device=device)
-        for part in z.split(256):
-            sigma = part.new_full((len(part),), sigma_max)
-            label = torch.full((len(part),), row, device=device)
-            total += denoise(net, sigma_max * part, sigma, label, sigma_data).double().sum(0)
-        means.append(total / draws)
-    return torch.stack(means).float()
-
-
-def data_statistics(images: Tensor, labels: Tensor, classes: int) -> dict[str, Tensor]:
-    """Mean, leading principal directions and variances of the data, for each class and for all
-    together.
-
-    images: uint8 [n, c, h, w]
-    labels: [n]
-
-    Keys mean, basis, variances, rest, as in the module's docstring.
-    """
-    rows: dict[str, list[Tensor]] = {"mean": [], "basis": [], "variances": [], "rest": []}
-    for row in range(classes + 1):
-        chosen = images if row == classes else images[labels == row]
-        x = to_unit(chosen).flatten(1).double()
-        values, vectors = torch.linalg.eigh(torch.cov(x.T))
-        rows["mean"].append(x.mean(0))
-        rows["basis"].append(vectors[:, -DIRECTIONS:].T.flip(0))
-        rows["variances"].append(values[-DIRECTIONS:].flip(0))
-        rows["rest"].append(values[:-DIRECTIONS].mean())
-    return {name: torch.stack(parts).float() for name, parts in rows.items()}

@@ -6,9 +6,9 @@ sees them. The pipeline's own loop and scheduler are not used; its components ar
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -20,24 +20,29 @@ from torch import Tensor
 from fewstep.data.idx import to_pixels, to_unit
 from fewstep.denoiser import Bound, Clipped, Guided, Predicted
 from fewstep.models.card import Card
-from fewstep.models.families import (
-    Condition,
-    Family,
+from fewstep.models.components import (
     Network,
     Tapped,
+    device_of,
+    dtype_of,
     guidance_embedding,
-    module_exists,
+    latent_scale,
+    pixels_per_latent,
+    quiet,
+    roomy,
     told_guidance,
-    warn_of_cuts,
 )
+from fewstep.models.families import Condition, Family
 from fewstep.models.process import Process, Scheduled, betas_of, read_process
-from fewstep.models.texts import Memory, on_leaves
+from fewstep.models.texts import TextCache, on_leaves, warn_of_cuts
+from fewstep.networks.taps import has_module
 from fewstep.noise import normal
 
-__all__ = ["PipelineModel", "pixels_per_latent", "process_of", "quiet"]
+__all__ = ["PipelineModel", "process_of"]
 
 Text = str | Sequence[str] | None
 Size = tuple[int, int]
+LARGEST = 16_384  # pixels to a side
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +52,7 @@ class PipelineModel:
     pipe: the diffusers pipeline; `model.pipe.vae.enable_tiling()` and its like work as ever
     size: height and width of the pictures, in pixels
     forward: the network, compiled or not
+    texts: what texts became in earlier calls, which are not encoded again
     """
 
     card: Card
@@ -55,13 +61,14 @@ class PipelineModel:
     process: Process
     size: Size
     forward: Callable[..., Any] = field(repr=False)
+    texts: TextCache = field(default_factory=TextCache, repr=False)
 
     def __post_init__(self) -> None:
-        step = self.scale * self.family.patch(self.net)
-        if any(side < step or side % step for side in self.size):
+        step = self.scale * math.lcm(self.family.patch(self.net), self.family.step(self.net))
+        if any(side < step or side % step or side > LARGEST for side in self.size):
             raise ValueError(
-                f"size must be multiples of {step} pixels for {self.card.name}, got "
-                f"{self.size[0]}x{self.size[1]}"
+                f"size must be multiples of {step} pixels up to {LARGEST} for {self.card.name}, "
+                f"got {self.size[0]}x{self.size[1]}"
             )
 
     @property
@@ -117,7 +124,6 @@ class PipelineModel:
         guidance: float | Sequence[float] | Tensor | None = None,
         *,
         negative: Text = None,
-        encoded: Memory | None = None,
         original_size: Size | None = None,
         crops_coords_top_left: Size = (0, 0),
         target_size: Size | None = None,
@@ -128,9 +134,7 @@ class PipelineModel:
         guidance: scale of classifier-free guidance, one or one per picture, >= 0; None or 1 is none
             and costs one network call, any other costs two. A network that takes the scale as an
             input (LCM) is told it and costs one call.
-        negative: what guidance leads away from, in place of the empty text
-        encoded: what the texts of earlier calls became, which are not encoded again; those of this
-            call join it
+        negative: the negative prompt, in place of the empty text
         original_size, crops_coords_top_left, target_size: the size conditioning of SDXL, (height,
             width) each; the picture's own size, uncropped, where left out
 
@@ -162,7 +166,7 @@ class PipelineModel:
             "target_size": target_size or self.size,
         }
         sizes = {name: (high, wide) for name, (high, wide) in wanted.items()}  # from lists too
-        cond, uncond = self._encode(prompt, negative, guided, sizes, encoded)
+        cond, uncond = self._encode(prompt, negative, guided, sizes)
         if told:
             w = torch.ones(1, device=self.device) if scale is None else scale.reshape(-1)
             cond = cond | guidance_embedding(self.pipe, self.net, w)
@@ -189,7 +193,6 @@ class PipelineModel:
         negative: Text,
         guided: bool,
         sizes: dict[str, Size],
-        encoded: Memory | None,
     ) -> tuple[Condition, Condition | None]:
         texts, negatives = _texts("prompt", prompt) or [""], _texts("negative", negative)
         count = max(len(texts), len(negatives or []))
@@ -198,32 +201,28 @@ class PipelineModel:
                 raise ValueError(
                     f"{name} must be one text or one per picture, got {len(value)} for {count}"
                 )
-        memory = Memory() if encoded is None else encoded
-        # what guidance leads away from comes first: that is what later calls will ask for again
-        uncond = self._half(negatives or [None], sizes, memory) if guided else None
-        return self._half(texts, sizes, memory), uncond
+        uncond = self._half(negatives or [None], sizes) if guided else None
+        return self._half(texts, sizes), uncond
 
-    def _half(
-        self, texts: Sequence[str | None], sizes: dict[str, Size], memory: Memory
-    ) -> Condition:
+    def _half(self, texts: Sequence[str | None], sizes: dict[str, Size]) -> Condition:
         """The condition of some texts, one row each. Each is encoded by itself, so that what it
         becomes depends on no other, to the bit."""
         rows = [
-            memory.recall((text, *sizes.values()), partial(self._said, text, sizes))
+            self.texts.recall((text, *sizes.values()), partial(self._said, text, sizes))
             for text in texts
         ]
         return on_leaves(lambda *leaves: torch.cat(leaves).to(self.device), *rows)
 
     def _said(self, text: str | None, sizes: dict[str, Size]) -> Condition:
         texts = None if text is None else [text]
-        warn_of_cuts(self.pipe, self.family, texts or [])
+        warn_of_cuts(self.pipe, self.family.tokenizers, texts or [])
         assert self.family.encode is not None
         with quiet():
             return self.family.encode(self.pipe, texts, sizes)
 
     def _network(self) -> Predicted:
         inner = network = Network(self.forward)
-        if module_exists(self.net, self.card.feature_module):
+        if has_module(self.net, self.card.feature_module):
             patch = self.family.patch(self.net)
             inner = Tapped(network, self.net, self.card.feature_module, patch)
         process = self.process
@@ -306,10 +305,10 @@ class PipelineModel:
         x = to_unit(pictures.permute(0, 3, 1, 2)).to(self.device)
         if vae is None:
             return x
-        with _roomy(vae):
-            out = vae.encode(x.to(_dtype(vae)))
+        with roomy(vae):
+            out = vae.encode(x.to(dtype_of(vae)))
         latents = out.latents if hasattr(out, "latents") else out.latent_dist.mode()
-        factor, shift = _latent_scale(vae)
+        factor, shift = latent_scale(vae)
         return (latents.float() - shift) * factor
 
     def decode(self, x: Tensor) -> np.ndarray:
@@ -325,21 +324,16 @@ class PipelineModel:
         vae = self.autoencoder
         if vae is None:
             return x.float()
-        factor, shift = _latent_scale(vae)
-        latents = x.float().to(_device(vae)) / factor + shift
-        with _roomy(vae):
-            x = vae.decode(latents.to(_dtype(vae))).sample.float()
+        factor, shift = latent_scale(vae)
+        latents = x.float().to(device_of(vae)) / factor + shift
+        with roomy(vae):
+            x = vae.decode(latents.to(dtype_of(vae))).sample.float()
         if not torch.isfinite(x).all():
             raise FloatingPointError(
                 f"the autoencoder of {self.card.name} returned NaN or infinity; try dtype "
                 "float32 or bfloat16"
             )
         return x
-
-
-def pixels_per_latent(vae: Any) -> int:
-    """Pixels to a side of one latent; 1 where there is no autoencoder."""
-    return 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def process_of(pipe: Any, family: Family, size: Size) -> Process:
@@ -358,55 +352,3 @@ def _texts(name: str, value: Text) -> list[str] | None:
     if not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{name} must be a text, or a list of texts, got {value!r}")
     return texts
-
-
-def _latent_scale(vae: Any) -> tuple[Any, Any]:
-    """(factor, shift): the network sees (latent - shift) * factor."""
-    factor, shift = float(vae.config.scaling_factor), vae.config.get("shift_factor") or 0.0
-    mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
-    if mean is None or std is None:
-        return factor, float(shift)
-    device = _device(vae)
-    rows = [torch.tensor(values, device=device).reshape(1, -1, 1, 1) for values in (mean, std)]
-    return factor / rows[1], rows[0]
-
-
-@contextmanager
-def _roomy(vae: Any) -> Iterator[None]:
-    """Inside, an autoencoder that overflows in float16, and says so, is in float32."""
-    narrow = _dtype(vae) == torch.float16 and vae.config.get("force_upcast")
-    if narrow:
-        vae.to(torch.float32)
-    try:
-        yield
-    finally:
-        if narrow:
-            vae.to(torch.float16)
-
-
-def _dtype(module: torch.nn.Module) -> torch.dtype:
-    return next(module.parameters()).dtype
-
-
-def _device(module: torch.nn.Module) -> torch.device:
-    return next(module.parameters()).device
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Inside, diffusers and transformers say errors only and draw no bars."""
-    import diffusers.utils.logging as one
-    import transformers.utils.logging as two
-
-    levels = [one.get_verbosity(), two.get_verbosity()]
-    bars = [one.is_progress_bar_enabled(), two.is_progress_bar_enabled()]
-    for module in (one, two):
-        module.set_verbosity_error()
-        module.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for module, level, bar in zip((one, two), levels, bars, strict=True):
-            module.set_verbosity(level)
-            if bar:
-                module.enable_progress_bar()

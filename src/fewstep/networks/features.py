@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewstep.files import file_hash
-from fewstep.models.network import check_device
+from fewstep.networks.device import check_device
 from fewstep.records import Digest, Slug, read_json, record, shown
 from fewstep.tensors import load_tensors
 

@@ -12,12 +12,11 @@ table 1.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["denoise", "denoise_with_features"]
+__all__ = ["denoise"]
 
 
 def denoise(
@@ -36,24 +35,8 @@ def denoise(
     dtype: the network's arithmetic, to which only its input is cast: the state keeps its own
     """
 
-    def without(*inputs: Tensor) -> tuple[Tensor, None]:
-        return net(*inputs), None
-
-    return denoise_with_features(without, x, sigma, label, sigma_data, dtype)[0]
-
-
-def denoise_with_features(
-    net: Callable[..., tuple[Tensor, Any]],
-    x: Tensor,
-    sigma: Tensor,
-    label: Tensor,
-    sigma_data: float = 0.5,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, Any]:
-    """(E[x_0 | x], features) by a network that returns (raw, features); arguments as `denoise`
-    has them."""
     sigma = sigma.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
     total = sigma.square() + sigma_data**2
     c_in, c_out = total.rsqrt(), sigma * sigma_data * total.rsqrt()
-    raw, features = net((c_in * x).to(dtype), sigma.flatten().log().to(torch.float32) / 4, label)
-    return torch.addcmul(sigma_data**2 / total * x, c_out, raw.to(x.dtype)), features
+    raw = net((c_in * x).to(dtype), sigma.flatten().log().to(torch.float32) / 4, label)
+    return torch.addcmul(sigma_data**2 / total * x, c_out, raw.to(x.dtype))

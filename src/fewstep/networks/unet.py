@@ -148,15 +148,14 @@ class Middle(nn.Module):
 class UNet(nn.Module):
     """The raw network F(c_in x; c_noise, label) of EDM's preconditioning.
 
-    forward(x, c_noise, label, features=False, told=None):
+    forward(x, c_noise, label, told=None):
 
     x: [b, c, h, w]
     c_noise: log(sigma) / 4, [b]
     label: integers below classes, or `classes` itself for "no class", [b]
-    features: return the output of `middle` too, [b, c, h, w] of the lowest resolution
     told: an index for each name in config.told, [b, names] or [1, names]; zeros where left out
 
-    Returns [b, c, h, w], or (that, features).
+    Returns [b, c, h, w]. The output of `middle` is [b, c, h, w] of the lowest resolution.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -196,14 +195,14 @@ class UNet(nn.Module):
         self.head = nn.Conv2d(c, stem, 3, padding=1)
         start_from_zero(self.head)
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(c, h, w) of its pictures."""
+        return self.config.channels, self.config.size, self.config.size
+
     def forward(
-        self,
-        x: Tensor,
-        c_noise: Tensor,
-        label: Tensor,
-        features: bool = False,
-        told: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        self, x: Tensor, c_noise: Tensor, label: Tensor, told: Tensor | None = None
+    ) -> Tensor:
         blocks = self.config.blocks
         angles = c_noise[:, None] * self.frequencies
         emb = self.embed_noise(torch.cat((angles.cos(), angles.sin()), dim=1).to(x.dtype))
@@ -221,10 +220,9 @@ class UNet(nn.Module):
                 h = self.down[i // blocks - 1](h)
             h = block(h, emb)
             skips.append(h)
-        h = middle = self.middle(h, emb)
+        h = self.middle(h, emb)
         for i, block in enumerate(self.decoder):
             if i and i % blocks == 0:
                 h = self.up[i // blocks - 1](F.interpolate(h, scale_factor=2.0, mode="nearest"))
             h = block(torch.cat((h, skips.pop()), dim=1), emb)
-        out = F.pixel_shuffle(self.head(F.silu(self.norm(h))), self.config.patch)
-        return (out, middle) if features else out
+        return F.pixel_shuffle(self.head(F.silu(self.norm(h))), self.config.patch)

@@ -7,7 +7,7 @@ import math
 import operator
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -31,7 +31,6 @@ from fewstep.loop import (
     solve,
     starts_at,
 )
-from fewstep.models.texts import Memory
 from fewstep.plan import Combine, Plan, Program
 from fewstep.solver import Solver, get, intervals_for
 
@@ -338,7 +337,6 @@ class Run:
     given: label, prompt, negative, guidance and image (uint8 [n, h, w, c]), as far as there are any
     each: those of them that have one value per seed
     level: the noise level at which it starts; None where that is the prior's
-    encoded: texts that have been encoded, within a bound
     """
 
     model: Model
@@ -349,7 +347,6 @@ class Run:
     head_start: float | None
     strength: float | None
     level: float | None
-    encoded: Memory = field(default_factory=lambda: Memory(2**28))
 
     @classmethod
     def of(
@@ -408,7 +405,7 @@ class Run:
 
     def denoiser(self, given: dict[str, Any]) -> Denoiser:
         """D for one part, its texts encoded."""
-        text = {"negative": given["negative"], "encoded": self.encoded}
+        text = {"negative": given["negative"]}
         has_text = given["prompt"] is not None or given["negative"] is not None
         conditions = given["label"], given["prompt"], given["guidance"]
         return self.model.denoiser(*conditions, **(text if has_text else {}))

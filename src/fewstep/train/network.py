@@ -30,7 +30,9 @@ from torch import Tensor
 
 from fewstep.data.idx import to_unit
 from fewstep.models.card import CARD_FILE, WEIGHTS_FILE, Card
-from fewstep.models.network import check_device, data_statistics, far_means, save_folder
+from fewstep.models.formats.native import save_folder
+from fewstep.models.statistics import data_statistics, far_means
+from fewstep.networks.device import check_device
 from fewstep.networks.preconditioning import denoise
 from fewstep.networks.unet import UNet, UNetConfig
 from fewstep.noise import generator
@@ -239,7 +241,7 @@ def train_network(
     On Ctrl-C and SIGTERM the step is finished and a checkpoint saved before `Stopped` is raised.
 
     Errors, all before the first step: ValueError for data that do not go with the recipe, a device
-    that is not to be had, a checkpoint of another recipe or other data, or an `out` that holds
+    that is not available, a checkpoint of another recipe or other data, or an `out` that holds
     another model; OSError where `out` cannot be written. Later, FloatingPointError where the loss
     is not finite (the last checkpoint stays).
     """

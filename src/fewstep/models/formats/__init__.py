@@ -1,1 +1,69 @@
-"""Formats of models on disk."""
+"""How models lie on disk: a file for each format, and a line in `FORMATS`.
+
+A format is told from what is there, never from what a name suggests: a folder by its index, a
+file by its content (`fewstep.models.formats.contents`).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fewstep.models.card import CARD_FILE
+
+__all__ = ["FORMATS", "Format", "format_of"]
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way in which a model lies on disk.
+
+    name: in messages
+    fits: whether this path is of that format
+    home: module and function that load it, "module:function", called with (path, device, dtype,
+        compile, **options)
+    options: the names of further options
+    """
+
+    name: str
+    fits: Callable[[Path], bool]
+    home: str
+    options: tuple[str, ...] = ()
+
+    def load(self, path: Path | str, device: str, dtype: str, compile: bool, **options: Any) -> Any:
+        """The model. Errors: ValueError for options that the format does not have."""
+        if unknown := [name for name in options if name not in self.options]:
+            have = ", ".join(self.options) or "none"
+            raise ValueError(
+                f"{', '.join(unknown)}: {self.name} has no such options; it has: {have}"
+            )
+        module, _, function = self.home.partition(":")
+        return getattr(importlib.import_module(module), function)(
+            path, device, dtype, compile, **options
+        )
+
+
+PIPELINE_OPTIONS = ("config", "size", "slicing", "tiling")
+PIPELINE = "fewstep.models.formats.diffusers:load_pipeline"
+FORMATS = (
+    Format(
+        "a model folder of fewstep",
+        lambda path: (path / CARD_FILE).is_file(),
+        "fewstep.models.formats.native:load_folder",
+    ),
+    Format(
+        "a pipeline of diffusers",
+        lambda path: path.is_dir() and (path / "model_index.json").is_file(),
+        PIPELINE,
+        PIPELINE_OPTIONS,
+    ),
+    Format("a single file", lambda path: path.is_file(), PIPELINE, PIPELINE_OPTIONS),
+)
+
+
+def format_of(path: Path) -> Format | None:
+    """The format of what lies there; None where none fits."""
+    return next((one for one in FORMATS if one.fits(path)), None)

@@ -2,19 +2,20 @@
 
 What a folder holds is read from its model_index.json. Nothing in it is executed: classes come from
 diffusers and transformers alone, weights from safetensors, or from pickles that hold nothing but
-tensors (`weights_only`), with no way round.
+tensors (`weights_only`), with no way round. `checks` looks through a folder before either library
+opens it, and `contents` tells from its keys what a single file is.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
 import pickle
 import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +24,26 @@ from safetensors import SafetensorError
 
 from fewstep.files import file_hash
 from fewstep.models.card import Card, Choice
-from fewstep.models.families import FAMILIES, Family, sample_sides
-from fewstep.models.network import check_device
-from fewstep.models.pipeline import (
-    PipelineModel,
-    Size,
-    pixels_per_latent,
-    process_of,
-    quiet,
-)
+from fewstep.models.components import pixels_per_latent, quiet, sample_sides
+from fewstep.models.families import FAMILIES, Family
+from fewstep.models.formats.checks import check_folder, check_pickle
+from fewstep.models.formats.contents import recognise, tensor_names
+from fewstep.models.own import fingerprint
+from fewstep.models.pipeline import PipelineModel, Size, process_of
 from fewstep.models.process import Process
-from fewstep.records import as_slug
+from fewstep.models.texts import TextCache
+from fewstep.networks.device import check_device
+from fewstep.records import as_slug, check_slug, read_json, shown
 
 __all__ = ["INDEX_FILE", "from_pipe", "load_pipeline"]
 
 INDEX_FILE = "model_index.json"
 WEIGHTS = re.compile(r"diffusion_pytorch_model(\.(?P<variant>[\w-]+?))?(-\d+-of-\d+)?\.\w+")
-SAFE, PICKLED = (".safetensors",), (".bin", ".ckpt", ".pt", ".pth")
+SAFE, PICKLED = (".safetensors",), (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 # Components that judge or watermark pictures, or read pictures in place of text.
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
 LIBRARIES = ("diffusers", "transformers", "fewstep.integrations.diffusers")
+ZERO_SNR = "rescale_betas_zero_snr"
 CONFIG_FILES = ["*.json", "*/*.json", "*/*.txt", "*/*.model"]
 LOAD_ERRORS = (
     OSError,
@@ -107,7 +108,10 @@ def load_pipeline(
     source = find_source(name_or_path, config)
     index, family = read_index(source)
     check_components(source, index, family)
+    check_folder(source.folder)
     pipe = _read(source, index, family, dtype)
+    if source.single is not None:
+        _apply_marks(pipe, source, given=config is not None)
     check_network(source.where, getattr(pipe, family.network))
     vae = getattr(pipe, family.autoencoder) if family.autoencoder else None
     if vae is not None and slicing:
@@ -128,15 +132,20 @@ def from_pipe(pipe: Any, *, size: Size | None = None, compile: bool = False) -> 
         device, dtype, slicing) holds
     size, compile: as in `load_pipeline`
 
-    The card knows no hash of the weights, so nothing tells whether a learned solver is for them.
+    Texts are encoded anew at each call, since the text encoders may change between two. The card
+    has a hash of the weights only where adapters were added, so that a solver for the plain ones
+    is not taken for theirs.
     Errors: ValueError for other classes, and processes that fewstep does not run.
     """
     kind = type(pipe).__name__
     if kind not in FAMILIES:
         raise ValueError(f"pipe is a {kind}; fewstep runs {', '.join(FAMILIES)}")
     family = FAMILIES[kind]
-    check_network(kind, getattr(pipe, family.network))
-    return _model(pipe, family, kind, "", size, compile)
+    net = getattr(pipe, family.network)
+    check_network(kind, net)
+    adapted = any("lora_" in name for name, _ in net.named_parameters())
+    digest = fingerprint({family.network: net}) if adapted else ""
+    return replace(_model(pipe, family, kind, digest, size, compile), texts=TextCache(limit=0))
 
 
 def _model(
@@ -182,17 +191,14 @@ def read_index(source: Source) -> tuple[dict[str, Any], Family]:
             f"{source.folder} is not a pipeline folder: one holds {INDEX_FILE}, and a folder with "
             "config and weights for each component (unet, vae, scheduler, ...)"
         )
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        name = index["_class_name"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is not the index of a pipeline: {error!r}") from None
+    index = read_json(path, "the index of a pipeline")
+    name = index.get("_class_name")
     if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(
             f"{source.folder} is a pipeline of class {name!r}; fewstep runs {', '.join(FAMILIES)}"
         )
     for part, entry in _components(index).items():
-        if part not in LEFT_OUT and entry[0] not in LIBRARIES:
+        if part not in LEFT_OUT and entry[0] not in LIBRARIES:  # and see `checks` for code
             raise ValueError(
                 f"{path}: {part} is of module {entry[0]!r}, and fewstep takes classes from "
                 "diffusers and transformers alone, since code beside weights is not executed"
@@ -201,9 +207,8 @@ def read_index(source: Source) -> tuple[dict[str, Any], Family]:
             raise ValueError(
                 f"{path}: {part} is a pipeline of its own, {entry[1]!r}, and is not read"
             )
-        # some releases of diffusers take a file <part>/<library>.py for the library itself
-        if code := next((source.folder / part).glob("*.py"), None):
-            raise ValueError(f"{code} is code beside weights, which is not executed; remove it")
+        if not (check_slug("component", part) and isinstance(entry[1], str)):
+            raise ValueError(f"{path}: {part} must name a class, got {shown(entry[1])}")
     return index, FAMILIES[name]
 
 
@@ -257,27 +262,44 @@ def _fetch(name: str) -> Path:
 
 
 def _check_single(path: Path) -> None:
-    """Errors: ValueError where the file is damaged, or a pickle of more than tensors."""
-    try:
-        if path.suffix in SAFE:
-            from safetensors import safe_open
+    """Errors: ValueError where the file is damaged, of another kind, or a pickle of more than
+    tensors."""
+    kind, contents = recognise(path)
+    if kind is not None and kind.advice:
+        raise ValueError(f"{path} is {kind.name}: {kind.advice}")
+    if path.suffix not in SAFE:
+        check_pickle(path)
+    if kind is None:
+        some = ", ".join(map(shown, sorted(contents.names)[:3])) or "none"
+        raise ValueError(f"{path} is no model that fewstep knows; its tensors: {some[:200]}")
 
-            with safe_open(path, "pt"):  # type: ignore[no-untyped-call]
-                return
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # pickles of another protocol
-            torch.load(path, map_location="meta", weights_only=True)
-    except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read ({_line(error)}); fetch it again") from None
-    except pickle.UnpicklingError as error:
-        found = re.search(r"Unsupported (?:global|class)[^\n]*?([\w.]+) was not", str(error))
-        what = f" ({found[1]})" if found else ""
+
+def _apply_marks(pipe: Any, source: Source, given: bool) -> None:
+    """Set the scheduler to what a single file says of itself by its keys.
+
+    given: whether the configuration is one that the caller named
+    Errors: ValueError where the two contradict each other, and for a process that fewstep does not
+    run.
+    """
+    assert source.single is not None
+    names = tensor_names(source.single).names
+    if any(name.startswith("edm_") for name in names):
         raise ValueError(
-            f"{path} holds more than tensors{what}, which fewstep never executes; "
-            "use the .safetensors of this model, or convert it where you trust it"
-        ) from None
-    except (RuntimeError, EOFError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be read ({_line(error)}); fetch it again") from None
+            f"{source.single} says that it is of EDM's process (edm_vpred.* or edm_mean), which "
+            "fewstep does not run for pipelines"
+        )
+    marks = {"v_pred": ("prediction_type", "v_prediction"), "ztsnr": (ZERO_SNR, True)}
+    wanted = dict(value for mark, value in marks.items() if mark in names)
+    config = pipe.scheduler.config
+    said = read_json(source.folder / "scheduler" / "scheduler_config.json", "a configuration")
+    for name, value in wanted.items():
+        if given and said.get(name, value) != value:
+            raise ValueError(
+                f"{source.single} says {name} = {value}, and the configuration in "
+                f"{source.folder} says {said[name]}; correct that"
+            )
+    if wanted:
+        pipe.scheduler = type(pipe.scheduler).from_config(config, **wanted)
 
 
 def _config_folder(path: Path, config: str | Path | None) -> Path:
@@ -372,7 +394,7 @@ def _read(source: Source, index: dict[str, Any], family: Family, dtype: str) -> 
                     str(source.single), config=str(source.folder), local_files_only=True, **options
                 )
             options |= {"variant": _variant(source, family, dtype), "local_files_only": True}
-            return kind.from_pretrained(str(source.folder), **options)
+            return kind.from_pretrained(str(source.folder), trust_remote_code=False, **options)
     except LOAD_ERRORS as error:
         reason = _line(error)
         raise ValueError(f"{source.where} cannot be loaded as {kind.__name__}: {reason}") from None
@@ -380,8 +402,12 @@ def _read(source: Source, index: dict[str, Any], family: Family, dtype: str) -> 
 
 @contextmanager
 def _loading() -> Iterator[None]:
+    import diffusers.utils.logging
+
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # names of arguments that are to change
+        # it calls the lack of a safetensors file an error where there is a pickle
+        diffusers.utils.logging.set_verbosity(logging.CRITICAL)
         yield
 
 
@@ -438,6 +464,8 @@ def _weights_hash(source: Source, family: Family, dtype: str) -> str:
 
 
 def _line(error: BaseException) -> str:
-    """An error of another library in one short line."""
+    """An error of another library in one short line, without advice to load a pickle anyway."""
     text = " ".join(str(error).split()) or type(error).__name__
+    if "weights_only" in text:
+        return "a file of weights holds more than tensors, which fewstep never executes"
     return text if len(text) <= 300 else text[:300] + " ..."
