@@ -21,7 +21,8 @@ from PIL import Image
 from fewstep import __version__
 from fewstep import solvers as solver_names
 from fewstep.cli import main
-from fewstep.cli.options import parse_seeds, resumable
+from fewstep.cli.parsing import parse_seeds
+from fewstep.cli.work import resumable
 from fewstep.data.images import contact_sheet, read_png, write_png
 from fewstep.models import read_card
 
@@ -414,7 +415,7 @@ def test_plan_lists_every_solver(capsys: pytest.CaptureFixture[str]) -> None:
 def test_models_lists_the_built_in_network(capsys: pytest.CaptureFixture[str]) -> None:
     in_process("models")
     assert "fashion-mnist" in capsys.readouterr().out
-    in_process("models", "fashion-mnist")
+    in_process("models", "fashion-mnist", "--json")
     assert json.loads(capsys.readouterr().out)["classes"][9] == "boot"
 
 

@@ -13,10 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import fewstep
-from fewstep.cli import app
 from fewstep.evaluate.compare import Design, Workbench, compare
 from fewstep.evaluate.features import own_features, resolve_features
 from fewstep.evaluate.references import Fine, References
@@ -28,6 +26,7 @@ from fewstep.report.demo import run_demo
 from fewstep.sampling.generate import Settings, plan_for
 from studies import ship_solvers
 from tests.learned.test_training import Tapped, short, solver
+from tests.support.command import command
 from tests.support.testbed import Mixture, noise
 
 SIGMAS = {3: (80.0, 9.0, 1.0, 0.002), 4: (80.0, 15.0, 4.0, 0.7, 0.002)}
@@ -59,9 +58,9 @@ def folder(tmp_path) -> Path:
 
 
 def run(*arguments: Any) -> str:
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
+    result = command(*arguments)
+    if result.exit_code:
+        raise ValueError(result.stderr.strip())
     return result.stdout
 
 
@@ -278,10 +277,10 @@ def test_a_solver_file_that_cannot_be_read_is_one_line(tmp_path):
     }
     for message, text in cases.items():
         path.write_text(text)
-        for command in (["sample", "--out", tmp_path / "x"], ["compare", "--out", tmp_path / "x"]):
-            option = "--solver" if command[0] == "sample" else "--solvers"
+        for line in (["sample", "--out", tmp_path / "x"], ["compare", "--out", tmp_path / "x"]):
+            option = "--solver" if line[0] == "sample" else "--solvers"
             with pytest.raises(ValueError, match=message) as caught:
-                run(*command, option, tmp_path)
+                run(*line, option, tmp_path)
             assert "\n" not in str(caught.value)
             assert not (tmp_path / "x").exists()
         with pytest.raises(ValueError, match=message):

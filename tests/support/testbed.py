@@ -22,7 +22,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core, so a thread 
 import numpy as np
 import pytest
 import torch
-import typer
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
@@ -193,9 +192,3 @@ def solve_seeded(
 def largest(value: Any) -> float:
     """max |value|, of an array or a tensor."""
     return float(abs(value).max())
-
-
-def command_of(group: typer.Typer, name: str) -> Any:
-    """One command of a group, as click has it."""
-    command: Any = typer.main.get_command(group)
-    return command.commands[name]
