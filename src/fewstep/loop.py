@@ -209,15 +209,30 @@ class Stepper:
         without `reuse` none is written to again."""
         if self._program.adapts or self._reuse:
             raise TypeError("a run that adapts to the network, or reuses memory, has no copy")
-        twin = copy.copy(self)
+        twin = object.__new__(Stepper)
+        twin.__dict__.update(self.__dict__)
         twin._history = self._history.copy()
         twin._ledger = copy.copy(self._ledger)
         twin._ledger.denoised = self._ledger.denoised.copy()
         twin._ledger.outputs = self._ledger.outputs.copy()
-        twin._ops = self._program.start()
-        for _ in range(self._sent):
-            next(twin._ops)
+        twin._replay()
         return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the generator, which is started again; for programs that do not adapt."""
+        if self._program.adapts or self._reuse:
+            raise TypeError("a run that adapts to the network, or reuses memory, has no copy")
+        return {name: value for name, value in self.__dict__.items() if name != "_ops"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._replay()
+
+    def _replay(self) -> None:
+        """A new generator, taken to where the run stands."""
+        self._ops = self._program.start()
+        for _ in range(self._sent):
+            next(self._ops)
 
     def close(self) -> None:
         """End the program."""

@@ -326,7 +326,7 @@ def test_plan_shows_what_auto_is_on_a_model(capsys: pytest.CaptureFixture[str]) 
     assert in_process("plan", "auto", "--model", "fashion-mnist", "--nfe", "5", "--json") == 0
     plan = json.loads(capsys.readouterr().out)
     known = read_card("fashion-mnist").auto["5"].given()
-    assert known["learned"] == "solvers/tuned/5"
+    assert known["learned"] == "tuned"
     assert (plan["solver"], plan["grid"]) == (f"tuned from {known['solver']}", "learned")
     assert sum(op["op"] == "eval" and op.get("source", "net") == "net" for op in plan["ops"]) == 5
     assert (plan["sigmas"][0], plan["sigmas"][-1]) == (80.0, 0.002)

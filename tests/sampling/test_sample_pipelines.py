@@ -219,7 +219,7 @@ def test_names_of_captions_tell_their_pictures_apart():
         (["{sd}", "--size", "15x16"], "multiples of 2"),
         (["{sd}", "--size", "wide"], "HEIGHTxWIDTH"),
         (["{sd}", "--config", "{sd}"], "leave out config"),
-        (["fashion-mnist", "--size", "32"], "only pipelines"),
+        (["fashion-mnist", "--size", "32"], "has no such options"),
     ],
 )
 def test_what_does_not_fit_is_one_line_and_leaves_no_folder(

@@ -32,7 +32,7 @@ from fewstep.denoiser import PREDICTIONS
 from fewstep.grid import check_grid, make_grid
 from fewstep.loop import Stepper
 from fewstep.models.process import FLOWS, Process, Shifted, read_process
-from fewstep.plan import Combine, Eval, Ops, Plan, Program
+from fewstep.plan import Combine, Eval, Op, Ops, Plan, Program
 from fewstep.solver import Solver, end_at, get
 from fewstep.solving import Runnable, find
 
@@ -84,6 +84,12 @@ class Stage:
     told: float
     rested: bool
     place: int
+
+
+def _ops(ops: tuple[Op, ...]) -> Ops:
+    """A module's function, so that a scheduler can be pickled in the middle of a run."""
+    for op in ops:  # replies are sent, which a tuple does not take
+        yield op
 
 
 @dataclass(frozen=True)
@@ -157,12 +163,7 @@ class Staged:
     def program(self, index: int = 0) -> Program:
         """What the loop runs, from stage `index` on; from the start at 0."""
         place = self.stages[index].place if index else self.place
-
-        def start() -> Ops:
-            for op in self.plan.ops[place:]:
-                yield op
-
-        return replace(self.plan.program(), start=start)
+        return replace(self.plan.program(), start=partial(_ops, self.plan.ops[place:]))
 
 
 class FewstepScheduler(SchedulerMixin, ConfigMixin):

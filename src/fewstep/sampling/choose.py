@@ -153,7 +153,7 @@ def plan_for(
     else:
         denoiser, solver = model.denoiser(), _picked(model, settings, sigma_max)[0]
         filled = choose(model, settings, sigma_max)
-    named = isinstance(filled.grid, str)
+    named = not isinstance(filled.grid, tuple)
     ends = {"sigma_min": sigma_min, "sigma_max": sigma_max} if named else {}
     program = resolve(filled, denoiser, **ends)
     if isinstance(filled.solver, str | Solver):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,8 @@ class Settings:
     head_start: float | None = None
 
     def __post_init__(self) -> None:
+        if self.head_start is not None and not 0 < self.head_start < math.inf:
+            raise ValueError(f"head_start must be positive and finite, got {self.head_start}")
         if self.grid is not None and not isinstance(self.grid, str):
             object.__setattr__(self, "grid", tuple(float(sigma) for sigma in self.grid))
 
