@@ -37,7 +37,7 @@ import numpy as np
 from safetensors import safe_open
 
 import fewstep
-from fewstep.cli.options import resumable
+from fewstep.cli.work import resumable
 from fewstep.data.training import read_data
 from fewstep.distillation import Recipe
 from fewstep.evaluate.compare import read_comparison

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fewstep.cli.compare import parse_budgets
+from fewstep.cli.parsing import parse_budgets
 from fewstep.learned.solver import SOLVER_FILE
 from fewstep.learned.tuned import PARTS
 

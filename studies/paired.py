@@ -23,12 +23,12 @@ import numpy as np
 import torch
 
 import fewstep
-from fewstep.cli.options import parse_seeds
+from fewstep.cli.parsing import parse_seeds
 from fewstep.evaluate.features import own_features, resolve_features
 from fewstep.evaluate.references import References
 from fewstep.evaluate.statistics import Statistics
 from fewstep.models import Model
-from fewstep.sampling.generate import locate
+from fewstep.sampling.choose import locate
 from fewstep.solver import Solver
 
 BATCH = 50

@@ -22,7 +22,7 @@ MODULES = {
 # has another place than the rest stands by its own name. Rooms in one line do not import each
 # other.
 ORDER = [
-    ("_lazy", "text"),
+    ("_lazy", "text", "sampling.settings"),
     ("files", "provenance"),
     ("data.bounds",),
     ("records", "cache"),
@@ -47,8 +47,7 @@ ORDER = [
 ]
 # Imports against the order, inside functions: most runs never reach them.
 DEFERRED = {
-    "loop": {"learned"},  # a solver by the folder of a learned one
-    "solving": {"learned", "sampling"},
+    "solving": {"learned"},  # a solver by the folder of a learned one
     "evaluate": {"report"},
 }
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import fewstep.solver as registry
-from fewstep.loop import State, iterate, solve
+from fewstep.loop import State
 from fewstep.noise import normal
 from fewstep.plan import Combine, Eval, Plan, flatten, freeze, nfe
+from fewstep.solving import iterate, solve
 from tests.support.testbed import (
     ALL_SOLVERS,
     ODE_SOLVERS,

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import kstest
 
-from fewstep.loop import solve
 from fewstep.noise import brownian, generator, key, normal
+from fewstep.solving import solve
 from tests.support.testbed import ALL_SOLVERS, Mixture, karras, largest, noise
 
 SHAPE = (3, 4)

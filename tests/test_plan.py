@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fewstep.solver as registry
-from fewstep.loop import solve
 from fewstep.plan import Combine, Eval, Plan, flatten, freeze, nfe
+from fewstep.solving import solve
 from tests.support.testbed import (
     ALL_SOLVERS,
     ODE_SOLVERS,

@@ -19,12 +19,13 @@ __version__ = VERSION
 
 if TYPE_CHECKING:
     from fewstep.distillation.training import distill
-    from fewstep.loop import State, iterate, solve
+    from fewstep.loop import State
     from fewstep.models import Model, load
     from fewstep.plan import Combine, Eval, Plan, Seen, flatten, freeze, nfe
     from fewstep.sampling.generate import Samples, sample
     from fewstep.solver import Solver, register
     from fewstep.solver import names as solvers
+    from fewstep.solving import iterate, solve
 
 __all__ = [
     "Combine",
@@ -50,11 +51,12 @@ __all__ = [
 # Names are looked up on first use, so that `fewstep --help` does not wait for torch.
 _HOMES = {
     "fewstep.distillation.training": ("distill",),
-    "fewstep.loop": ("State", "iterate", "solve"),
+    "fewstep.loop": ("State",),
     "fewstep.models": ("Model", "load"),
     "fewstep.plan": ("Combine", "Eval", "Plan", "Seen", "flatten", "freeze", "nfe"),
     "fewstep.sampling.generate": ("Samples", "sample"),
     "fewstep.solver": ("Solver", "register", "solvers"),
+    "fewstep.solving": ("iterate", "solve"),
 }
 # modules that need no import of their own: fewstep.learned.train(...)
 _MODULES = (

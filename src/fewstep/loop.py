@@ -1,46 +1,44 @@
 """The loop: the one place that touches pixels while sampling.
 
-It drives any solver's operations over any denoiser D(x, sigma): evaluates, turns D into eps where
-the solver's history holds eps (with the x of that very evaluation), and forms the linear
-combinations. It reads no value off a tensor, so it never waits for the device, and it leaves grad
-mode to the caller.
+A `Stepper` holds a program at work on one state. It asks for D at a state and a noise level, is
+told it, turns D into eps where the solver's history holds eps (with the x of that very
+evaluation), and forms the linear combinations. `run` answers it with a denoiser; the scheduler for
+diffusers answers it with a pipeline's own calls. Neither reads a value off a tensor, so nothing
+waits for the device, and grad mode is the caller's.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fewstep.denoiser import Denoiser, per_sample
-from fewstep.grid import check_grid, make_grid
 from fewstep.noise import brownian, normal
 from fewstep.plan import Combine, Eval, Level, Program, Seen
-from fewstep.solver import Solver, end_at, get, intervals_for
 
-__all__ = ["Denoiser", "State", "iterate", "solve"]
+__all__ = ["Denoiser", "State", "Stepper", "finish", "run"]
 
 Row = tuple[Level, ...]
-DEFAULT_RANGE = (0.002, 80.0)  # EDM's
-DEFAULT_GRID = "karras"
-DEFAULT_NFE = 5
+Draw = Callable[[Combine, int, Tensor], Tensor]  # (step, number of the draw, x) -> noise like x
 
 
 @dataclass(frozen=True, slots=True)
 class State:
     """Where sampling stands after an accepted step.
 
-    x: [b, ...] in EDM units
-    history: past outputs, newest first, eps or D as the solver has it
-    denoised: the last D, of the network or of its analytic stand-in
-    sigma: the level of x, float or [b]
-    nfe: evaluations spent
+    Attributes:
+        x: [b, ...] in EDM units
+        history: past outputs, newest first, eps or D as the solver has it
+        denoised: the last D, of the network or of its analytic stand-in
+        sigma: the level of x, float or [b]
+        nfe: evaluations spent
     """
 
     x: Tensor
@@ -48,207 +46,6 @@ class State:
     denoised: Tensor | None
     sigma: float | Tensor
     nfe: int
-
-
-class Runnable(Protocol):
-    """What can stand for a solver besides a name and a Solver: a Plan, a learned solver, ..."""
-
-    def program(self) -> Program: ...
-
-
-def find(solver: str | Path, nfe: int | None = None) -> Solver | Runnable:
-    """A solver by name, or a learned one by its folder, or by a folder that has one for each budget
-    under its number. Errors: ValueError where there is none."""
-    if "/" not in str(solver) and not is_folder(solver):
-        try:
-            return get(str(solver))
-        except ValueError:
-            if not Path(solver).is_dir():
-                raise
-    from fewstep.learned.solver import LearnedSolver  # it imports the loop
-
-    return LearnedSolver.load(Path(solver), DEFAULT_NFE if nfe is None else nfe)
-
-
-def is_folder(solver: str | Path) -> bool:
-    """Whether it is a folder of learned solvers."""
-    patterns = ("solver.json", "[0-9]*/solver.json")
-    return any(any(Path(solver).glob(pattern)) for pattern in patterns)
-
-
-def resolve(
-    solver: str | Solver | Runnable,
-    nfe: int | None,
-    grid: str | Sequence[float] | None,
-    afs: str,
-    final: bool,
-    sigma_min: float | None = None,
-    sigma_max: float | None = None,
-    denoiser: Denoiser | None = None,
-    end: str = "sigma_min",
-) -> Program:
-    """What the loop will run. sigma_min, sigma_max, end: as in `solve`, where the grid is a
-    name."""
-    if isinstance(solver, str | Path):
-        solver = find(solver, nfe)
-    elif not isinstance(solver, Solver) and not hasattr(solver, "program"):
-        raise ValueError(
-            "solver must be a name, a Solver, a Plan, or have a method program(), "
-            f"got {solver!r:.80}"
-        )
-    if not isinstance(solver, Solver):
-        taken = {
-            "grid": grid is not None,
-            "afs": afs != "none",
-            "final": final,
-            "end": end != "sigma_min",
-            "sigma_min": sigma_min is not None,
-            "sigma_max": sigma_max is not None,
-        }
-        if extra := [name for name, is_given in taken.items() if is_given]:
-            raise ValueError(
-                "a plan, or a learned solver, has its own grid, first step and end: leave out "
-                + ", ".join(extra)
-            )
-        program = solver.program()
-        if program.learned_on is not None and nfe not in (None, program.evaluations):
-            raise ValueError(
-                f"{program.name} was trained for nfe={program.evaluations}, got nfe={nfe}; "
-                "leave nfe out, or train one for that budget"
-            )
-        return program
-    given = sigma_min is not None or sigma_max is not None
-    if grid is not None and not isinstance(grid, str):
-        if given or end != "sigma_min":
-            raise ValueError("sigmas have their own ends: leave out end, sigma_min and sigma_max")
-        return solver.on(check_grid(grid), afs, final)
-    budget = DEFAULT_NFE if nfe is None else nfe
-    points = 1 + intervals_for(solver, budget, afs, final, end)
-    low = _end(denoiser, "sigma_min", sigma_min, DEFAULT_RANGE[0])
-    high = _end(denoiser, "sigma_max", sigma_max, DEFAULT_RANGE[1])
-    schedule = getattr(denoiser, "schedule", None)
-    name = DEFAULT_GRID if grid is None else grid
-    return solver.on(end_at(make_grid(name, points, high, low, schedule), end), afs, final)
-
-
-def solve(
-    denoiser: Denoiser,
-    x_T: Tensor,
-    solver: str | Solver | Runnable = "dpmpp-2m",
-    nfe: int | None = None,
-    *,
-    grid: str | Sequence[float] | None = None,
-    sigma_min: float | None = None,
-    sigma_max: float | None = None,
-    seeds: Sequence[int] | None = None,
-    afs: str = "none",
-    final: bool = False,
-    end: str = "sigma_min",
-) -> Tensor:
-    """Solve the probability-flow ODE (or the SDE) from x_T with exactly `nfe` evaluations of the
-    denoiser.
-
-    denoiser: any callable D(x [b, ...], sigma [b]) -> [b, ...], the expected clean picture
-    x_T: the start, [b, ...]: noise of standard deviation sigma_max, or a picture plus such noise,
-        to start in the middle
-    solver: a name, with options if need be ("ddim-eta:eta=0.5"), a Solver, a Plan, or anything else
-        with a method `program()`, or the folder of a learned solver, or one that has such a folder
-        for each budget (runs/tuned with 3, 5, 7 in it)
-    nfe: the budget, 5 unless given, or a learned solver's own; what is passed here is not looked
-        at beside sigmas or a plan, from which it follows
-    grid: "karras" (the default), "log-snr", "time-uniform", "discrete" or "trailing"; or strictly
-        decreasing sigmas
-    sigma_min, sigma_max: the denoiser's own where left out, else 0.002 and 80
-    seeds: one integer per picture, needed by stochastic solvers
-    afs: analytic first step, at no evaluation: "none", "zero" as published, or "mean", which
-        needs `denoiser.far_mean` and a start at the denoiser's sigma_max
-    final: spend the last evaluation at the grid's end and return its D
-    end: where a named grid ends: "sigma_min", or "zero", its last point moved to 0, which costs
-        nothing: there solvers that work on D take a step of order 1, as public implementations do
-
-    Returns x at the grid's end (at sigma_min, or at 0 with `final` or `end`), [b, ...], float32, or
-    float64 where x_T is. Runs in the caller's grad mode.
-    Errors: ValueError for unknown names, impossible budgets, stochastic solvers without seeds, and
-    a denoiser that returns another shape, or no tensor. What is not finite stays the caller's.
-    """
-    reuse = not torch.is_grad_enabled()
-    x = x_T
-    for state in _iterate(
-        denoiser, x_T, solver, nfe, grid, sigma_min, sigma_max, seeds, afs, final, end, reuse
-    ):
-        x = state.x
-    return x
-
-
-def iterate(
-    denoiser: Denoiser,
-    x_T: Tensor,
-    solver: str | Solver | Runnable = "dpmpp-2m",
-    nfe: int | None = None,
-    *,
-    grid: str | Sequence[float] | None = None,
-    sigma_min: float | None = None,
-    sigma_max: float | None = None,
-    seeds: Sequence[int] | None = None,
-    afs: str = "none",
-    final: bool = False,
-    end: str = "sigma_min",
-) -> Generator[State, State | None, None]:
-    """`solve`, one accepted state at a time.
-
-    Yields a `State` after each accepted step and goes on from the State that is sent back, or from
-    its own. That serves previews, progress, projections (in-painting), restarts and detaching;
-    close the generator to cancel. Arguments and errors as in `solve`. The tensors of a yielded
-    State are never written to again.
-    """
-    return _iterate(
-        denoiser, x_T, solver, nfe, grid, sigma_min, sigma_max, seeds, afs, final, end, False
-    )
-
-
-def _iterate(
-    denoiser, x_T, solver, nfe, grid, sigma_min, sigma_max, seeds, afs, final, end, reuse
-) -> Generator[State, State | None, None]:
-    program = resolve(solver, nfe, grid, afs, final, sigma_min, sigma_max, denoiser, end)
-    if seeds is not None and len(seeds) != len(x_T):
-        raise ValueError(f"seeds must have one entry per picture, got {len(seeds)} for {len(x_T)}")
-    return _run(program, denoiser, x_T, seeds, reuse and not program.adapts)
-
-
-def far_mean(denoiser: Denoiser) -> Tensor:
-    """Errors: ValueError where the denoiser does not know it."""
-    mean = getattr(denoiser, "far_mean", None)
-    if mean is None:
-        raise ValueError(
-            "afs='mean' needs denoiser.far_mean, the mean of D at sigma_max; "
-            "set it, or use afs='zero'"
-        )
-    return mean
-
-
-def check_mean_start(sigma: Level, sigma_max: float | None) -> None:
-    """far_mean is the mean of D at sigma_max, and stands for no D below it.
-
-    Errors: ValueError for an analytic first step "mean" from below.
-    """
-    if sigma_max is None or isinstance(sigma, Tensor) or starts_at(sigma, sigma_max):
-        return
-    if sigma < sigma_max:
-        raise ValueError(
-            f"afs='mean' holds at sigma_max, {sigma_max:g}, and this starts at {sigma:g}; "
-            "take afs='none' or 'zero'"
-        )
-
-
-def starts_at(sigma: float, level: float) -> bool:
-    """Whether two levels are one, but for what float32 makes of them."""
-    return math.isclose(sigma, level, rel_tol=1e-6)
-
-
-def _end(denoiser: Denoiser | None, name: str, given: float | None, default: float) -> float:
-    """An end of the range: the caller's, else the denoiser's own, else the default."""
-    own = getattr(denoiser, name, None)
-    return given if given is not None else default if own is None else own
 
 
 class Ledger:
@@ -296,90 +93,298 @@ class Ledger:
         return self.state
 
 
-def _run(
-    program: Program, denoiser: Denoiser, x_T: Tensor, seeds: Sequence[int] | None, reuse: bool
-) -> Generator[State, State | None, None]:
-    """Drive the operations. reuse: write into buffers of earlier steps; only for callers that keep
-    no State and solvers that keep no reply."""
-    as_eps = program.prediction == "eps"
-    anchor = x = x_T if x_T.dtype == torch.float64 else x_T.float()
-    history: deque[Tensor] = deque(maxlen=program.depth)
-    ledger = Ledger(program.depth)
-    denoised = spare = reply = None
-    evals = draws = 0
-    ops = program.start()
-    while True:
-        try:
-            op = ops.send(reply)
-        except StopIteration:
-            return
-        if isinstance(op, Eval):
-            denoised, features = _evaluate(denoiser, x, op, reuse)
-            evals += op.source == "net"
-            output = denoised
-            if as_eps:
-                old = history[-1] if reuse and len(history) == program.depth else None
-                output = _to_eps(x, denoised, op.sigma, old)
-                ledger.evaluated(denoised, op.sigma)
-            history.appendleft(output)
-            reply = Seen(x, denoised, features)
-            continue
-        reply = None
-        row = ledger.combined(op) if as_eps else None
+class Stepper:
+    """A program at work on one state, without a network: it asks for D and is told it.
+
+        stepper = Stepper(program, x_T, seeded(seeds))
+        while (op := stepper.ask()) is not None:
+            stepper.tell(D(stepper.x, op.sigma))
+        x = stepper.x
+
+    `advance` goes the same way and stops at each accepted state too.
+
+    Attributes:
+        x: the state, [b, ...], float32, or float64 where x_T is
+        nfe: network evaluations told so far
+        draw: gives the noise of stochastic steps
+        at_rest: whether x is an accepted state, and no trial stage
+    """
+
+    def __init__(
+        self, program: Program, x_T: Tensor, draw: Draw | None = None, reuse: bool = False
+    ) -> None:
+        """
+        Args:
+            program: what to run
+            x_T: the start, [b, ...]; never written to
+            draw: gives the noise of stochastic steps, see `seeded`
+            reuse: write into buffers of earlier steps. Only for callers that keep no State and
+                programs that keep no reply.
+        """
+        self.x = self.anchor = x_T if x_T.dtype == torch.float64 else x_T.float()
+        self.nfe = 0
+        self.at_rest = True
+        self.draw, self._program, self._sent = draw, program, 0
+        self._start, self._reuse = x_T, reuse and not program.adapts
+        self._depth, self._as_eps = program.depth, program.prediction == "eps"
+        self._history: deque[Tensor] = deque(maxlen=program.depth)
+        self._ledger = Ledger(program.depth)
+        self._ops = program.start()
+        self._denoised: Tensor | None = None
+        self._pending: Eval | None = None
+        self._reply: Seen | None = None
+        self._spare: Tensor | None = None
+        self._draws = 0
+
+    def ask(self) -> Eval | None:
+        """The evaluation that comes next, at the state x; None at the end."""
+        while isinstance(found := self.advance(), State):
+            pass
+        return found
+
+    def advance(self) -> Eval | State | None:
+        """Go on to the next evaluation or accepted state; None at the end."""
+        if self._pending is not None:
+            return self._pending
+        while True:
+            try:
+                op = self._ops.send(self._reply)
+            except StopIteration:
+                return None
+            self._reply, self._sent = None, self._sent + 1
+            if isinstance(op, Combine):
+                if self._combine(op):
+                    return State(self.x, tuple(self._history), self._denoised, op.sigma, self.nfe)
+                continue
+            self._pending = op
+            if op.source != "zero":
+                return op
+            # eps = x / root, root = sqrt(1 + sigma^2), so D = x / (root (root + sigma))
+            root = (1 + op.sigma * op.sigma) ** 0.5
+            self.tell(self.x * per_sample(1 / (root * (root + op.sigma)), self.x))
+
+    def tell(self, denoised: Tensor, features: Tensor | None = None) -> None:
+        """D at the state x, the answer to the evaluation that was asked for.
+
+        Args:
+            denoised: D, [b, ...]
+            features: of the network, where the evaluation asks for them
+
+        Raises:
+            ValueError: nothing was asked for.
+        """
+        op, x = self._pending, self.x
+        if op is None:
+            raise ValueError("no evaluation is asked for; call ask first")
+        self._pending = None
+        self.nfe += op.source == "net"
+        denoised = denoised.to(x.dtype)
+        if denoised.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+            denoised = denoised.clone()  # x's memory may be written to again
+        self._denoised, output = denoised, denoised
+        if self._as_eps:
+            full = self._reuse and len(self._history) == self._depth
+            output = _to_eps(x, denoised, op.sigma, self._history[-1] if full else None)
+            self._ledger.evaluated(denoised, op.sigma)
+        self._history.appendleft(output)
+        self._reply = Seen(x, denoised, features)
+
+    def put(self, x: Tensor, history: Sequence[Tensor] | None = None) -> None:
+        """Go on from another x. At rest it is the anchor of the next step; in a trial stage the
+        anchor stays.
+
+        Args:
+            x: like the state
+            history: past outputs in place of those so far, newest first
+        """
+        self.x = x
+        if self.at_rest:
+            self.anchor = x
+            self._ledger.restart()
+        if history is not None:
+            self._history = deque(history[: self._depth], maxlen=self._depth)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Stepper:
+        """One that goes on by itself, for programs that do not adapt. Tensors are shared, since
+        without `reuse` none is written to again."""
+        if self._program.adapts or self._reuse:
+            raise TypeError("a run that adapts to the network, or reuses memory, has no copy")
+        twin = object.__new__(Stepper)
+        twin.__dict__.update(self.__dict__)
+        twin._history = self._history.copy()
+        twin._ledger = copy.copy(self._ledger)
+        twin._ledger.denoised = self._ledger.denoised.copy()
+        twin._ledger.outputs = self._ledger.outputs.copy()
+        twin._replay()
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the generator, which is started again; for programs that do not adapt."""
+        if self._program.adapts or self._reuse:
+            raise TypeError("a run that adapts to the network, or reuses memory, has no copy")
+        return {name: value for name, value in self.__dict__.items() if name != "_ops"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._replay()
+
+    def _replay(self) -> None:
+        """A new generator, taken to where the run stands."""
+        self._ops = self._program.start()
+        for _ in range(self._sent):
+            next(self._ops)
+
+    def close(self) -> None:
+        """End the program."""
+        self._ops.close()
+
+    def _combine(self, op: Combine) -> bool:
+        """Take one step; returns whether it is accepted."""
+        row = self._ledger.combined(op) if self._as_eps else None
         if row is None:
-            x = _combine(anchor, history, op.a, op.b, spare)
+            x = _combine(self.anchor, self._history, op.a, op.b, self._spare)
         else:
-            x = _combine(anchor, ledger.denoised, row[0], row[1:], spare)
+            x = _combine(self.anchor, self._ledger.denoised, row[0], row[1:], self._spare)
         if isinstance(op.noise, Tensor) or op.noise:
-            ledger.state = None
-            x = x + per_sample(op.noise, x) * _noise(seeds, op, draws, x)
-            draws += 1
+            if self.draw is None:
+                raise ValueError("a stochastic solver needs seeds, one per picture")
+            self._ledger.state = None
+            x = x + per_sample(op.noise, x) * self.draw(op, self._draws, x)
+            self._draws += 1
+        self.x, self.at_rest = x, op.accept
         if not op.accept:
-            spare = x if reuse else None
-            continue
-        spare = anchor if reuse and anchor is not x_T else None
-        anchor = x
-        ledger.restart()
-        sent = yield State(x, tuple(history), denoised, op.sigma, evals)
-        if sent is not None:
-            anchor = x = sent.x
-            history = deque(sent.history[: program.depth], maxlen=program.depth)
+            self._spare = x if self._reuse else None
+            return False
+        self._spare = self.anchor if self._reuse and self.anchor is not self._start else None
+        self.anchor = x
+        self._ledger.restart()
+        return True
 
 
-def _evaluate(denoiser: Denoiser, x: Tensor, op: Eval, reuse: bool) -> tuple[Tensor, Tensor | None]:
-    features = None
-    if op.source == "net":
-        told = op.sigma if op.cond is None else op.cond
-        if isinstance(told, Tensor):
-            sigma = told.to(x).expand(x.shape[0])
+def run(
+    program: Program,
+    denoiser: Denoiser,
+    x_T: Tensor,
+    seeds: Sequence[int] | None = None,
+    reuse: bool = False,
+) -> Generator[State, State | None, None]:
+    """Run a program on a denoiser, one accepted state at a time.
+
+    Goes on from the State that is sent back, or from its own.
+
+    Args:
+        program: what `fewstep.solving.resolve` found, or anything's `program()`
+        denoiser: D(x [b, ...], sigma [b]) -> [b, ...]
+        x_T: the start, [b, ...]
+        seeds: one per picture, needed by stochastic solvers
+        reuse: as in `Stepper`
+
+    Raises:
+        ValueError: seeds do not fit x_T, or D has another shape than x.
+    """
+    if seeds is not None and len(seeds) != len(x_T):
+        raise ValueError(f"seeds must have one entry per picture, got {len(seeds)} for {len(x_T)}")
+    return _run(Stepper(program, x_T, None if seeds is None else seeded(seeds), reuse), denoiser)
+
+
+def finish(
+    program: Program, denoiser: Denoiser, x_T: Tensor, seeds: Sequence[int] | None = None
+) -> Tensor:
+    """x at the end of `run`; the arguments are the same. Memory is reused where gradients are
+    off."""
+    x = x_T
+    for state in run(program, denoiser, x_T, seeds, reuse=not torch.is_grad_enabled()):
+        x = state.x
+    return x
+
+
+def _run(stepper: Stepper, denoiser: Denoiser) -> Generator[State, State | None, None]:
+    try:
+        while (found := stepper.advance()) is not None:
+            if not isinstance(found, State):
+                stepper.tell(*_evaluate(denoiser, stepper.x, found))
+                continue
+            sent = yield found
+            if sent is not None:
+                stepper.put(sent.x, sent.history)
+    finally:
+        stepper.close()
+
+
+def seeded(seeds: Sequence[int]) -> Draw:
+    """Noise that is keyed by each picture's seed."""
+
+    def draw(op: Combine, index: int, x: Tensor) -> Tensor:
+        shape = x.shape[1:]
+        if op.interval is None:
+            noise = normal(seeds, shape, "step", index, x.dtype)
         else:
-            sigma = torch.full((x.shape[0],), told, dtype=x.dtype, device=x.device)
-        if op.features and hasattr(denoiser, "with_features"):
-            denoised, features = denoiser.with_features(x, sigma)  # type: ignore[attr-defined]
-        else:
-            denoised = denoiser(x, sigma)
-        if not isinstance(denoised, Tensor):
-            raise ValueError(
-                f"the denoiser returned a {type(denoised).__name__}; it must return D alone, a "
-                "tensor (take [0] of a tuple, .sample of an output of diffusers)"
-            )
-        if denoised.shape != x.shape:
-            raise ValueError(
-                f"the denoiser returned {tuple(denoised.shape)} for x of {tuple(x.shape)}; "
-                "D must have the shape of x"
-            )
-    elif op.source == "zero":
-        # eps = x / root, root = sqrt(1 + sigma^2): D = x - sigma eps = x / (root (root + sigma))
-        root = (1 + op.sigma * op.sigma) ** 0.5
-        denoised = x * per_sample(1 / (root * (root + op.sigma)), x)
-    else:
+            noise = brownian(seeds, shape, op.interval, x.dtype)
+        if x.device.type == "cuda":  # from pinned memory the copy does not wait for the device
+            noise = noise.pin_memory()
+        return noise.to(x.device, non_blocking=True)
+
+    return draw
+
+
+def _evaluate(denoiser: Denoiser, x: Tensor, op: Eval) -> tuple[Tensor, Tensor | None]:
+    """(D, features) of the network, or of what stands for it."""
+    if op.source == "mean":
         mean = far_mean(denoiser)
         check_mean_start(op.sigma, getattr(denoiser, "sigma_max", None))
-        denoised = mean.to(x).expand_as(x)
-    denoised = denoised.to(x.dtype)
-    if denoised.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
-        denoised = denoised.clone()  # x's memory may be written to again
+        return mean.to(x).expand_as(x), None
+    told = op.sigma if op.cond is None else op.cond
+    if isinstance(told, Tensor):
+        sigma = told.to(x).expand(x.shape[0])
+    else:
+        sigma = torch.full((x.shape[0],), told, dtype=x.dtype, device=x.device)
+    features = None
+    if op.features and hasattr(denoiser, "with_features"):
+        denoised, features = denoiser.with_features(x, sigma)  # type: ignore[attr-defined]
+    else:
+        denoised = denoiser(x, sigma)
+    if not isinstance(denoised, Tensor):
+        raise ValueError(
+            f"the denoiser returned a {type(denoised).__name__}; it must return D alone, a "
+            "tensor (take [0] of a tuple, .sample of an output of diffusers)"
+        )
+    if denoised.shape != x.shape:
+        raise ValueError(
+            f"the denoiser returned {tuple(denoised.shape)} for x of {tuple(x.shape)}; "
+            "D must have the shape of x"
+        )
     return denoised, features
+
+
+def far_mean(denoiser: Denoiser) -> Tensor:
+    """Errors: ValueError where the denoiser does not know it."""
+    mean = getattr(denoiser, "far_mean", None)
+    if mean is None:
+        raise ValueError(
+            "afs='mean' needs denoiser.far_mean, the mean of D at sigma_max; "
+            "set it, or use afs='zero'"
+        )
+    return mean
+
+
+def check_mean_start(sigma: Level, sigma_max: float | None) -> None:
+    """far_mean is the mean of D at sigma_max, and stands for no D below it.
+
+    Errors: ValueError for an analytic first step "mean" from below.
+    """
+    if sigma_max is None or isinstance(sigma, Tensor) or starts_at(sigma, sigma_max):
+        return
+    if sigma < sigma_max:
+        raise ValueError(
+            f"afs='mean' holds at sigma_max, {sigma_max:.10g}, and this starts at {sigma:.10g}; "
+            "take afs='none' or 'zero'"
+        )
+
+
+def starts_at(sigma: float, level: float) -> bool:
+    """Whether two levels are one, but for rounding to five digits: published grids of Stable
+    Diffusion start at 14.615, its own table at 14.6146."""
+    return math.isclose(sigma, level, rel_tol=1e-4)
 
 
 def _to_eps(x: Tensor, denoised: Tensor, sigma: float | Tensor, out: Tensor | None) -> Tensor:
@@ -411,16 +416,3 @@ def _combine(
         if weight:
             x.add_(output, alpha=weight)
     return x
-
-
-def _noise(seeds: Sequence[int] | None, op: Combine, index: int, x: Tensor) -> Tensor:
-    if seeds is None:
-        raise ValueError("a stochastic solver needs seeds, one per picture")
-    shape = x.shape[1:]
-    if op.interval is None:
-        noise = normal(seeds, shape, "step", index, x.dtype)
-    else:
-        noise = brownian(seeds, shape, op.interval, x.dtype)
-    if x.device.type == "cuda":  # from pinned memory the copy does not wait for the device
-        noise = noise.pin_memory()
-    return noise.to(x.device, non_blocking=True)

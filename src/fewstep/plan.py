@@ -109,6 +109,7 @@ class Program:
     adapts: whether it looks at the replies (and may keep them: no buffer is reused then)
     name: for the record
     learned_on: for what was trained: the hash of the network's weights, "" where they are not known
+    draws: whether it draws noise on the way
     """
 
     start: Callable[[], Ops]
@@ -119,6 +120,7 @@ class Program:
     adapts: bool = False
     name: str = "custom"
     learned_on: str | None = None
+    draws: bool = False
 
     def program(self) -> Program:
         """Itself."""
@@ -165,8 +167,16 @@ class Plan:
 
     def program(self) -> Program:
         """For the loop."""
-        spent, sigmas = nfe(self), self.sigmas
-        return Program(self.start, self.prediction, self.depth, sigmas, spent, name=self.solver)
+        draws = any(isinstance(op, Combine) and op.noise != 0 for op in self.ops)
+        return Program(
+            self.start,
+            self.prediction,
+            self.depth,
+            self.sigmas,
+            nfe(self),
+            name=self.solver,
+            draws=draws,
+        )
 
     def to_json(self) -> str:
         """One JSON object: the header, and each operation without its defaults."""

@@ -21,7 +21,8 @@ from PIL import Image
 from fewstep import __version__
 from fewstep import solvers as solver_names
 from fewstep.cli import main
-from fewstep.cli.options import parse_seeds, resumable
+from fewstep.cli.parsing import parse_seeds
+from fewstep.cli.work import resumable
 from fewstep.data.images import contact_sheet, read_png, write_png
 from fewstep.models import read_card
 
@@ -325,7 +326,7 @@ def test_plan_shows_what_auto_is_on_a_model(capsys: pytest.CaptureFixture[str]) 
     assert in_process("plan", "auto", "--model", "fashion-mnist", "--nfe", "5", "--json") == 0
     plan = json.loads(capsys.readouterr().out)
     known = read_card("fashion-mnist").auto["5"].given()
-    assert known["learned"] == "solvers/tuned/5"
+    assert known["learned"] == "tuned"
     assert (plan["solver"], plan["grid"]) == (f"tuned from {known['solver']}", "learned")
     assert sum(op["op"] == "eval" and op.get("source", "net") == "net" for op in plan["ops"]) == 5
     assert (plan["sigmas"][0], plan["sigmas"][-1]) == (80.0, 0.002)
@@ -414,7 +415,7 @@ def test_plan_lists_every_solver(capsys: pytest.CaptureFixture[str]) -> None:
 def test_models_lists_the_built_in_network(capsys: pytest.CaptureFixture[str]) -> None:
     in_process("models")
     assert "fashion-mnist" in capsys.readouterr().out
-    in_process("models", "fashion-mnist")
+    in_process("models", "fashion-mnist", "--json")
     assert json.loads(capsys.readouterr().out)["classes"][9] == "boot"
 
 

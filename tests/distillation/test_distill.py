@@ -604,7 +604,7 @@ def test_the_teacher_is_left_as_it_is() -> None:
     [
         ({"method": "splat"}, "method must be one of splam, lcm, got 'splat'"),
         ({"loss": "l1"}, "loss must be one of huber, l2"),
-        ({"rule": "cubic"}, "rule must be one of variance, linear, got"),
+        ({"rule": "cubic"}, "rule must be one of linear, variance, got"),
         ({"method": "lcm", "gamma_one": 0.5}, "gamma_one=0.5 has no effect with method lcm"),
         ({"method": "lcm", "rule": "linear"}, "rule=linear has no effect with method lcm"),
         ({"method": "lcm", "tell": "level"}, "tell=level has no effect with method lcm"),

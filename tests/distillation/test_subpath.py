@@ -36,7 +36,8 @@ from fewstep.networks.conditioning import (
 from fewstep.networks.preconditioning import denoise
 from fewstep.networks.unet import UNet, UNetConfig
 from fewstep.noise import normal
-from fewstep.sampling.generate import Settings, plan_for
+from fewstep.sampling.choose import draws_noise, plan_for
+from fewstep.sampling.settings import Filled, Settings
 from fewstep.schedule import VP
 from fewstep.solver import get, names
 from tests.support.testbed import ODE_SOLVERS, Mixture, noise
@@ -384,5 +385,6 @@ def test_settings_know_whether_noise_is_drawn(solver: str, grid: tuple[float, ..
     mixture, x_T = Mixture(), noise(2, 9.0)
     ends = [fewstep.solve(mixture, x_T, solver, grid=grid, seeds=[i, i + 1]) for i in range(2)]
     drawn = not torch.equal(*ends)
-    assert Settings(solver, len(grid) - 1, grid).stochastic == drawn
-    assert Settings(plan_for(solver, grid=grid), len(grid) - 1, None).stochastic == drawn
+    assert draws_noise(Filled(solver, len(grid) - 1, grid)) == drawn
+    planned = plan_for(Settings(solver, grid=grid)).program()
+    assert draws_noise(Filled(planned, len(grid) - 1)) == drawn

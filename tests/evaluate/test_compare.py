@@ -47,12 +47,13 @@ from fewstep.learned import LearnedSolver
 from fewstep.learned.amed import AMED
 from fewstep.learned.method import Setup
 from fewstep.learned.tuned import Tuned
-from fewstep.loop import solve
 from fewstep.models import Card
 from fewstep.report.comparison import comparison_page, with_error, write_comparison
 from fewstep.report.tables import comparison_csv
 from fewstep.report.terminal import comparison_table
-from fewstep.sampling.generate import Settings
+from fewstep.sampling.choose import choose
+from fewstep.sampling.settings import Filled, Settings
+from fewstep.solving import solve
 
 # The test bed: every pixel a mixture of two points with some spread, so that D bends; 8x8 pictures.
 SHAPE = (1, 8, 8)
@@ -262,10 +263,10 @@ def test_fresh_noise_is_no_disadvantage_where_a_sampler_is_chosen() -> None:
 
     assert frechet(exact + 0.12, exact) < frechet(anew, exact)
     design = Design(("kid",), (2,), tuple(range(10)), screen=200, choose_by="f")
-    candidates = [Settings(name, 2, (9.0, 1.0, 0.0)) for name in ("consistency-ode", "consistency")]
+    candidates = [Filled(name, 2, (9.0, 1.0, 0.0)) for name in ("consistency-ode", "consistency")]
     judges: Any = {"f": Namespace(name="f", label="f")}
     bench: Any = Bench()
-    chosen, how = screening.choose(bench, design, judges, candidates)
+    chosen, how = screening.screened(bench, design, judges, candidates)
     assert chosen.solver == "consistency"
     assert how == {"score": pytest.approx(frechet(anew, many)), "of": 2}
 
@@ -330,8 +331,8 @@ def test_a_sampler_that_ends_at_zero_is_held_to_the_solution_there(tmp_path, zer
     work = bench(tmp_path)
     levels = tuple(grid("karras", 5, to_zero=zero))
     end = "zero" if zero else "sigma_min"
-    named = work.run(Settings("ddim", 4, "karras", end=end), SEEDS[:4])
-    own = work.run(Settings("ddim", 4, levels), SEEDS[:4])
+    named = work.run(Filled("ddim", 4, "karras", end=end), SEEDS[:4])
+    own = work.run(Filled("ddim", 4, levels), SEEDS[:4])
     there = exact(SEEDS[:4])
     there = denoised(there, LOW) if zero else there
     want = np.square(ddim(SEEDS[:4], 4, zero=zero) - there).reshape(4, -1).mean(1)
@@ -372,10 +373,10 @@ def by_hand(seeds: Sequence[int], nfe: int) -> dict[tuple[str, str, str], float]
 def test_screening_takes_the_best_on_the_validation_seeds_and_touches_no_other(
     tmp_path, monkeypatch
 ):
-    runs: list[tuple[Settings, tuple[int, ...]]] = []
+    runs: list[tuple[Filled, tuple[int, ...]]] = []
     run = Workbench.run
 
-    def spy(self: Workbench, settings: Settings, seeds: Sequence[int]) -> Any:
+    def spy(self: Workbench, settings: Filled, seeds: Sequence[int]) -> Any:
         runs.append((settings, tuple(seeds)))
         return run(self, settings, seeds)
 
@@ -549,7 +550,7 @@ def test_a_students_evaluations_are_not_its_teachers(tmp_path):
         one = replace(one, students={"student": other})
         runs = {}
         for solver in solvers:
-            runs[solver] = one.of(solver).run(Settings.choose(other, "ddim", 3), SEEDS)
+            runs[solver] = one.of(solver).run(choose(other, Settings("ddim", 3)), SEEDS)
         return runs["student"].mse
 
     both, alone = (

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from fewstep.denoiser import Clipped, Thresholded
-from fewstep.loop import resolve, solve
 from fewstep.noise import brownian, normal
+from fewstep.sampling.settings import Settings
 from fewstep.schedule import VP
 from fewstep.solver import get
+from fewstep.solving import resolve, solve
 from tests.support.testbed import Mixture
 
 diffusers: Any = pytest.importorskip("diffusers")
@@ -144,7 +145,7 @@ def test_a_scheduler_equals_what_stands_beside_it(theirs: str, ours: str) -> Non
     denoiser = Edm() if theirs.startswith("EDM") else Latent()
     spent = len(scheduler.timesteps)
     run = {"afs": "none", "final": False, **options}
-    sigmas = (*resolve(solver, spent, denoiser=denoiser, **run).sigmas, 0.0)
+    sigmas = (*resolve(Settings(solver, spent, **run), denoiser).sigmas, 0.0)
 
     def path(i: int) -> Tensor:  # between our levels: a Brownian path is rough, theirs are float32
         return brownian(SEEDS, SHAPE, (sigmas[i], sigmas[i + 1]), torch.float64)

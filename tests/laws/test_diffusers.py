@@ -19,8 +19,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.loop import solve
 from fewstep.noise import brownian, normal
+from fewstep.solving import solve
 from tests.support.testbed import Mixture
 
 diffusers: Any = pytest.importorskip("diffusers")

@@ -10,10 +10,10 @@ import torch
 
 import fewstep
 import fewstep.solver as registry
-from fewstep.loop import solve
 from fewstep.models import BUILTIN
 from fewstep.models.formats.native import load_folder
 from fewstep.models.network import NetworkModel
+from fewstep.solving import solve
 from tests.support.testbed import ALL_SOLVERS, Counted, Mixture, karras, noise
 
 SEEDS = (1, 2, 3)

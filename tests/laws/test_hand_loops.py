@@ -12,8 +12,8 @@ import torch
 from numpy.polynomial import Polynomial
 from torch import Tensor
 
-from fewstep.loop import solve
 from fewstep.noise import brownian, normal
+from fewstep.solving import solve
 from tests.support.testbed import SMOOTH_GRIDS, Mixture, eps_of, largest, noise, random_grid
 
 D = Callable[[Tensor, float], Tensor]

@@ -17,11 +17,11 @@ from torch import Tensor
 
 import fewstep.solver as registry
 from fewstep.grid import make_grid
-from fewstep.loop import solve
 from fewstep.models.process import Shifted
 from fewstep.plan import Combine
 from fewstep.schedule import EDM, PURE_NOISE, VP, Flow
 from fewstep.solver.rules import trapezoid
+from fewstep.solving import solve
 from tests.support.testbed import ODE_SOLVERS, SDE_SOLVERS, Mixture
 
 MIXTURE, COUNT = Mixture(), 64

@@ -236,11 +236,13 @@ def test_no_solver_waits_for_the_device() -> None:
 
 def test_a_foreign_contact_sheet_is_kept(tmp_path: Path, model: NetworkModel) -> None:
     from fewstep.sampling.folder import sample_to_folder
+    from fewstep.sampling.request import Request
+    from fewstep.sampling.settings import Settings
 
     write_png(tmp_path / "sheet.png", np.zeros((4, 4), dtype=np.uint8))
     before = (tmp_path / "sheet.png").read_bytes()
     with pytest.raises(ValueError, match=r"sheet\.png .*not made by fewstep"):
-        sample_to_folder(model, tmp_path, seeds=(0,), nfe=2)
+        sample_to_folder(model, tmp_path, Request((0,)), Settings(nfe=2))
     assert (tmp_path / "sheet.png").read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 1
 

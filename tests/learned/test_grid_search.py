@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import fewstep
-from fewstep.cli import app
 from fewstep.grid import GRIDS, make_grid
 from fewstep.learned import LearnedSolver, train
 from fewstep.learned.grid_search import FINE, WEIGHTS, search_grid, shortest
 from fewstep.solver import get
+from tests.support.command import command
 from tests.support.testbed import Counted, Mixture, noise
 
 SHAPE = (3,)
@@ -153,9 +152,7 @@ def test_what_cannot_be_searched_is_one_line(changes, error, message, mixture):
 def test_the_command(tmp_path):
     out = tmp_path / "grid"
     arguments = ("--method", "grid", "--nfe", 3, "--trajectories", 2, "--validation-seeds", 2)
-    told = CliRunner().invoke(
-        app, ["train", "solver", "fashion-mnist", "--out", str(out), *map(str, arguments)]
-    )
+    told = command("train", "solver", "fashion-mnist", "--out", out, *arguments)
     assert "ipndm-2 on a searched grid" in told.stdout
     assert "untrained, on the best named grid" in told.stdout
     values = json.loads((out / "solver.json").read_text())

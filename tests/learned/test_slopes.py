@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-import fewstep.solver as registry
+import fewstep.solver.registry as kept
 from fewstep.learned import train
 from fewstep.learned.ops import bases, check_slope
 from fewstep.solver import Solver
@@ -43,7 +43,7 @@ def right(past: Any, nxt: Any, order: int) -> Any:
 def registered(monkeypatch: pytest.MonkeyPatch) -> Any:
     def register(rule: Any, order: int) -> str:
         ops = functools.partial(linear_multistep, rule=rule, order=order)
-        monkeypatch.setitem(registry.registry._REGISTRY, "own", Solver("own", ops, "x0", order, 1))
+        monkeypatch.setitem(kept._REGISTRY, "own", Solver("own", ops, "x0", order, 1))
         return "own"
 
     return register

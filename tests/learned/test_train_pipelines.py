@@ -24,10 +24,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from typer.testing import CliRunner
 
 import fewstep
-from fewstep.cli import app
 from fewstep.denoiser import Wrapper
 from fewstep.integrations.diffusers import FewstepScheduler
 from fewstep.learned import LearnedSolver, prompted, settings, train
@@ -39,6 +37,7 @@ from fewstep.models.process import Shifted
 from fewstep.models.texts import TextCache
 from fewstep.schedule import VP, Flow
 from tests.support import pipelines
+from tests.support.command import command
 from tests.support.testbed import Mixture
 
 TEXTS = [f"{'a cat' if i % 2 else 'mat'} {i}" for i in range(40)]
@@ -396,9 +395,9 @@ def test_what_a_loss_keeps_is_states_whatever_the_budget(models):
 
 
 def run(*arguments: Any) -> str:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
+    result = command(*arguments)
+    if result.exit_code:
+        raise ValueError(result.stderr.strip())
     return result.stdout
 
 

@@ -16,11 +16,8 @@ import pytest
 import torch
 from scipy.optimize import brentq
 from torch import Tensor
-from typer.testing import CliRunner
 
 import fewstep
-from fewstep.cli import app
-from fewstep.cli.app import train_app
 from fewstep.grid import GRIDS, make_grid
 from fewstep.learned import LearnedSolver, train
 from fewstep.learned.amed import Amed
@@ -29,9 +26,11 @@ from fewstep.learned.predictor import Predictor, Values
 from fewstep.learned.teacher import Frozen, Teacher, fine_grid
 from fewstep.models.exact import Gaussian, GaussianMixture
 from fewstep.plan import Program
-from fewstep.sampling.generate import Settings
+from fewstep.sampling.choose import choose
+from fewstep.sampling.settings import Settings
 from fewstep.schedule import VP
-from tests.support.testbed import Counted, Mixture, command_of, eps_of, largest, noise
+from tests.support.command import command, defaults
+from tests.support.testbed import Counted, Mixture, eps_of, largest, noise
 
 BASES = [None, "dpm-solver-2", "ddim", "ipndm-3", "ipndm-4", "dpmpp-2m", "dpmpp-3m"]
 GRID = (20.0, 6.0, 1.7, 0.4, 0.05)
@@ -479,19 +478,17 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):
     assert without.plan() == short(**run).plan()
 
 
-NO_DEFAULT = {"out", "afs", "label", "prompts", "prompt", "negative", "guidance"}
-NO_DEFAULT |= {"squared", "compile"}  # off unless given
+UNSET = {"label", "prompts", "prompt", "negative", "guidance", "afs", "squared"}  # off unless given
 
 
 def test_the_help_has_every_default():
-    text = CliRunner().invoke(app, ["train", "solver", "--help"], env={"COLUMNS": "400"}).stdout
-    assert "\\[" not in text
+    text = command("train", "solver", "--help", env={"COLUMNS": "400"}).stdout
     plain = re.sub(r"[\s│]+", " ", text)
-    solver = command_of(train_app, "solver")
-    for option in solver.params:
-        if option.param_type_name == "option" and option.name not in {*NO_DEFAULT, "help"}:
-            said = plain.split(f" {option.opts[0]} ", 1)[1].split(" --", 1)[0]
-            assert "[default: " in said, option.name
+    for name, value in defaults("train", "solver").items():
+        if name not in UNSET and value is not False:
+            said = plain.split(f" --{name.replace('_', '-')} ", 1)[1].split(" --", 1)[0]
+            said = said if value is not True else "Default"
+            assert "default: " in said.lower() or value is True, name
 
 
 def bad_shape(x: Tensor, sigma: Tensor) -> Tensor:
@@ -626,19 +623,19 @@ def test_another_model_is_warned_of():
         name="other", weights_sha256="bbb", sigma_max=20.0, distilled=None, auto={}
     )
     with pytest.warns(UserWarning, match="trained on other weights than those of other"):
-        settings = Settings.choose(SimpleNamespace(card=card), found)  # type: ignore[arg-type]
+        settings = choose(SimpleNamespace(card=card), Settings(found))  # type: ignore[arg-type]
     assert settings.nfe == 5
     same = SimpleNamespace(card=SimpleNamespace(**{**vars(card), "weights_sha256": "aaa"}))
-    record = Settings.choose(same, found).record()  # type: ignore[arg-type]
+    record = choose(same, Settings(found)).record()  # type: ignore[arg-type]
     assert record["solver"] == f"amed {found.digest}"
     assert record["nfe"] == 5
 
 
 def test_the_command_trains_and_its_folder_is_a_solver(tmp_path):
     def run(*arguments: Any) -> str:
-        result = CliRunner().invoke(app, [str(a) for a in arguments])
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
+        result = command(*arguments)
+        if result.exit_code:
+            raise ValueError(result.stderr.strip())
         return result.stdout
 
     out, pictures = tmp_path / "solver", tmp_path / "pictures"
@@ -659,7 +656,7 @@ def test_the_command_trains_and_its_folder_is_a_solver(tmp_path):
 def test_a_grid_that_starts_below_has_no_analytic_first_step(tmp_path):
     short_run = ("--trajectories", "2", "--batch", "2", "--validation-seeds", "1", "--inner", "3")
     solver = ("train", "solver", "fashion-mnist", "--nfe", "2", "--out", str(tmp_path))
-    result = CliRunner().invoke(app, [*solver, "--grid", "20,1,0.002", *short_run])
+    result = command(*solver, "--grid", "20,1,0.002", *short_run)
     assert result.exit_code == 0, result.output
     assert LearnedSolver.load(tmp_path).method.afs == "none"
 

@@ -13,10 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import fewstep
-from fewstep.cli import app
 from fewstep.evaluate.compare import Design, Workbench, compare
 from fewstep.evaluate.demo import run_demo
 from fewstep.evaluate.features import own_features, resolve_features
@@ -25,9 +23,11 @@ from fewstep.learned import LearnedSolver
 from fewstep.learned.tuned import Tuned
 from fewstep.models import BUILTIN, builtin
 from fewstep.plan import Plan, levels
-from fewstep.sampling.generate import Settings, plan_for
+from fewstep.sampling.choose import choose, plan_for
+from fewstep.sampling.settings import Settings
 from studies import ship_solvers
 from tests.learned.test_training import Tapped, short, solver
+from tests.support.command import command
 from tests.support.testbed import Mixture, noise
 
 SIGMAS = {3: (80.0, 9.0, 1.0, 0.002), 4: (80.0, 15.0, 4.0, 0.7, 0.002)}
@@ -59,23 +59,23 @@ def folder(tmp_path) -> Path:
 
 
 def run(*arguments: Any) -> str:
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
+    result = command(*arguments)
+    if result.exit_code:
+        raise ValueError(result.stderr.strip())
     return result.stdout
 
 
 def test_auto_is_the_learned_solver_at_its_budget(folder):
     model = fewstep.load(folder)
-    found = Settings.choose(model, "auto", 3)
-    assert isinstance(found.solver, LearnedSolver)
-    assert (found.nfe, found.grid, found.solver.sigmas) == (3, None, SIGMAS[3])
+    found = choose(model, Settings("auto", 3))
+    shipped = LearnedSolver.load(folder / "solvers" / "tuned" / "3")
+    assert (found.nfe, found.grid, found.solver.name) == (3, None, shipped.program().name)
     for nfe in (2, 4, 9):
-        assert isinstance(Settings.choose(model, "auto", nfe).solver, str)
+        assert isinstance(choose(model, Settings("auto", nfe)).solver, str)
     made = fewstep.sample(model, nfe=3, seeds=[1_000_000])
-    ours = fewstep.sample(model, solver=found.solver, seeds=[1_000_000])
+    ours = fewstep.sample(model, solver=shipped, seeds=[1_000_000])
     assert (made.images == ours.images).all()
-    assert made.provenance["solver"] == f"tuned from ipndm-2 {found.solver.digest}"
+    assert made.provenance["solver"] == f"tuned from ipndm-2 {shipped.digest}"
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_auto_is_the_learned_solver_at_its_budget(folder):
     ],
 )
 def test_what_the_caller_names_is_kept(named, folder):
-    found = Settings.choose(fewstep.load(folder), "auto", 3, **named)
+    found = choose(fewstep.load(folder), Settings("auto", 3, **named))
     assert isinstance(found.solver, str)
     known = {name: value for name, value in named.items() if name != "head_start"}
     assert {name: getattr(found, name) for name in known} == known
@@ -99,11 +99,13 @@ def test_what_the_caller_names_is_kept(named, folder):
 def test_a_name_stands_for_the_solver_that_comes_with_the_model(folder, tmp_path):
     model = fewstep.load(folder)
     for nfe in (3, 4):
-        found = Settings.choose(model, "tuned", nfe)
-        assert (found.nfe, found.solver.sigmas) == (nfe, SIGMAS[nfe])  # type: ignore[union-attr]
-        assert plan_for("tuned", nfe, model).sigmas[0] == 80.0
+        found = choose(model, Settings("tuned", nfe))
+        shipped = LearnedSolver.load(folder / "solvers" / "tuned" / str(nfe))
+        assert (found.nfe, found.solver.name) == (nfe, shipped.program().name)
+        assert shipped.sigmas == SIGMAS[nfe]
+        assert plan_for(Settings("tuned", nfe), model).sigmas[0] == 80.0
     with pytest.raises(ValueError, match=re.escape("has solvers for nfe=3, 4, got nfe=5")):
-        Settings.choose(model, "tuned")
+        choose(model, Settings("tuned"))
     out = tmp_path / "pictures"
     told = run("sample", folder, "--solver", "tuned", "--nfe", 4, "--seeds", 0, "--out", out)
     assert "tuned from ipndm-2" in told
@@ -111,7 +113,7 @@ def test_a_name_stands_for_the_solver_that_comes_with_the_model(folder, tmp_path
     shutil.rmtree(folder / "solvers")
     bare = fewstep.load(folder)
     with pytest.raises(ValueError, match="no solver called 'tuned'"):
-        Settings.choose(bare, "tuned", 3)
+        choose(bare, Settings("tuned", 3))
 
 
 def test_a_folder_of_budgets_is_a_solver(folder):
@@ -183,8 +185,9 @@ def test_shipping_takes_the_best_of_each_budget(folder, tmp_path):
     assert {nfe: one.validation["error"] for nfe, one in chosen.items()} == {3: 0.07}
     ship_solvers.main(tmp_path / "runs", str(folder), write=True)
     assert [path.name for path in (folder / "solvers" / "tuned" / "3").iterdir()] == ["solver.json"]
-    found = Settings.choose(fewstep.load(folder), "auto", 3).solver
-    assert found.validation["error"] == 0.07  # type: ignore[union-attr]
+    found = choose(fewstep.load(folder), Settings("auto", 3)).solver
+    shipped = LearnedSolver.load(folder / "solvers" / "tuned" / "3")
+    assert (found.name, shipped.validation["error"]) == (shipped.program().name, 0.07)
     with pytest.raises(ValueError, match="no solver of method amed"):
         ship_solvers.main(tmp_path / "runs", str(folder), method="amed")
     trained("c/3", 3, 0.05, until=1_000_256)
@@ -196,7 +199,7 @@ def test_what_the_built_in_models_name_is_there():
     for name in builtin():
         model = fewstep.load(name)
         for nfe in map(int, model.card.auto):
-            chosen = Settings.choose(model, "auto", nfe)
+            chosen = choose(model, Settings("auto", nfe))
             assert chosen.nfe == nfe
             if isinstance(chosen.solver, LearnedSolver):
                 assert chosen.solver.model["weights"] == model.card.weights_sha256
@@ -230,7 +233,7 @@ def test_plan_prints_a_learned_solver(folder, tmp_path):
 
 @pytest.mark.parametrize("name", ["ddim", "heun", "dpm-solver-2", "unipc-2"])
 def test_levels_are_where_it_evaluates(name):
-    plan = plan_for(name, 4)
+    plan = plan_for(Settings(name, 4))
     found = levels(plan.ops)
     assert found[-1] == plan.sigmas[-1]
     assert set(plan.sigmas) <= set(found)
@@ -278,10 +281,10 @@ def test_a_solver_file_that_cannot_be_read_is_one_line(tmp_path):
     }
     for message, text in cases.items():
         path.write_text(text)
-        for command in (["sample", "--out", tmp_path / "x"], ["compare", "--out", tmp_path / "x"]):
-            option = "--solver" if command[0] == "sample" else "--solvers"
+        for line in (["sample", "--out", tmp_path / "x"], ["compare", "--out", tmp_path / "x"]):
+            option = "--solver" if line[0] == "sample" else "--solvers"
             with pytest.raises(ValueError, match=message) as caught:
-                run(*command, option, tmp_path)
+                run(*line, option, tmp_path)
             assert "\n" not in str(caught.value)
             assert not (tmp_path / "x").exists()
         with pytest.raises(ValueError, match=message):
@@ -320,6 +323,6 @@ def test_a_learned_grid_does_not_start_elsewhere():
 
 def test_a_learned_solver_is_not_recorded_with_another_ones_ends():
     model = fewstep.load("fashion-mnist")
-    record = Settings.choose(model, "tuned", 3).record()
+    record = choose(model, Settings("tuned", 3)).record()
     assert (record["grid"], record["afs"], record["end"]) == (None, None, None)
-    assert Settings.choose(model, "ddim", 3).record()["end"] is not None
+    assert choose(model, Settings("ddim", 3)).record()["end"] is not None

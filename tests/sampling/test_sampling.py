@@ -17,7 +17,7 @@ import fewstep
 from fewstep.models import BUILTIN, Model
 from fewstep.models.formats.native import load_folder
 from fewstep.models.network import NetworkModel
-from fewstep.sampling.generate import locate
+from fewstep.sampling.choose import locate
 
 SEEDS = (3, 11, 4, 1_000_003)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fewstep
-from fewstep.cli.options import parse_seeds
+from fewstep.cli.parsing import parse_seeds
 from fewstep.models import builtin, read_card
 from studies import make_results
 

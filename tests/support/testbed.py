@@ -22,13 +22,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core, so a thread 
 import numpy as np
 import pytest
 import torch
-import typer
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
 import fewstep.solver as registry
-from fewstep.loop import State, iterate
+from fewstep.loop import State
 from fewstep.plan import Combine, Eval, Plan
+from fewstep.solving import iterate
 
 ALL_SOLVERS = registry.names()
 ODE_SOLVERS = registry.names(stochastic=False)
@@ -193,9 +193,3 @@ def solve_seeded(
 def largest(value: Any) -> float:
     """max |value|, of an array or a tensor."""
     return float(abs(value).max())
-
-
-def command_of(group: typer.Typer, name: str) -> Any:
-    """One command of a group, as click has it."""
-    command: Any = typer.main.get_command(group)
-    return command.commands[name]

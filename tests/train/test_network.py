@@ -100,7 +100,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_a_second_run_does(
     step = step_of(out)
     assert 7 <= step < 10_000
     short = {"pictures": 8 * (step + 1), "batch": 8, "widths": "16,16", **often}
-    train_network_command(tmp_path / "data", out, **short)
+    train_network_command(data=tmp_path / "data", out=out, **short)
     assert f"resumed at step {step}\n" in capsys.readouterr().err
     assert (out / "model.safetensors").exists()
 
@@ -257,8 +257,8 @@ def test_the_command_refuses_bad_options_before_any_step(
     write_data(tmp_path / "data")
     with pytest.raises(ValueError, match=message):
         train_network_command(
-            tmp_path / "data",
-            tmp_path / "out",
+            data=tmp_path / "data",
+            out=tmp_path / "out",
             **{"pictures": 16, "batch": 8, "widths": "16,16", **options},
         )
     assert not (tmp_path / "out").exists()

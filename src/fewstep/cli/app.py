@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
+from cyclopts import App, Parameter
 
 from fewstep.provenance import VERSION
 
-__all__ = ["app", "train_app"]
+__all__ = ["app", "distill_app", "train_app"]
 
-app = typer.Typer(
-    help="Sample pretrained diffusion models in 1 to 10 network evaluations.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+HELP = "Sample pretrained diffusion models in 1 to 10 network evaluations."
+EVERYWHERE = (
+    "With every command: --traceback shows where an error came from, and --import MODULE first "
+    "imports a module that registers solvers."
 )
-train_app = typer.Typer(help="Train solvers and networks.", no_args_is_help=True)
-app.add_typer(train_app, name="train")
 
-
-def _show_version(asked: bool) -> None:
-    if asked:
-        print(f"fewstep {VERSION}")
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", metavar="", callback=_show_version, is_eager=True, help="Show the version."
-        ),
-    ] = False,
-) -> None: ...
+app = App(
+    name="fewstep",
+    help=HELP,
+    help_format="plaintext",
+    help_epilogue=EVERYWHERE,
+    version=f"fewstep {VERSION}",
+    suppress_keyboard_interrupt=False,
+    default_parameter=Parameter(allow_repeating=True),  # the last one counts
+)
+train_app = App(name="train", help="Train solvers and networks.")
+distill_app = App(name="distill", help="Distil networks into few-step ones.")
+app.command(train_app)
+app.command(distill_app)

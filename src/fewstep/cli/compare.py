@@ -3,107 +3,80 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import typer
 from rich.console import Console
 
 from fewstep.cli.app import app
-from fewstep.cli.options import (
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    ModelArgument,
-    parse_seeds,
-    resumable,
-)
+from fewstep.cli.options import MACHINE, TEXT, Machine, ModelArgument, Take, command, flag, option
+from fewstep.cli.parsing import parse_budgets, parse_seeds, words
+from fewstep.cli.work import AsJson, command_line, resumable
 
 SOLVERS = "ddim,heun,dpm-solver-2,dpmpp-2m,unipc-2,deis-2,ipndm-2,ipndm-3,auto"
 
 
-def words(text: str, what: str) -> tuple[str, ...]:
-    """Parts between commas, each once. Errors: ValueError where there is none."""
-    found = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    if not found:
-        raise ValueError(f"{what} must name at least one, got {text!r}")
-    return found
-
-
-def parse_budgets(text: str) -> tuple[int, ...]:
-    """Budgets from "3,5,7" or "3-8". Errors: ValueError that shows the form."""
-    try:
-        return tuple(parse_seeds(text))
-    except ValueError:
-        raise ValueError(f"--nfe is written like 3,5,7 or 3-8, got {text!r}") from None
-
-
-@app.command("compare")
+@command(
+    app,
+    "compare",
+    Take(
+        Machine,
+        MACHINE,
+        only=("device", "dtype", "compile", "batch"),
+        defaults={"batch": 50},
+        helps={"batch": "Pictures at a time."},
+    ),
+)
 def compare_command(
     model: ModelArgument = "fashion-mnist",
+    /,
+    *,
     solvers: Annotated[
         str,
-        typer.Option(
-            help="Names, folders of learned solvers, students of the model; commas between."
-        ),
+        option("Names, folders of learned solvers, students of the model; commas between."),
     ] = SOLVERS,
-    nfe: Annotated[str, typer.Option(help="Budgets: 3,5,7 or 3-8.")] = "3,5,7",
-    seeds: Annotated[str, typer.Option(help="Test seeds: 0-4999.")] = "0-499",
-    out: Annotated[Path, typer.Option(help="Folder for the report and what it rests on.")] = Path(
+    nfe: Annotated[str, option("Budgets: 3,5,7 or 3-8.")] = "3,5,7",
+    seeds: Annotated[str, option("Test seeds: 0-4999.")] = "0-499",
+    out: Annotated[Path, option("Folder for the report and what it rests on.")] = Path(
         "comparison"
     ),
     features: Annotated[
         str | None,
-        typer.Option(
-            help="Feature networks, with commas; none: errors only. The model's own if left out."
-        ),
+        option("Feature networks, with commas; none: errors only. The model's own if left out."),
     ] = None,
     choose_by: Annotated[
         str | None,
-        typer.Option(help="What settings are chosen by: error, or a feature network's name."),
+        option("What settings are chosen by: error, or a feature network's name."),
     ] = None,
     screen: Annotated[
         int,
-        typer.Option(
-            help="Validation seeds that choose each setting; 0: the usual settings.", min=0
-        ),
+        option("Validation seeds that choose each setting; 0: the usual settings."),
     ] = 1000,
     grids: Annotated[
-        str | None, typer.Option(help="Grids that are tried; all that the model has if left out.")
+        str | None, option("Grids that are tried; all that the model has if left out.")
     ] = None,
-    afs: Annotated[str, typer.Option(help="Analytic first steps that are tried.")] = (
-        "none,zero,mean"
-    ),
-    ends: Annotated[str, typer.Option(help="Ends that are tried.")] = "sigma_min,zero",
+    afs: Annotated[str, option("Analytic first steps that are tried.")] = ("none,zero,mean"),
+    ends: Annotated[str, option("Ends that are tried.")] = "sigma_min,zero",
     population: Annotated[
-        int, typer.Option(help="Reference solves that make the target distribution.", min=10)
+        int, option("Reference solves that make the target distribution.", least=10)
     ] = 10_000,
-    reference_nfe: Annotated[
-        int, typer.Option(help="Evaluations of a reference solve.", min=8, max=1000)
-    ] = 40,
-    label: Annotated[str | None, typer.Option(help="Class name or index, for all.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="Text, for models that take one.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
-    batch: Annotated[int, typer.Option(help="Pictures at a time.", min=1)] = 50,
+    reference_nfe: Annotated[int, option("Evaluations of a reference solve.", least=8)] = 40,
+    label: Annotated[str | None, option("Class name or index, for all.", group=TEXT)] = None,
+    prompt: Annotated[str | None, option("Text, for models that take one.", group=TEXT)] = None,
+    guidance: Annotated[
+        float | None, option("Guidance scale; needs a prompt or a label.", group=TEXT)
+    ] = None,
     cache: Annotated[
         Path | None,
-        typer.Option(help="Folder of the reference solves; $FEWSTEP_CACHE if left out."),
+        option("Folder of the reference solves; $FEWSTEP_CACHE if left out."),
     ] = None,
-    device: DeviceOption = "cpu",
-    dtype: DtypeOption = "float32",
-    compile: Annotated[
-        bool, typer.Option("--compile", help="torch.compile the network: for many pictures.")
-    ] = False,
     beside: Annotated[
         Path | None,
-        typer.Option(help="An earlier comparison.json of the same protocol whose rows are kept."),
+        option("An earlier comparison.json of the same protocol whose rows are kept."),
     ] = None,
-    plots: Annotated[
-        bool, typer.Option("--plots/--no-plots", help="Figures in the report.")
-    ] = True,
-    as_json: JsonOption = False,
+    plots: Annotated[bool, flag("Leave the curves out of the report.", off="--no-plots")] = True,
+    as_json: AsJson = False,
+    **machine: Any,
 ) -> None:
     """Samplers side by side: errors, distances, time; a table, curves and pictures in one report.
 
@@ -130,12 +103,15 @@ def compare_command(
     from fewstep.report.comparison import write_comparison
     from fewstep.report.terminal import Progress, comparison_table
 
+    batch = machine.pop("batch")
     budgets, test_seeds = parse_budgets(nfe), tuple(parse_seeds(seeds))
     earlier = read_comparison(beside) if beside else None
-    loaded = load(model, device=device, dtype=dtype, compile=compile)
-    exact = load(model, device=device, compile=compile) if dtype != "float32" else loaded
+    loaded = load(model, **machine)
+    exact = (
+        load(model, **{**machine, "dtype": "float32"}) if machine["dtype"] != "float32" else loaded
+    )
     names = own_features(loaded.card.name) if features is None else words(features, "features")
-    judges = [resolve_features(name, device=device) for name in names if name != "none"]
+    judges = [resolve_features(name, machine["device"]) for name in names if name != "none"]
     design = Design(
         solvers=words(solvers, "solvers"),
         budgets=budgets,
@@ -150,18 +126,17 @@ def compare_command(
         choose_by=choose_by or (judges[0].label if judges else "error"),
         population=population,
     )
-    students = load_students(loaded, design.solvers, device=device, dtype=dtype, compile=compile)
+    students = load_students(loaded, design.solvers, **machine)
     check_solvers(loaded, design, students)
     check_writable(out)
     references = References(exact, Fine(nfe=reference_nfe), label, guidance, cache, batch, prompt)
-    command = shlex.join(["fewstep", *sys.argv[1:]])
-    with resumable(out), Progress(as_json) as report:
-        bench = Workbench(loaded, references, out, batch, report, students)
+    with resumable(out), Progress(as_json) as bar:
+        bench = Workbench(loaded, references, out, batch, bar, students)
         if earlier is not None:  # now, and not after hours of work
             check_protocol(protocol(bench, design, judges), earlier)
         if forecast := bench.forecast(design, judges):
-            report.say(forecast)
-        result = compare(bench, design, judges, command=command)
+            bar.say(forecast)
+        result = compare(bench, design, judges, command=command_line())
         if earlier is not None:
             result = Comparison(merge(result.record, earlier), result.strips)
         files = write_comparison(result, out, plots)

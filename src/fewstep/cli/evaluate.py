@@ -3,100 +3,95 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 
 from fewstep.cli.app import app
-from fewstep.cli.options import (
-    DeviceOption,
-    JsonOption,
-    progress_bar,
-    refuse_beside,
-    resumable,
-)
+from fewstep.cli.options import MACHINE, command, flag, option
+from fewstep.cli.parsing import refuse_beside
+from fewstep.cli.work import AsJson, command_line, resumable
 
 CLIP = "openai/clip-vit-large-patch14"  # torchmetrics' default
 
 
-@app.command("evaluate")
+@command(app, "evaluate")
 def evaluate_command(
     images: Annotated[
         Path | None,
-        typer.Argument(help="Pictures: a folder, a .zip, or an .npz with arr_0 or images."),
+        Parameter(help="Pictures: a folder, a .zip, or an .npz with arr_0 or images."),
     ] = None,
+    /,
+    *,
     reference: Annotated[
         Path | None,
-        typer.Option(
-            help="What to compare with: pictures, an .npz with mu and sigma, or what "
+        option(
+            "What to compare with: pictures, an .npz with mu and sigma, or what "
             "--save-statistics wrote. Left out: the data set that comes with the features."
         ),
     ] = None,
     features: Annotated[
         str | None,
-        typer.Option(
-            help="fashion-a, fashion-b, inception, inception=FILE, or a TorchScript FILE[:WORDS]; "
+        option(
+            "fashion-a, fashion-b, inception, inception=FILE, or a TorchScript FILE[:WORDS]; "
             "the protocol's, else inception, if left out."
         ),
     ] = None,
     metrics: Annotated[
         str | None,
-        typer.Option(help="fd, kid, pr, clip, with commas; none: features only. Default: fd."),
+        option("fd, kid, pr, clip, with commas; none: features only. Default: fd."),
     ] = None,
     protocol: Annotated[
-        str | None, typer.Option(help="A published protocol: its counts and sizes are enforced.")
+        str | None, option("A published protocol: its counts and sizes are enforced.")
     ] = None,
     explain: Annotated[
-        str | None, typer.Option(help="Print all about a protocol, or list them all: list.")
+        str | None, option("Print all about a protocol, or list them all: list.")
     ] = None,
     captions: Annotated[
-        Path | None, typer.Option(help="Captions, one per picture: csv, tsv, json, jsonl.")
+        Path | None, option("Captions, one per picture: csv, tsv, json, jsonl.")
     ] = None,
     clip: Annotated[
-        str | None, typer.Option(help="CLIP model: a folder, or its id on the Hugging Face hub.")
+        str | None, option("CLIP model: a folder, or its id on the Hugging Face hub.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="File for the result, JSON.")] = None,
+    out: Annotated[Path | None, option("File for the result, JSON.")] = None,
     save_statistics: Annotated[
         Path | None,
-        typer.Option(help="File for the pictures' statistics, to be a reference: .npz."),
+        option("File for the pictures' statistics, to be a reference: .npz."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first pictures.", min=1)] = None,
+    limit: Annotated[int | None, option("Only the first pictures.", least=1)] = None,
     fit: Annotated[
         int | None,
-        typer.Option(help="Cut reference photographs to squares of this many pixels.", min=1),
+        option("Cut reference photographs to squares of this many pixels.", least=1),
     ] = None,
     as_stored: Annotated[
         bool,
-        typer.Option("--as-stored", help="Do not turn pictures as their Exif data say."),
+        flag("Do not turn pictures as their Exif data say."),
     ] = False,
     trust: Annotated[
         list[str] | None,
-        typer.Option(help="SHA-256 of a TorchScript file of --features that may run its code."),
+        option("SHA-256 of a TorchScript file of --features that may run its code."),
     ] = None,
     skip_corrupt: Annotated[
         bool,
-        typer.Option("--skip-corrupt", help="Leave out, and count, pictures that cannot be read."),
+        flag("Leave out, and count, pictures that cannot be read."),
     ] = False,
     resamples: Annotated[
         int | None,
-        typer.Option(
-            help="Of the bootstrap behind the error bar; 0: none. Default: 100, inception: 20.",
-            min=0,
+        option(
+            "Of the bootstrap behind the error bar; 0: none. Default: 100, inception: 20.", least=0
         ),
     ] = None,
     state: Annotated[
         Path | None,
-        typer.Option(help="File that an interrupted run goes on from; beside --out if left out."),
+        option("File that an interrupted run goes on from; beside --out if left out."),
     ] = None,
-    batch: Annotated[int, typer.Option(help="Pictures at a time.", min=1)] = 64,
-    device: DeviceOption = "cpu",
-    as_json: JsonOption = False,
+    batch: Annotated[int, option("Pictures at a time.", least=1)] = 64,
+    device: Annotated[str, option("A torch device: cpu, cuda, cuda:1.", group=MACHINE)] = "cpu",
+    as_json: AsJson = False,
 ) -> None:
     """Measure pictures against a reference: Frechet distance (FID), KID, precision and recall,
     CLIP score.
@@ -130,6 +125,7 @@ def evaluate_command(
     from fewstep.evaluate.gather import open_reference
     from fewstep.evaluate.measure import evaluate
     from fewstep.files import check_writable, write_json
+    from fewstep.report.terminal import Progress
 
     for path in (out, save_statistics, state):
         if path is not None:
@@ -151,12 +147,7 @@ def evaluate_command(
     own = state is None and out is not None
     state = out.with_name(f"{out.name}.state.npz") if own and out is not None else state
     beside = state.with_name(f"reference.{state.name}") if state is not None else None
-    with progress_bar(as_json) as bar, resumable(state) if state else nullcontext():
-        task = bar.add_task("starting", total=None)
-
-        def report(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total)
-
+    with Progress(as_json) as bar, resumable(state) if state else nullcontext():
         target = None
         if against and extractor is not None:
             target = open_reference(
@@ -167,7 +158,7 @@ def evaluate_command(
                 batch=batch,
                 skip_corrupt=skip_corrupt,
                 state=beside,
-                report=report,
+                report=bar,
             )
         result = evaluate(
             pictures,
@@ -182,8 +173,8 @@ def evaluate_command(
             skip_corrupt=skip_corrupt,
             resamples=resamples,
             state=state,
-            command=shlex.join(["fewstep", *sys.argv[1:]]),
-            report=report,
+            command=command_line(),
+            report=bar,
         )
     if save_statistics is not None:
         result.save_statistics(save_statistics)

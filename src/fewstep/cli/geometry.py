@@ -3,50 +3,52 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import typer
 from rich.console import Console
 
 from fewstep.cli.app import app
 from fewstep.cli.options import (
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
+    MACHINE,
+    TEXT,
+    Condition,
+    Machine,
     ModelArgument,
-    SeedsOption,
-    parse_grid,
-    parse_seeds,
+    Take,
+    command,
+    flag,
+    option,
 )
+from fewstep.cli.parsing import parse_grid, parse_seeds
+from fewstep.cli.work import AsJson, command_line
 
 
-@app.command("geometry")
+@command(
+    app,
+    "geometry",
+    Take(Condition, TEXT),
+    Take(
+        Machine,
+        MACHINE,
+        only=("device", "dtype", "batch"),
+        helps={"batch": "Trajectories at a time. Default: as memory allows."},
+    ),
+)
 def geometry_command(
     model: ModelArgument = "fashion-mnist",
-    out: Annotated[Path, typer.Option(help="Folder for numbers, picture and report.")] = Path(
-        "geometry"
-    ),
-    seeds: SeedsOption = "0-63",
-    points: Annotated[int, typer.Option(help="Points of a trajectory.", min=4, max=10_000)] = 50,
-    solver: Annotated[str, typer.Option(help="Solver of the ODE.")] = "exp-adams-4",
+    /,
+    *,
+    out: Annotated[Path, option("Folder for numbers, picture and report.")] = Path("geometry"),
+    seeds: Annotated[str, option("Seeds, one per trajectory: 0-63 or 1,5,7-9.")] = "0-63",
+    points: Annotated[int, option("Points of a trajectory.", least=4)] = 50,
+    solver: Annotated[str, option("Solver of the ODE.")] = "exp-adams-4",
     grid: Annotated[
-        str, typer.Option(help="karras, log-snr, time-uniform, ..., or sigmas: 80,9,1,0.002")
+        str, option("karras, log-snr, time-uniform, ..., or sigmas: 80,9,1,0.002.")
     ] = "karras",
-    label: Annotated[str | None, typer.Option(help="Class name or index, for all seeds.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="Text, for models that take one.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")] = None,
-    batch: Annotated[
-        int | None, typer.Option(help="Trajectories at a time; left out, by memory.", min=1)
-    ] = None,
-    plots: Annotated[
-        bool, typer.Option("--plots/--no-plots", help="PNG, SVG and HTML too.")
-    ] = True,
-    device: DeviceOption = "cpu",
-    dtype: DtypeOption = "float32",
-    as_json: JsonOption = False,
+    plots: Annotated[bool, flag("Leave out PNG, SVG and HTML.", off="--no-plots")] = True,
+    as_json: AsJson = False,
+    **given: Any,
 ) -> None:
     """Measure how nearly sampling trajectories lie in a plane, the observation behind AMED.
 
@@ -57,21 +59,20 @@ def geometry_command(
     from fewstep.report.geometry import write_geometry
     from fewstep.report.terminal import Progress, geometry_table
 
-    chosen = parse_seeds(seeds)
-    with Progress(as_json) as report:
+    chosen, levels = parse_seeds(seeds), parse_grid(grid) or "karras"
+    machine = {name: given.pop(name) for name in ("device", "dtype")}
+    loaded = load(model, **machine)
+    with Progress(as_json) as bar:
         result = run_geometry(
-            load(model, device=device, dtype=dtype),
+            loaded,
             out,
             seeds=chosen,
             points=points,
             solver=solver,
-            grid=parse_grid(grid) or "karras",
-            label=label,
-            prompt=prompt,
-            guidance=guidance,
-            batch=batch,
-            command=shlex.join(["fewstep", *sys.argv[1:]]),
-            report=report,
+            grid=levels,
+            command=command_line(),
+            report=bar,
+            **given,
         )
     result = write_geometry(result, out) if plots else result
     if as_json:

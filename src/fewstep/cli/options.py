@@ -1,191 +1,211 @@
-"""What the commands share: their options, and how text becomes values."""
+"""Options of commands, read off the dataclasses of the settings that they fill.
+
+    @command(app, "plan", Take(Settings, SOLVER, only=("nfe", "grid")))
+    def plan(model: ModelArgument, **given): ...
+
+The name, the type and the default of an option are the field's; its help is the field's line in the
+class's docstring. Text becomes a value before the command runs.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from cyclopts import App, Group, Parameter
+from docstring_parser import DocstringStyle, parse
+
+from fewstep.cli.parsing import PARSERS, words
 
 __all__ = [
-    "MACHINE_PANEL",
-    "MOST_SEEDS",
-    "SOLVER_PANEL",
+    "LEARNING",
+    "MACHINE",
+    "PICTURE",
+    "SOLVER",
+    "TEXT",
+    "Condition",
+    "Machine",
     "ModelArgument",
-    "SolverOption",
-    "NfeOption",
-    "BudgetOption",
-    "GridOption",
-    "AfsOption",
-    "EndOption",
-    "FinalOption",
-    "SeedsOption",
-    "DeviceOption",
-    "DtypeOption",
-    "JsonOption",
-    "parse_seeds",
-    "parse_size",
-    "parse_grid",
-    "parse_widths",
-    "progress_bar",
-    "refuse_beside",
-    "resumable",
+    "Take",
+    "command",
+    "flag",
+    "option",
 ]
 
-MOST_SEEDS = 1_000_000
-SOLVER_PANEL, MACHINE_PANEL = "Solver", "Machine"  # headings in the help
+# the headings of the help, in their order
+SOLVER, TEXT, PICTURE = (
+    Group(name, sort_key=place)
+    for place, name in enumerate(("Solver", "Text and class", "From a picture"), start=2)
+)
+LEARNING, MACHINE = Group("Learning", sort_key=5), Group("Machine", sort_key=9)
 
 ModelArgument = Annotated[
     str,
-    typer.Argument(
-        help="A built-in model's name, a model folder, or a pipeline of diffusers: its folder, a "
-        "Stable Diffusion in one file, or OWNER/NAME on the hub."
+    Parameter(
+        help="A built-in model's name, a model folder, or a diffusers pipeline: its folder, one "
+        "Stable Diffusion file, or OWNER/NAME on the hub."
     ),
 ]
-SolverOption = Annotated[
-    str,
-    typer.Option(
-        help="auto (the best known), a name, NAME:option=value, or a folder.",
-        rich_help_panel=SOLVER_PANEL,
-    ),
-]
-NfeOption = Annotated[int, typer.Option(help="Network evaluations per picture.", min=1, max=10_000)]
-BudgetOption = Annotated[
-    int | None,
-    typer.Option(
-        help="Network evaluations per picture; 5, or a learned solver's own.",
-        min=1,
-        max=10_000,
-        rich_help_panel=SOLVER_PANEL,
-    ),
-]
-GridOption = Annotated[
-    str | None,
-    typer.Option(
-        help="karras, log-snr, time-uniform, discrete, trailing, or sigmas: 80,9,1,0.002. Default: "
-        "the model's (trailing for pipelines), else karras.",
-        rich_help_panel=SOLVER_PANEL,
-    ),
-]
-AfsOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Analytic first step, at no evaluation: none, zero or mean.",
-        rich_help_panel=SOLVER_PANEL,
-    ),
-]
-EndOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Where a named grid ends: sigma_min, or zero (a last step of order 1, free). Default: "
-        "the model's (zero for pipelines), else sigma_min.",
-        rich_help_panel=SOLVER_PANEL,
-    ),
-]
-FinalOption = Annotated[
-    bool,
-    typer.Option(
-        "--final",
-        metavar="",
-        help="Add a last denoising step; costs one evaluation.",
-        rich_help_panel=SOLVER_PANEL,
-    ),
-]
-SeedsOption = Annotated[str, typer.Option(help="Seeds, one per picture: 0-63 or 1,5,7-9.")]
-DeviceOption = Annotated[
-    str,
-    typer.Option(help="A torch device: cpu, cuda, cuda:1.", rich_help_panel=MACHINE_PANEL),
-]
-DtypeOption = Annotated[
-    str,
-    typer.Option(
-        help="The network's arithmetic: float32, bfloat16, float16.", rich_help_panel=MACHINE_PANEL
-    ),
-]
-JsonOption = Annotated[
-    bool, typer.Option("--json", metavar="", help="Print JSON on standard output instead.")
-]
 
 
-def parse_seeds(text: str, what: str = "seeds") -> list[int]:
-    """Seeds, or other whole numbers, from "0-63" or "1,5,7-9", in that order, each once. Errors:
-    ValueError that shows the form."""
-    seeds: dict[int, None] = {}
-    for part in text.split(","):
-        low, dash, high = part.strip().partition("-")
-        if not low.isdecimal() or (dash and not high.isdecimal()):
-            raise ValueError(f"{what} are written like 0-63 or 1,5,7-9, got {text!r}")
-        first, last = int(low), int(high or low)
-        if last < first or last >= 2**63:
-            raise ValueError(f"{what} must rise and stay below 2^63, got {part.strip()!r}")
-        if last - first >= MOST_SEEDS or len(seeds) >= MOST_SEEDS:
-            raise ValueError(f"at most {MOST_SEEDS} {what} at a time, got {text!r}")
-        seeds.update(dict.fromkeys(range(first, last + 1)))
-    return list(seeds)
+def option(help: str, group: Group | None = None, least: float | None = None) -> Parameter:
+    """An option that belongs to no settings; `least` is the lowest number that it takes."""
+
+    def check(kind: Any, value: Any) -> None:
+        if value is not None and least is not None and not value >= least:
+            raise ValueError(f"must be at least {least}, got {value}")
+
+    return Parameter(help=help, validator=check, **_under(group))
 
 
-def parse_grid(text: str | None) -> str | list[float] | None:
-    """A grid's name as it is, or sigmas from "80,9,1"."""
-    if text is None or not (text[:1].isdigit() or "," in text):
-        return text
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"a grid is a name or sigmas like 80,9,1,0.002, got {text!r}") from None
+def _under(group: Group | None) -> dict[str, Any]:
+    return {} if group is None else {"group": group}
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """(height, width) from "512x768", or from "512" for a square."""
-    height, by, width = text.lower().partition("x")
-    sides = (height, width if by else height)
-    if not all(side.isdecimal() for side in sides):
-        raise ValueError(f"a size is written HEIGHTxWIDTH in pixels, like 512x768, got {text!r}")
-    return int(sides[0]), int(sides[1])
+def flag(help: str, name: str | None = None, off: str = "") -> Parameter:
+    """An option without a value; `off` is the one that says the opposite."""
+    return Parameter(name=name, help=help, negative=off, show_default=False)
 
 
-def parse_widths(text: str) -> tuple[int, ...]:
-    """Channel counts from "64,128"."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"widths are written like 64,128, got {text!r}") from None
+@dataclass(frozen=True)
+class Machine:
+    """Where and how the network runs.
+
+    Attributes:
+        device: A torch device: cpu, cuda, cuda:1.
+        dtype: The network's arithmetic: float32, bfloat16, float16.
+        compile: Use torch.compile: faster for many pictures.
+        batch: Pictures at a time. Default: 64, fewer of large ones.
+        config: For a Stable Diffusion in one file: a diffusers folder of its class.
+        slicing: Decode latents one picture at a time: less memory.
+        tiling: Decode latents in tiles: less memory still.
+    """
+
+    device: str = "cpu"
+    dtype: str = "float32"
+    compile: bool = False
+    batch: int | None = None
+    config: Path | None = None
+    slicing: bool = False
+    tiling: bool = False
 
 
-def refuse_beside(what: str, options: Mapping[str, Any]) -> None:
-    """Errors: ValueError that says `what` and names those of the options that were given."""
-    given = [name for name, value in options.items() if value not in (None, False)]
-    if given:
-        raise ValueError(f"{what}: leave out {' and '.join(given)}")
+@dataclass(frozen=True)
+class Condition:
+    """What every picture shows.
+
+    Attributes:
+        label: Class name or index, for all pictures.
+        prompt: Text, for models that take one.
+        guidance: Scale of classifier-free guidance; needs a prompt or a label.
+    """
+
+    label: str | None = None
+    prompt: str | None = None
+    guidance: float | None = None
 
 
-@contextmanager
-def resumable(path: Path) -> Iterator[None]:
-    """Say, where Ctrl-C or SIGTERM ends the work, that it can be taken up again from this file or
-    folder; exit code 130 or 143."""
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        inside = path.iterdir() if path.is_dir() else ()
-        if path.is_file() or any(not one.name.startswith(".") for one in inside):
-            done = f"{path} holds what was done, run the same command again to go on"
-        else:
-            done = "nothing was saved yet, run the same command again to start again"
-        print(f"fewstep: stopped; {done}", file=sys.stderr)
-        sys.exit(getattr(stop, "code", 130))
+@dataclass(frozen=True)
+class Take:
+    """Fields of a settings dataclass that become options.
+
+    Attributes:
+        settings: the dataclass; its docstring has a line for each field, under "Attributes:"
+        group: the heading in the help
+        only: names of the fields; all where left out
+        without: names of fields that are not options
+        defaults: in place of the fields' own, as text where text is parsed
+        helps: in place of the docstring's
+        types: in place of the fields' own, where the command takes less
+        parsers: from text to value by field; those of `PARSERS` by the field's name, else words
+    """
+
+    settings: type
+    group: Group | None = None
+    only: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    helps: Mapping[str, str] = field(default_factory=dict)
+    types: Mapping[str, Any] = field(default_factory=dict)
+    parsers: Mapping[str, Callable[[str], Any]] = field(default_factory=dict)
+
+    def options(self) -> dict[str, tuple[inspect.Parameter, Callable[[str], Any] | None]]:
+        """Parameter and parser of each option, by field."""
+        found = {one.name: one for one in fields(self.settings)}
+        helps = {**_helps(self.settings), **self.helps}
+        space = vars(sys.modules[self.settings.__module__])
+        made = {}
+        for name in self.only or [name for name in found if name not in self.without]:
+            one = found[name]
+            kind = self.types.get(name) or eval(str(one.type), dict(space))
+            plain = all(a in PLAIN for a in typing.get_args(kind) or (kind,))
+            parser = self.parsers.get(name) or (None if plain else PARSERS.get(name, words))
+            default = one.default
+            if default is MISSING:
+                default = inspect.Parameter.empty
+            if isinstance(default, tuple):
+                default = ",".join(map(str, default))
+            default = self.defaults.get(name, default)
+            kind = str | None if parser else kind
+            yes_no = bool in (kind, *typing.get_args(kind))
+            off = f"--{'no' if default is None else 'not'}-{name}" if default is not False else ""
+            shown = Parameter(
+                help=helps[name],
+                **_under(self.group),
+                negative=off if yes_no else None,
+                show_default=default is not None and not isinstance(default, bool),
+            )
+            parameter = inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=default,
+                annotation=Annotated[kind, shown],
+            )
+            made[name] = (parameter, parser)
+        return made
 
 
-def progress_bar(quiet: bool) -> Progress:
-    """A bar on standard error, so that standard output stays clean."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=quiet or not sys.stderr.isatty(),
-    )
+PLAIN = (str, int, float, bool, Path, type(None))
+
+
+def _helps(settings: type) -> dict[str, str]:
+    """The lines of a class's docstring by field."""
+    found = parse(settings.__doc__ or "", DocstringStyle.GOOGLE)
+    return {one.arg_name: " ".join((one.description or "").split()) for one in found.params}
+
+
+def command(
+    app: App, name: str, *sources: Take
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a command; it has the options of these settings in place of its `**given`."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        every = {name: one for source in sources for name, one in source.options().items()}
+
+        @functools.wraps(function)
+        def run(*arguments: Any, **given: Any) -> None:
+            for name, (parameter, parser) in every.items():
+                value = given.setdefault(name, parameter.default)
+                if parser is words and isinstance(value, str):
+                    given[name] = words(value, name)
+                elif parser and isinstance(value, str):
+                    given[name] = parser(value)
+            function(*arguments, **given)
+
+        signature = inspect.signature(function, eval_str=True)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        theirs = [parameter for parameter, _ in every.values()]
+        parameters = [*own, *sorted(theirs, key=lambda one: one.default is not one.empty)]
+        run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        paragraphs = inspect.cleandoc(function.__doc__ or "").split("\n\n")
+        run.__doc__ = "\n\n".join(" ".join(one.split()) for one in paragraphs)
+        app.command(run, name=name)
+        return run
+
+    return decorate

@@ -3,184 +3,100 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Column
-
 from fewstep.cli.app import train_app
 from fewstep.cli.options import (
-    AfsOption,
-    DeviceOption,
+    LEARNING,
+    MACHINE,
+    SOLVER,
+    TEXT,
+    Condition,
+    Machine,
     ModelArgument,
-    NfeOption,
-    parse_grid,
-    refuse_beside,
-    resumable,
+    Take,
+    command,
+    option,
 )
+from fewstep.cli.parsing import refuse_beside
+from fewstep.cli.work import resumable
+from fewstep.learned.options import MethodOptions, Options
+from fewstep.text import clean
 
 if TYPE_CHECKING:
     from fewstep.denoiser import Denoiser
+    from fewstep.learned import LearnedSolver
     from fewstep.learned import Progress as Batch
     from fewstep.models import Model
+    from fewstep.report.terminal import Progress
+
+SOLVER_FIELDS = ("method", "base", "nfe", "grid", "sigma_min", "afs", "end")
+LABEL = "Class name or index. Several, with commas, take turns among the seeds; all: draw one."
 
 
-@train_app.command("solver")
+@command(
+    train_app,
+    "solver",
+    Take(Options, SOLVER, only=SOLVER_FIELDS),
+    Take(Options, LEARNING, without=SOLVER_FIELDS),
+    Take(MethodOptions, LEARNING),
+    Take(Condition, TEXT, helps={"label": LABEL, "prompt": "One text for all pictures."}),
+    Take(
+        Machine,
+        MACHINE,
+        only=("device", "dtype", "compile"),
+        defaults={"dtype": "bfloat16"},
+    ),
+)
 def train_solver_command(
     model: ModelArgument,
-    out: Annotated[Path, typer.Option(help="Folder for the checkpoint and the solver.")],
-    method: Annotated[str, typer.Option(help="tuned, amed, amed-plugin or grid.")] = "tuned",
-    base: Annotated[
-        str | None,
-        typer.Option(
-            help="The solver that is improved on. \\[default: ipndm-4 for amed-plugin; else "
-            "dpmpp-2m on pipelines, ipndm-3 elsewhere, ipndm-2 up to 3 evaluations]"
-        ),
-    ] = None,
-    nfe: NfeOption = 5,
-    trajectories: Annotated[int, typer.Option(help="Length of the run in pictures.")] = 10_000,
-    batch: Annotated[int, typer.Option(help="Pictures at a time.")] = 128,
-    grid: Annotated[
-        str | None,
-        typer.Option(
-            help="A grid's name, sigmas like 80,9,1,0.002, or search: have it found. "
-            "\\[default: search for tuned and grid, time-uniform for amed, karras for amed-plugin; "
-            "on pipelines trailing and discrete]"
-        ),
-    ] = None,
-    sigma_min: Annotated[
-        float | None, typer.Option(help="The grid's lowest level. \\[default: the network's]")
-    ] = None,
-    afs: AfsOption = None,
-    end: Annotated[
-        str | None,
-        typer.Option(
-            help="Where a named grid ends: sigma_min, or zero, for tuned and grid. "
-            "\\[default: zero for these on pipelines, else sigma_min]"
-        ),
-    ] = None,
-    teacher: Annotated[
-        str | None,
-        typer.Option(
-            help="A deterministic solver's name. \\[default: deis-3; for tuned deis-4]",
-        ),
-    ] = None,
-    inner: Annotated[
-        int | None,
-        typer.Option(
-            help="Points that it adds inside each interval, for tuned on its whole way. "
-            "\\[default: 2; for tuned 30]"
-        ),
-    ] = None,
-    scale_dir: Annotated[
-        float | None, typer.Option(help="How far c may be from 1. \\[default: 0.01]")
-    ] = None,
-    scale_time: Annotated[
-        float | None, typer.Option(help="How far a may be from 1. \\[default: 0]")
-    ] = None,
-    features: Annotated[
-        bool | None,
-        typer.Option(
-            "--features/--no-features",
-            help="Read the network's features; without, the solver is a table of numbers. "
-            "\\[default: where there are any]",
-        ),
-    ] = None,
-    label: Annotated[
-        str | None,
-        typer.Option(help="Class name or index; a comma list goes round the seeds; all draws one."),
-    ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            help="A csv, tsv, json or jsonl with a column prompt or caption; each picture draws "
-            "one, and every tenth is for validation alone."
-        ),
-    ] = None,
-    prompt: Annotated[str | None, typer.Option(help="One text for all pictures instead.")] = None,
-    negative: Annotated[
-        str | None, typer.Option(help="Text that guidance leads away from.")
-    ] = None,
-    guidance: Annotated[
-        float | None, typer.Option(help="Classifier-free guidance scale; needs a condition.")
-    ] = None,
+    /,
+    *,
+    out: Annotated[Path, option("Folder for the checkpoint and the solver.")],
     loss: Annotated[
         str,
-        typer.Option(help="Where tuned and grid compare ends: pixels, fashion-a or fashion-b."),
+        option(
+            "Where tuned and grid compare ends: pixels, fashion-a or fashion-b.", group=LEARNING
+        ),
     ] = "pixels",
-    parts: Annotated[
-        str | None, typer.Option(help="What of tuned learns. \\[default: times,told,weights]")
-    ] = None,
-    squared: Annotated[
-        bool | None,
-        typer.Option("--squared", help="tuned's loss is the squared distance, not the distance."),
-    ] = None,
-    shift: Annotated[
-        float | None,
-        typer.Option(
-            help="tuned: weight of the shift that all ends share. "
-            "\\[default: 2 in features, else 0]",
-            min=0,
+    prompts: Annotated[
+        Path | None,
+        option(
+            "A csv, tsv, json or jsonl with a column prompt or caption. Each picture draws one; "
+            "every tenth is for validation alone.",
+            group=TEXT,
         ),
     ] = None,
-    lr: Annotated[
-        float | None, typer.Option(help="Learning rate of Adam. \\[default: 0.005; for tuned 0.02]")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Decides first weights and noise.", min=0)] = 0,
-    validation_seeds: Annotated[
-        int, typer.Option(help="Pictures compared with fine solves.", min=1)
-    ] = 64,
-    checkpoint_every: Annotated[int, typer.Option(help="Batches between checkpoints.", min=1)] = 5,
-    validate_every: Annotated[int, typer.Option(help="Batches between validations.", min=1)] = 10,
-    device: DeviceOption = "cpu",
-    dtype: Annotated[
-        str, typer.Option(help="The network's arithmetic: bfloat16, float32, float16.")
-    ] = "bfloat16",
-    checkpointed: Annotated[
-        bool,
-        typer.Option(
-            "--checkpointed/--not-checkpointed",
-            help="tuned's gradients in the memory of one call, for half more of its time.",
-        ),
-    ] = True,
-    compile: Annotated[
-        bool, typer.Option("--compile", help="torch.compile the network: for long runs.")
-    ] = False,
+    negative: Annotated[str | None, option("Negative prompt.", group=TEXT)] = None,
+    **given: Any,
 ) -> None:
     """Train a solver for one model and one budget; no data are needed.
 
-    Resumes, exactly, from the checkpoint in the output folder; ends with a folder that every
+    Resumes, exactly, from the checkpoint in the output folder. Ends with a folder that every
     command takes as --solver.
     """
     from fewstep.cache import cache_folder
     from fewstep.data.captions import read_captions
     from fewstep.learned import prompted, train
-    from fewstep.loop import starts_at
     from fewstep.models import load
+    from fewstep.report.terminal import Progress
 
+    label, prompt, guidance = (given.pop(name) for name in ("label", "prompt", "guidance"))
     if prompts is not None:
         refuse_beside("the prompts are in the file", {"--prompt": prompt})
     if prompt is None and prompts is None:
-        refuse_beside(
-            "there is no --prompts or --prompt to lead away from", {"--negative": negative}
-        )
+        refuse_beside("a negative prompt needs --prompts or --prompt", {"--negative": negative})
     else:
         refuse_beside("models that take text have no classes", {"--label": label})
     captions = None if prompts is None else read_captions(prompts)
-    loaded = load(model, device=device, dtype=dtype, compile=compile)
-    options = {"scale_dir": scale_dir, "scale_time": scale_time, "features": features}
-    options |= {"squared": squared, "shift": shift}
-    options["parts"] = None if parts is None else tuple(part.strip() for part in parts.split(","))
+    loaded = load(model, **{name: given.pop(name) for name in ("device", "dtype", "compile")})
     network = None
     if loss != "pixels":
         from fewstep.networks.features import Clamped, load_feature_network
 
-        network = Clamped(load_feature_network(loss, device))
+        network = Clamped(load_feature_network(loss, str(loaded.prior([0]).device)))
     about = {
         "name": loaded.card.name,
         "weights": loaded.card.weights_sha256,
@@ -198,53 +114,57 @@ def train_solver_command(
         conditions = _labelled(loaded, label, guidance)
     if negative is not None:
         about["negative"] = negative
-    levels = parse_grid(grid)
-    if method in ("tuned", "grid") and afs is None:
-        top = not isinstance(levels, list) or starts_at(levels[0], loaded.card.sigma_max)
-        known = getattr(conditions([0]), "far_mean", None) is not None
-        afs = "mean" if known and top else "none"
-    with resumable(out), SolverBar() as bar:
+    given["afs"] = _first_step(loaded, conditions, given)
+    validation = given.pop("validation_seeds")
+    own = {name: given.pop(name) for name in MethodOptions.__dataclass_fields__}
+    with resumable(out), Progress() as bar:
         solver = train(
             conditions([0]),
             loaded.shape,
-            method=method,
-            base=base,
-            nfe=nfe,
-            trajectories=trajectories,
-            batch=batch,
-            grid=levels,
-            sigma_min=sigma_min,
-            afs=afs,
-            end=end,
-            teacher=teacher,
-            inner=inner,
-            lr=lr,
-            seed=seed,
             conditions=conditions,
             prior=loaded.prior,
             device=loaded.prior([0]).device,
             model=about,
             loss_features=network,
             cache=cache_folder() if about["weights"] else None,
-            validation=validation_seeds,
-            checkpoint_every=checkpoint_every,
-            validate_every=validate_every,
-            checkpointed=checkpointed,
+            validation=validation,
             out=out,
-            report=bar.report,
-            note=bar.note,
-            **{name: value for name, value in options.items() if value is not None},
+            report=_report(bar),
+            note=bar.say,
+            **given,
+            **{name: value for name, value in own.items() if value is not None},
         )
+    try_it = f"fewstep sample {shlex.quote(model)} --solver {_typed(out)}"
+    try_it += f" --prompt {shlex.quote(texts[0])}" if texts else ""
+    try_it += f" --guidance {guidance:g}" if texts and guidance is not None else ""
+    print(clean(f"{out}: {_result(solver, validation)}; try: {try_it}"))
+
+
+def _first_step(model: Model, conditions: Callable[..., Any], given: dict[str, Any]) -> str | None:
+    """The analytic first step: of tuned and grid, mean where it is known and holds."""
+    from fewstep.loop import starts_at
+
+    if given["method"] not in ("tuned", "grid") or given["afs"] is not None:
+        return given["afs"]
+    grid = given["grid"]
+    top = not isinstance(grid, list) or starts_at(grid[0], model.card.sigma_max)
+    known = getattr(conditions([0]), "far_mean", None) is not None
+    return "mean" if known and top else "none"
+
+
+def _typed(out: Path) -> str:
+    """A folder as an argument: a bare name may be a solver's."""
+    return shlex.quote(str(out) if len(out.parts) > 1 else f"./{out}")
+
+
+def _result(solver: LearnedSolver, seeds: int) -> str:
+    """What came out, in one line."""
     found = solver.validation
     searched = solver.training["grid"] == "search"
     before = "untrained, on the best named grid" if searched else "untrained"
-    named = out if len(out.parts) > 1 else f"./{out}"  # a bare name may be a solver's
-    print(
-        f"{out}: {solver.program().name}, {solver.nfe} evaluations, error {found['error']:.4f} to "
-        f"fine solves of {validation_seeds} validation seeds ({before}: "
-        f"{found['error_untrained']:.4f}); try: fewstep sample {model} --solver {named}"
-        + (f" --prompt {shlex.quote(texts[0])}" if texts else "")
-        + (f" --guidance {guidance:g}" if texts and guidance is not None else "")
+    return (
+        f"{solver.program().name}, {solver.nfe} evaluations, error {found['error']:.4f} to "
+        f"fine solves of {seeds} validation seeds ({before}: {found['error_untrained']:.4f})"
     )
 
 
@@ -271,44 +191,16 @@ def _labelled(
     return lambda seeds: model.denoiser([chosen(seed) for seed in seeds], None, guidance)
 
 
-class SolverBar:
-    """A progress bar with the loss and the learned numbers; a line per validation. Lines only
-    without a terminal."""
+def _report(bar: Progress) -> Callable[[Batch], None]:
+    """Show each batch with its loss and the learned numbers; a line per validation."""
 
-    def __init__(self) -> None:
-        self.console = Console(stderr=True)
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[told]}", table_column=Column(ratio=1, no_wrap=True)),
-            console=self.console,
-            disable=not sys.stderr.isatty(),
-            expand=True,
-        )
-        self.task = self.bar.add_task("training", total=None, told="")
-
-    def __enter__(self) -> SolverBar:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self.bar.stop()
-
-    def report(self, batch: Batch) -> None:
-        """Show one batch."""
+    def report(batch: Batch) -> None:
         learned = "  ".join(f"{name} {value:.3f}" for name, value in batch.learned.items())
         loss = f"loss {batch.loss:.3g}  {learned}"
         done, total = batch.step, batch.total_steps
-        self.bar.update(self.task, total=total, completed=done, description="training", told=loss)
+        bar("training", done, total, loss)
         if batch.validation:
             found = "  ".join(f"{name} {value:.4f}" for name, value in batch.validation.items())
-            text = f"batch {done}/{total}  {batch.seconds_left:.0f} s left  {found}  {loss}"
-            self.console.print(text, highlight=False, soft_wrap=True)
+            bar.say(f"batch {done}/{total}  {batch.seconds_left:.0f} s left  {found}  {loss}")
 
-    def note(self, text: str) -> None:
-        """Say what begins now."""
-        self.bar.update(self.task, description=text)
-        if self.bar.disable:
-            self.console.print(text, highlight=False, soft_wrap=True)
+    return report

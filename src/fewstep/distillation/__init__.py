@@ -6,9 +6,24 @@ samples = fewstep.sample(student, nfe=2, seeds=range(16))
 
 from __future__ import annotations
 
-from fewstep.data.training import Data, Pictures
-from fewstep.distillation.recipe import Recipe
-from fewstep.distillation.students import student_levels
-from fewstep.distillation.training import distill
+from typing import TYPE_CHECKING
+
+from fewstep._lazy import lazily
+
+if TYPE_CHECKING:
+    from fewstep.data.training import Data, Pictures
+    from fewstep.distillation.recipe import Recipe
+    from fewstep.distillation.students import student_levels
+    from fewstep.distillation.training import distill
 
 __all__ = ["Data", "Pictures", "Recipe", "distill", "student_levels"]
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "fewstep.data.training": ("Data", "Pictures"),
+        "fewstep.distillation.recipe": ("Recipe",),
+        "fewstep.distillation.students": ("student_levels",),
+        "fewstep.distillation.training": ("distill",),
+    },
+)

@@ -26,9 +26,9 @@ from fewstep.distillation.recipe import Recipe
 from fewstep.distillation.subject import Subject
 from fewstep.distillation.subpath import LOSSES, RULES, consistency, on_line
 from fewstep.distillation.teacher import Stepper
-from fewstep.loop import solve
 from fewstep.networks.conditioning import indices
 from fewstep.noise import generator
+from fewstep.solving import solve
 from fewstep.train.order import batch_indices
 
 __all__ = ["Draw", "Levels", "draw", "subpath_losses"]

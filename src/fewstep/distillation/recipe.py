@@ -5,45 +5,51 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fewstep.distillation.subpath import LOSSES, RULES
-
 __all__ = ["Recipe"]
 
 METHODS = ("splam", "lcm")
 TOLD = ("gamma", "level")
+LOSSES, RULES = ("huber", "l2"), ("linear", "variance")  # what `subpath` has
 
 
 @dataclass(frozen=True)
 class Recipe:
     """What decides the trained weights, on one kind of machine to the bit.
 
-    method: splam, or lcm, which has gamma = 1 throughout
-    points, grid: how many levels the training grid has, and its kind; 10 and "time-uniform" where
-        left out
-    teacher, substeps: the solver of the teacher's step, and how many it takes on a sub-path, 2
-        where left out. A plan as teacher brings grid and steps of its own.
-    guidance: scale of the teacher; (low, high) draws one for each picture, which the student is
-        then told; None or 1 is none
-    gamma_one: the share of the draws in which gamma is 1; 0.5 where left out. For splam only.
-    tell: what tells the student where on a line it stands: the "level" of its place, which is also
-        what is meant where this is left out; or, as published, "gamma", beside the level of the
-        line's noisy end. For splam only.
-    rule: what the level of a place is, "variance" as published or "linear"; left out, linear where
-        it is told and variance where gamma is. For splam only.
-    loss: "huber" or "l2"
-    pictures: length of the run, rounded up to whole batches
-    batch: pictures per step, over all processes
-    accumulate: in how many parts a process takes its share of a batch, to save memory
-    warmup: the first share of the run, over which the learning rate rises
-    cooldown: the last one, over which it falls to zero
-    label_dropout: share of pictures whose condition is left out, 0.5 where left out; for networks
-        that have conditions
-    target_decay: of the average of the student that gives the target
-    clip: largest norm of a gradient
-    dtype: arithmetic of the networks; their weights stay float32
-    compile: torch.compile the passes, at the price of minutes at the start; changes rounding
+    The command shows these lines as its help.
 
-    Errors: ValueError for a number outside its range, or a setting that its method does not have.
+    Attributes:
+        method: splam, or lcm: consistency distillation, gamma = 1 throughout.
+        points: Levels of the training grid. Default: 10.
+        grid: Kind of that grid: time-uniform, karras, log-snr; discrete and trailing go by the
+            network's own time. Default: time-uniform.
+        teacher: A solver's name, a plan's JSON file, or a learned solver's folder. A plan brings
+            its own grid and steps.
+        substeps: Steps of the teacher on one sub-path. Default: 2.
+        guidance: The teacher's guidance scale. LOW,HIGH draws one for each picture and tells it to
+            the student. Default: none.
+        gamma_one: Share of draws with gamma = 1, as in sampling. Only for splam. Default: 0.5.
+        tell: What tells the student its place on the line: level, the noise level there, or gamma,
+            as published. Only for splam. Default: level.
+        rule: How that level follows from gamma: linear, or variance as published. Only for splam.
+            Default: linear; variance with gamma.
+        loss: huber or l2.
+        pictures: Length of the run in pictures, rounded up to whole batches.
+        batch: Pictures per step, over all processes.
+        accumulate: Parts in which a process takes its share of a batch, to save memory.
+        lr: Learning rate of Adam.
+        warmup: First share of the run, over which the learning rate rises.
+        cooldown: Last share of the run, over which it falls to 0.
+        label_dropout: Share of pictures without their condition, for networks that have conditions.
+            Default: 0.5.
+        target_decay: Decay of the average of the student that gives the target.
+        clip: Largest norm of a gradient.
+        dtype: Arithmetic of the networks, bfloat16 or float32; weights stay float32.
+        compile: Use torch.compile: faster for long runs, minutes at the start, other rounding.
+        seed: Decides data order and noise.
+
+    Raises:
+        ValueError: a number is outside its range, or the method has no such setting.
     """
 
     method: str = "splam"
@@ -72,7 +78,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, allowed in (
             ("method", METHODS),
-            ("loss", tuple(LOSSES)),
+            ("loss", LOSSES),
             ("dtype", ("bfloat16", "float32")),
             ("rule", (None, *RULES)),
             ("tell", (None, *TOLD)),

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from fewstep.denoiser import Denoiser
-from fewstep.loop import iterate
+from fewstep.solving import iterate
 
 __all__ = ["COMPONENTS", "Curves", "measure", "positive", "trace"]
 

@@ -28,11 +28,14 @@ import torch
 from torch import Tensor
 
 from fewstep.denoiser import Counted
-from fewstep.loop import iterate, resolve, solve
+from fewstep.loop import finish
+from fewstep.loop import run as going
 from fewstep.models import Model, load, students_of
 from fewstep.provenance import machine_line, software_line
-from fewstep.sampling.generate import Settings
+from fewstep.sampling.choose import choose, draws_noise
+from fewstep.sampling.settings import Filled, Settings
 from fewstep.solver import Solver, get, intervals_for
+from fewstep.solving import resolve
 from fewstep.text import span
 
 __all__ = ["FAMILIES", "STOCHASTIC", "DemoResult", "Row", "run_demo"]
@@ -193,7 +196,7 @@ def run_demo(
     rows = []
     for entrant, run in zip(entrants, runs, strict=True):
         target = clean if entrant.to_zero else x
-        rows.append(_row(entrant, run, None if entrant.settings.stochastic else target, nfe))
+        rows.append(_row(entrant, run, None if draws_noise(entrant.settings) else target, nfe))
     rows.sort(key=lambda row: math.inf if row.rmse is None else row.rmse)
     screened = all(one.screened for one in entrants if one.named)
     protocol = _protocol(model, command, seeds, label, exact, check, few, len(runs[0].seconds))
@@ -210,7 +213,7 @@ class _Entrant:
     model: Model
     denoiser: Counted
     name: str
-    settings: Settings
+    settings: Filled
     screened: bool = False
 
     @property
@@ -224,7 +227,7 @@ class _Entrant:
     @property
     def to_zero(self) -> bool:
         """Whether it ends at sigma = 0."""
-        program = resolve(**self.settings.arguments(), denoiser=self.denoiser)
+        program = resolve(self.settings, self.denoiser)
         return self.settings.final or program.sigmas[-1] == 0
 
 
@@ -249,10 +252,11 @@ class _Bench:
 
     def watched(self, entrant: _Entrant, number: int) -> tuple[Tensor, float]:
         """A long solve of the first seeds, reported as it goes: its end and its seconds."""
-        x, seeds, how = self.x_T[:number], self.seeds[:number], entrant.settings.arguments()
+        x, seeds = self.x_T[:number], self.seeds[:number]
+        program = resolve(entrant.settings, entrant.denoiser)
         self.report(entrant.name, self.done, self.total)
         begun = time.perf_counter()
-        for state in iterate(entrant.denoiser, x, **how, seeds=seeds):
+        for state in going(program, entrant.denoiser, x, seeds):
             x = state.x
             self.report(entrant.name, self.done + state.nfe * number, self.total)
         self.done += entrant.settings.nfe * number
@@ -263,7 +267,7 @@ class _Bench:
         settings = entrant.settings
         self.report(entrant.name, self.done, self.total)
         begun = time.perf_counter()
-        x = solve(entrant.denoiser, self.x_T, **settings.arguments(), seeds=self.seeds)
+        x = finish(resolve(settings, entrant.denoiser), entrant.denoiser, self.x_T, self.seeds)
         seconds = time.perf_counter() - begun
         self.done += settings.nfe * len(self.seeds)
         return x, seconds
@@ -295,7 +299,7 @@ def _student(name: str, nfe: int, label: int | str | None) -> list[_Entrant]:
         return []
     denoiser = Counted(student.denoiser(label))
     return [
-        _Entrant(student, denoiser, name, Settings.choose(student, "auto", budget))
+        _Entrant(student, denoiser, name, choose(student, Settings("auto", budget)))
         for budget in STUDENT_BUDGETS
         if budget <= nfe and str(budget) in student.card.auto
     ]
@@ -304,14 +308,14 @@ def _student(name: str, nfe: int, label: int | str | None) -> list[_Entrant]:
 def _entrant(model: Model, denoiser: Counted, name: str, nfe: int) -> _Entrant:
     """At its screened setting, or at the usual one, at the first budget from nfe on that fits."""
     known = {} if name == "auto" else model.card.setting(name, nfe)
-    settings = Settings.choose(model, name, nfe, **known)
+    settings = choose(model, Settings(name, nfe, **known))
     solver = get(settings.solver) if isinstance(settings.solver, str) else None
     if solver is not None and isinstance(settings.grid, str):
         settings = replace(settings, nfe=_spendable(solver, settings))
     return _Entrant(model, denoiser, name, settings, bool(known))
 
 
-def _spendable(solver: Solver, settings: Settings) -> int:
+def _spendable(solver: Solver, settings: Filled) -> int:
     """The first budget from that of the settings on. Errors: ValueError where there is none."""
     how = settings.afs, settings.final, settings.end
     for budget in range(settings.nfe, settings.nfe + 8):
@@ -324,9 +328,9 @@ def _spendable(solver: Solver, settings: Settings) -> int:
     return settings.nfe
 
 
-def _fine(recipe: tuple[str, int, str], nfe: int) -> Settings:
+def _fine(recipe: tuple[str, int, str], nfe: int) -> Filled:
     solver, least, grid = recipe
-    return Settings(solver, max(least, FINER * nfe - FINER * nfe % 3), grid, "none", False)
+    return Filled(solver, max(least, FINER * nfe - FINER * nfe % 3), grid)
 
 
 def _row(entrant: _Entrant, run: _Run, target: Tensor | None, nfe: int) -> Row:
@@ -382,8 +386,8 @@ def _protocol(
     command: str,
     seeds: Sequence[int],
     label: int | str | None,
-    exact: Settings,
-    check: Settings,
+    exact: Filled,
+    check: Filled,
     few: int,
     rounds: int,
 ) -> dict[str, str]:

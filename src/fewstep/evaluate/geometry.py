@@ -24,11 +24,12 @@ from fewstep.denoiser import Denoiser
 from fewstep.evaluate.curves import COMPONENTS, Curves, measure, positive, trace
 from fewstep.files import check_writable, write_json, write_whole
 from fewstep.grid import check_grid, make_grid
-from fewstep.loop import DEFAULT_RANGE
 from fewstep.models import Model, load
 from fewstep.provenance import machine_line, software_line
-from fewstep.sampling.generate import Settings, describe
+from fewstep.sampling.choose import choose, describe
+from fewstep.sampling.settings import Settings
 from fewstep.solver import get
+from fewstep.solving import DEFAULT_RANGE
 from fewstep.text import span
 
 __all__ = ["Geometry", "run_geometry"]
@@ -166,7 +167,7 @@ def run_geometry(
     sigmas = _levels(denoiser, grid, points)
     settings = {
         **describe(
-            loaded, Settings.choose(loaded, solver, grid=sigmas), prompt=prompt, guidance=guidance
+            loaded, choose(loaded, Settings(solver, grid=sigmas)), prompt=prompt, guidance=guidance
         ),
         "label": label,
     }

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from fewstep.cache import cache_folder, kept_at, recall
-from fewstep.loop import solve
 from fewstep.models import Model
+from fewstep.solving import solve
 
 __all__ = ["Fine", "References"]
 

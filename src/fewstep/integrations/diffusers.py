@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,11 @@ from torch import Tensor
 
 from fewstep.denoiser import PREDICTIONS
 from fewstep.grid import check_grid, make_grid
-from fewstep.loop import Ledger, Runnable, _combine, _to_eps, find
+from fewstep.loop import Stepper
 from fewstep.models.process import FLOWS, Process, Shifted, read_process
-from fewstep.plan import Combine, Eval, Op, Plan
+from fewstep.plan import Combine, Eval, Op, Ops, Plan, Program
 from fewstep.solver import Solver, end_at, get
+from fewstep.solving import Runnable, find
 
 try:
     from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -69,135 +71,99 @@ class FewstepSchedulerOutput(BaseOutput):
 
 @dataclass(frozen=True)
 class Stage:
-    """One evaluation of a plan, and what is done before the next.
+    """One evaluation of a plan.
 
-    sigma: the level of the state
-    told: the level that the network is told
-    rested: whether the state is an accepted one, and no trial
-    ops: combinations, and evaluations that cost nothing
+    Attributes:
+        sigma: the level of the state
+        told: the level that the network is told
+        rested: whether the state is an accepted one, and no trial
+        place: of the evaluation among the plan's operations
     """
 
     sigma: float
     told: float
     rested: bool
-    ops: tuple[Op, ...]
+    place: int
+
+
+def _ops(ops: tuple[Op, ...]) -> Ops:
+    """A module's function, so that a scheduler can be pickled in the middle of a run."""
+    for op in ops:  # replies are sent, which a tuple does not take
+        yield op
 
 
 @dataclass(frozen=True)
 class Staged:
     """A plan cut at its evaluations.
 
-    start: the level at which it begins
-    before: what comes before the first evaluation, where an analytic first step does
-    end: the level at which it ends
+    Attributes:
+        start: the level at which it begins
+        place: the operation at which it begins
+        stages: its evaluations
+        end: the level at which it ends
     """
 
     plan: Plan
     start: float
-    before: tuple[Op, ...]
+    place: int
     stages: tuple[Stage, ...]
     end: float
 
     @classmethod
     def cut(cls, plan: Plan) -> Staged:
         """Errors: ValueError for a plan without evaluations, or that needs the network's mean."""
-        before: list[Op] = []
-        evals: list[Eval] = []
-        rested: list[bool] = []
-        parts: list[list[Op]] = []
-        accepted, end = True, plan.sigmas[0]
-        for op in plan.ops:
-            if isinstance(op, Eval) and op.source == "net":
-                evals.append(op)
-                rested.append(accepted)
-                parts.append([])
-                continue
-            if isinstance(op, Eval) and op.source == "mean":
+        stages: list[Stage] = []
+        rested, end = True, plan.sigmas[0]
+        for place, op in enumerate(plan.ops):
+            if isinstance(op, Combine):
+                rested, end = op.accept, float(op.sigma)
+            elif op.source == "mean":
                 raise ValueError(
                     "afs='mean' needs the mean of the network's D, which a scheduler does not "
                     "know; take afs='zero' or 'none'"
                 )
-            (parts[-1] if parts else before).append(op)
-            if isinstance(op, Combine):
-                accepted, end = op.accept, float(op.sigma)
-        if not evals:
+            elif op.source == "net":
+                told = op.sigma if op.cond is None else op.cond
+                stages.append(Stage(float(op.sigma), float(told), rested, place))
+        if not stages:
             raise ValueError("the plan evaluates no network")
-        start = plan.sigmas[0]
-        if all(isinstance(op, Combine) for op in before):
+        start, place = plan.sigmas[0], 0
+        if all(isinstance(op, Combine) for op in plan.ops[: stages[0].place]):
             # noise on top of noise: the pipeline's start is as good at the higher level
-            start, before, rested[0] = float(evals[0].sigma), [], True
-        stages = tuple(
-            Stage(
-                float(op.sigma), float(op.sigma if op.cond is None else op.cond), rest, tuple(part)
-            )
-            for op, rest, part in zip(evals, rested, parts, strict=True)
-        )
-        return cls(plan, start, tuple(before), stages, end)
+            start, place = stages[0].sigma, stages[0].place
+            stages[0] = replace(stages[0], rested=True)
+        return cls(plan, start, place, tuple(stages), end)
 
     @property
     def moves(self) -> bool:
         """Whether the sample at the start is not yet what the network is given first."""
-        return bool(self.before) or self.stages[0].told != self.start
+        return self.place < self.stages[0].place or self.stages[0].told != self.start
 
-    def check_start(self, index: int) -> None:
-        """Errors: ValueError where stage `index` needs the outputs of those before it."""
+    @property
+    def order(self) -> int:
+        """Evaluations of an interval, the most of all, which is what all but the last have."""
+        points, count = self.plan.sigmas, len(self.stages)
+        if self.plan.program().draws:  # levels with added noise lie above their interval
+            return math.ceil(count / (len(points) - 1))
+        inside = [sum(low < s.sigma <= high for s in self.stages) for high, low in pairwise(points)]
+        return max(1, *inside)
+
+    def begins_at(self, index: int) -> bool:
+        """Whether stage `index` needs no outputs of those before it."""
+        if not self.stages[index].rested:
+            return False
         held = 0
-        for stage in self.stages[index:]:
-            held = min(held + 1, self.plan.depth)
-            needs = [len(op.b) for op in stage.ops if isinstance(op, Combine)]
-            if not self.stages[index].rested or max(needs, default=0) > held:
-                raise ValueError(
-                    f"the plan of {self.plan.solver} cannot start at its evaluation {index}: it "
-                    "uses what came before. Take strength=1, or a solver by name, which starts anew"
-                )
+        for op in self.plan.ops[self.stages[index].place :]:
+            if isinstance(op, Eval):
+                held = min(held + 1, self.plan.depth)
+            elif len(op.b) > held:
+                return False
+        return True
 
-
-class Walk:
-    """Where a plan stands: anchor, history, and the ledger of the loop.
-
-    The arithmetic is the loop's own, so that a pipeline and `fewstep.solve` give the same.
-    """
-
-    def __init__(self, plan: Plan) -> None:
-        self.as_eps = plan.prediction == "eps"
-        self.history: deque[Tensor] = deque(maxlen=plan.depth)
-        self.ledger = Ledger(plan.depth)
-        self.anchor: Tensor | None = None
-
-    def evaluated(self, x: Tensor, denoised: Tensor, sigma: float) -> None:
-        """D at x has come in."""
-        if self.as_eps:
-            self.history.appendleft(_to_eps(x, denoised, sigma, None))
-            self.ledger.evaluated(denoised, sigma)
-        else:
-            self.history.appendleft(denoised)
-
-    def follow(self, ops: Sequence[Op], x: Tensor, generator: Any = None) -> Tensor:
-        """The state after `ops`, from x."""
-        for op in ops:
-            if isinstance(op, Eval):  # the analytic first step, eps = x / sqrt(1 + sigma^2)
-                sigma = float(op.sigma)
-                root = math.sqrt(1 + sigma**2)
-                self.evaluated(x, x / (root * (root + sigma)), sigma)
-                continue
-            assert self.anchor is not None
-            row = self.ledger.combined(op) if self.as_eps else None
-            if row is None:
-                x = _combine(self.anchor, self.history, op.a, op.b, None)
-            else:
-                x = _combine(self.anchor, self.ledger.denoised, row[0], row[1:], None)
-            if op.noise:
-                self.ledger.state = None
-                drawn = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-                x = x + float(op.noise) * drawn
-            if op.accept:
-                self.rest(x)
-        return x
-
-    def rest(self, x: Tensor) -> None:
-        """x is the anchor from here on."""
-        self.anchor = x
-        self.ledger.restart()
+    def program(self, index: int = 0) -> Program:
+        """What the loop runs, from stage `index` on; from the start at 0."""
+        place = self.stages[index].place if index else self.place
+        return replace(self.plan.program(), start=partial(_ops, self.plan.ops[place:]))
 
 
 class FewstepScheduler(SchedulerMixin, ConfigMixin):
@@ -266,7 +232,6 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
         probe = self._fixed or self._staged(self._probe())
-        self.order = _order(probe)
         self._arm(probe, None)
         self.num_inference_steps = None
 
@@ -404,17 +369,17 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
             levels = [sigma / (1 + sigma) for sigma in levels]
         self.sigmas = torch.tensor(levels, dtype=torch.float32)
         self.num_inference_steps = len(staged.plan.sigmas) - 1
-        self.order = _order(staged)
+        self.order = staged.order
         self._times = self.timesteps.tolist()  # on the host: no step has to wait for the device
-        self._full, self._running, self._offset = staged, staged, 0
-        self._walk: Walk | None = None
-        self._step_index: int | None = None
+        self._full = staged
+        self._stepper: Stepper | None = None
+        self._step_index: int = -1  # before the first step
         self._begin_index: int | None = None
 
     @property
     def step_index(self) -> int | None:
         """The timestep that comes next; None before the first."""
-        return self._step_index
+        return None if self._stepper is None else self._step_index
 
     @property
     def begin_index(self) -> int | None:
@@ -433,41 +398,45 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         stages = self._full.stages
         return next((i for i in places if i == 0 or stages[i].rested), places[0])
 
-    def _begin(self, timestep: float | Tensor) -> None:
-        """Start the run where the pipeline wants it."""
+    def _start_index(self, timestep: float | Tensor) -> int:
+        """Where the pipeline wants the run to start."""
         if self.num_inference_steps is None:
             raise ValueError("run set_timesteps before the first step")
         begin = self._begin_index
-        index = self.index_for_timestep(timestep) if begin is None else begin
-        if index > 0 and self._fixed is not None:
-            self._full.check_start(index)
-        elif index > 0:
-            self._running, self._offset = self._anew(index), index
-        self._step_index = index
-        self._walk = Walk(self._full.plan)
+        return self.index_for_timestep(timestep) if begin is None else begin
 
-    def _anew(self, index: int) -> Staged:
-        """The solver on the rest of the grid, with a history of its own."""
-        levels, stage = self._full.plan.sigmas, self._full.stages[index]
+    def _from_stage(self, index: int) -> Program:
+        """The plan from there on; or the solver anew on the rest of the grid, where the plan needs
+        outputs that this run does not have."""
+        full, solver = self._full, self.config["solver"]
+        if index == 0 or (self._fixed is not None and full.begins_at(index)):
+            return full.program(index)
+        if self._fixed is not None:
+            raise ValueError(
+                f"the plan of {full.plan.solver} cannot start at its evaluation {index}: it "
+                "uses what came before. Take strength=1, or a solver by name, which starts anew"
+            )
+        levels, stage = full.plan.sigmas, full.stages[index]
         rest = levels[levels.index(stage.sigma) :] if stage.sigma in levels else ()
         if len(rest) > 1:
-            plan = get(self.config["solver"]).plan(rest, "none", self.config["final"])
-            staged = Staged.cut(plan)
-            if [s.told for s in staged.stages] == [s.told for s in self._full.stages[index:]]:
-                return staged
+            staged = Staged.cut(get(solver).plan(rest, "none", self.config["final"]))
+            if [s.told for s in staged.stages] == [s.told for s in full.stages[index:]]:
+                return staged.program()
+        if full.begins_at(index):  # where the first step adds noise, at the level with that noise
+            return full.program(index)
+        can = [i for i, stage in enumerate(full.stages) if stage.rested and stage.sigma in levels]
         raise ValueError(
-            f"{self.config['solver']} cannot start at timestep {index} of {len(self._times)}, "
-            f"inside an interval; take a multiple of {self.order}"
+            f"{solver} cannot start at timestep {index} of {len(self._times)}, inside an interval; "
+            f"intervals begin at {', '.join(map(str, can))}"
         )
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """The network's input: the sample as it is, but after an analytic first step."""
-        if not self._full.moves or (self._step_index or self._begin_index or 0) > 0:
+        if not self._full.moves or (self.step_index or self._begin_index or 0) > 0:
             return sample
-        x = self._to_x(sample, self._full.start)
-        walk = Walk(self._full.plan)
-        walk.rest(x)
-        return self._from_x(walk.follow(self._full.before, x), self._full.stages[0].told, sample)
+        stepper = Stepper(self._full.program(), self._to_x(sample, self._full.start))
+        stepper.ask()
+        return self._from_x(stepper.x, self._full.stages[0].told, sample)
 
     def step(
         self,
@@ -481,35 +450,37 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
     ) -> FewstepSchedulerOutput | tuple[Tensor, Tensor]:
         """Take in one output of the network; returns what the network is to be given next.
 
-        model_output: what it returned, guidance included
-        sample: what the pipeline holds; changes made to it since the last step count, unless it is
-            a trial stage, whose anchor stays
-        generator: one for all pictures or one per picture, for stochastic solvers
-        eta, use_clipped_model_output: what pipelines pass that were made for DDIM alone. The first
-            is an option of the solver here; the second is always so.
+        Args:
+            model_output: what it returned, guidance included
+            timestep: the one that it was told
+            sample: what the pipeline holds. Changes made to it since the last step count, unless it
+                is a trial stage, whose anchor stays.
+            generator: one for all pictures or one per picture, for stochastic solvers
+            return_dict: whether to return an object in place of a tuple
+            eta, use_clipped_model_output: what pipelines pass that were made for DDIM alone. The
+                first is an option of the solver here; the second is always so.
         """
         if eta:
             raise ValueError(f"eta is an option of the solver: solver='ddim-eta:eta={eta}'")
-        if self._step_index is None:
-            self._begin(timestep)
-        index, walk = self._step_index, self._walk
-        assert index is not None
-        assert walk is not None
-        if index >= len(self._times):
+        stepper = self._stepper
+        if stepper is None:
+            self._step_index = self._start_index(timestep)
+            x = self._to_x(sample, self._held(self._step_index))
+            stepper = self._stepper = Stepper(self._from_stage(self._step_index), x)
+            stepper.ask()
+        elif self._step_index == len(self._times):
             raise ValueError("the run is over; call set_timesteps for another")
-        stages = self._running.stages
-        stage = stages[index - self._offset]
-        x = self._to_x(sample, self._held(index))
-        if stage.rested or index == 0:
-            walk.rest(x)
-        if index == 0:
-            x = walk.follow(self._full.before, x)
-        denoised = self._denoised(model_output.to(x), x, stage.told)
-        walk.evaluated(x, denoised, stage.sigma)
-        x = walk.follow(stage.ops, x, generator)
+        else:
+            stepper.put(self._to_x(sample, self._held(self._step_index)))
+        index = self._step_index
+        stage = self._full.stages[index]
+        denoised = self._denoised(model_output.to(stepper.x), stepper.x, stage.told)
+        stepper.tell(denoised)
+        stepper.draw = partial(_drawn, generator)
+        stepper.ask()
         self._step_index = index + 1
-        left = stages[index + 1 - self._offset :]
-        out = self._from_x(x, left[0].told if left else self._running.end, sample)
+        left = self._full.stages[index + 1 :]
+        out = self._from_x(stepper.x, left[0].told if left else self._full.end, sample)
         denoised = denoised.to(sample.dtype)
         return FewstepSchedulerOutput(out, denoised) if return_dict else (out, denoised)
 
@@ -564,6 +535,11 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         return self.config["num_train_timesteps"]
 
 
+def _drawn(generator: Any, op: Combine, number: int, x: Tensor) -> Tensor:
+    """Noise from a pipeline's generator."""
+    return randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+
+
 def _chosen(solver: str | Path | Solver | Runnable) -> dict[str, Any]:
     """The arguments `solver` and `plan` for what a caller names."""
     found = find(solver) if isinstance(solver, str | Path) else solver
@@ -576,8 +552,3 @@ def _chosen(solver: str | Path | Solver | Runnable) -> dict[str, Any]:
             f"{error}; or run it as it is with FewstepPipeline(pipe, solver)"
         ) from None
     return {"solver": plan.solver, "plan": json.loads(plan.to_json())}
-
-
-def _order(staged: Staged) -> int:
-    """Evaluations for each interval, the last one aside."""
-    return math.ceil(len(staged.stages) / (len(staged.plan.sigmas) - 1))

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from fewstep.denoiser import Denoiser, per_sample
-from fewstep.loop import Runnable, find, iterate, starts_at
+from fewstep.loop import starts_at
 from fewstep.models.formats.diffusers import from_pipe
 from fewstep.models.pipeline import PipelineModel
 from fewstep.plan import Program
 from fewstep.solver import Solver
+from fewstep.solving import Runnable, find, iterate
 
 try:
     from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback

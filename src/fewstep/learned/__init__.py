@@ -7,9 +7,24 @@ solver.save("my-solver")                      # and later: fewstep.solve(..., "m
 
 from __future__ import annotations
 
-from fewstep.learned.prompts import prompted
-from fewstep.learned.solver import LearnedSolver
-from fewstep.learned.training import train
-from fewstep.train.loop import Progress
+from typing import TYPE_CHECKING
+
+from fewstep._lazy import lazily
+
+if TYPE_CHECKING:
+    from fewstep.learned.prompts import prompted
+    from fewstep.learned.solver import LearnedSolver
+    from fewstep.learned.training import train
+    from fewstep.train.loop import Progress
 
 __all__ = ["LearnedSolver", "Progress", "prompted", "train"]
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "fewstep.learned.prompts": ("prompted",),
+        "fewstep.learned.solver": ("LearnedSolver",),
+        "fewstep.learned.training": ("train",),
+        "fewstep.train.loop": ("Progress",),
+    },
+)

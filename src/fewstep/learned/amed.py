@@ -22,7 +22,7 @@ from fewstep.learned.method import Lesson, Loss, Method, Recipe, Setup
 from fewstep.learned.ops import base_of, check_slope
 from fewstep.learned.predictor import Predictor, Values, read_features
 from fewstep.learned.teacher import Recalled
-from fewstep.loop import State, iterate
+from fewstep.loop import State, run
 from fewstep.plan import Plan, Program, Seen, freeze
 from fewstep.schedule import PURE_NOISE
 from fewstep.solver import AFS
@@ -116,16 +116,16 @@ class Amed:
             return latest[-1]
 
         denoiser = Recalled(lesson.denoiser, lesson.path.seen)
-        run = iterate(denoiser, lesson.x_T, self._program(noted, detach=True))
+        going = run(self._program(noted, detach=True), denoiser, lesson.x_T)
         sent = None
         for target in lesson.path.states[1:]:
-            state = run.send(sent)
+            state = going.send(sent)
             for _ in range(base.states - 1):
-                state = run.send(None)
+                state = going.send(None)
             value = (state.x - target).square().flatten(1).sum(1).mean()
             yield Loss(value, _means(latest))
             sent = replace(state, x=target, history=()) if base.restarts else _detached(state)
-        run.close()
+        going.close()
 
 
 SETTINGS = ("features", "scale_dir", "scale_time")

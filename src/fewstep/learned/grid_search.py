@@ -31,7 +31,7 @@ from torch import Tensor
 from fewstep.denoiser import Denoiser
 from fewstep.learned.method import Lesson, Loss, Method, Recipe, Setup, start_recipe
 from fewstep.learned.teacher import Teacher
-from fewstep.loop import iterate, solve
+from fewstep.loop import finish, run
 from fewstep.plan import Plan, Program
 from fewstep.solver import get
 
@@ -83,7 +83,7 @@ def search_grid(
     def error(name: str) -> float:
         method, total = student(candidates[name]), 0.0
         for (denoiser, x_T), target in zip(parts, targets, strict=True):
-            x = solve(denoiser, x_T, method)
+            x = finish(method.program(), denoiser, x_T)
             gap = x - target if space is None else space(x) - space(target)
             total += gap.double().square().sum().item()
         return total
@@ -127,7 +127,8 @@ def _measure(
         states = torch.stack(path.states)  # [n, b, ...]
         outputs: list[Any] = [seen.denoised for seen in path.seen]
         if afs != "none":
-            outputs[0] = next(iterate(denoiser, x_T, "ddim", grid=fine[:2], afs=afs)).denoised
+            first = get("ddim").on(fine[:2], afs)
+            outputs[0] = next(run(first, denoiser, x_T)).denoised
         for i, denoised in enumerate(outputs):
             rho = states.new_tensor([s / fine[i] for s in fine[i + 1 :]])
             rho = rho.reshape(-1, *[1] * x_T.ndim)

@@ -147,6 +147,8 @@ def check_slope(name: str | None) -> None:
             )
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def _slopes_agree(weights: Callable[[Tensor], Weights]) -> bool:
     """Whether the gradients of a step's weights in the level 1.3 are their differences."""
 
@@ -156,7 +158,7 @@ def _slopes_agree(weights: Callable[[Tensor], Weights]) -> bool:
         return mid, [a, *b]
 
     step = 1e-5
-    with warnings.catch_warnings(), torch.enable_grad():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of the very calls that are looked for
         mid, values = row(1.3, grad=True)
         above, below = row(1.3 + step)[1], row(1.3 - step)[1]

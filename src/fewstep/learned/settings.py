@@ -15,9 +15,9 @@ from fewstep.learned.grid_search import SEARCH
 from fewstep.learned.kinds import kind_of
 from fewstep.learned.method import Kind, Recipe
 from fewstep.learned.teacher import Teacher, check_teacher, fine_grid, whole_grid
-from fewstep.loop import DEFAULT_RANGE
 from fewstep.schedule import Schedule
 from fewstep.solver import end_at
+from fewstep.solving import DEFAULT_RANGE
 from fewstep.train.checkpoint import plain
 
 __all__ = ["REFERENCE", "TRAINING", "VALIDATION", "Choices", "Settings"]

@@ -21,7 +21,7 @@ from fewstep.files import check_writable, file_hash, write_json, write_whole
 from fewstep.grid import check_grid
 from fewstep.learned.kinds import KINDS
 from fewstep.learned.method import Method
-from fewstep.loop import solve
+from fewstep.loop import finish
 from fewstep.plan import Eval, Op, Ops, Plan, Program, in_numbers
 from fewstep.records import Digest, Int, Levels, Slug, read_json, record, shown
 from fewstep.tensors import load_tensors
@@ -196,7 +196,7 @@ def averaged(program: Program, denoiser: Denoiser, x_T: Tensor) -> Plan:
             seen.append(in_numbers(op))
             reply = yield op
 
-    solve(denoiser, x_T, replace(program, start=noted))
+    finish(replace(program, start=noted), denoiser, x_T)
     ops = tuple(op._replace(features=False) if isinstance(op, Eval) else op for op in seen)
     name, sigmas = program.name, program.sigmas
     return Plan(program.prediction, program.depth, name, "learned", sigmas, ops)

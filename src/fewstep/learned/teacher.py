@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from fewstep.cache import recall
 from fewstep.denoiser import Denoiser, Wrapper
 from fewstep.grid import check_grid, make_grid
-from fewstep.loop import iterate
+from fewstep.loop import run
 from fewstep.plan import Eval, Ops, Program, Seen
 from fewstep.schedule import Schedule
 from fewstep.solver import get
@@ -79,7 +79,7 @@ class Teacher:
         program = get(self.solver).on(self.fine)
         watched = replace(program, start=partial(self._watched, program, seen), adapts=True)
         states = {self.sigmas[0]: x_T}
-        for state in iterate(denoiser, x_T, watched):
+        for state in run(watched, denoiser, x_T):
             if state.sigma in self.sigmas:
                 states[state.sigma] = state.x  # type: ignore[index]
         path = tuple(states[sigma] for sigma in self.sigmas)

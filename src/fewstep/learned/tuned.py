@@ -48,7 +48,7 @@ from fewstep.learned.method import (
     start_recipe,
 )
 from fewstep.learned.teacher import Frozen
-from fewstep.loop import solve
+from fewstep.loop import finish
 from fewstep.plan import (
     SOURCES,
     Combine,
@@ -184,7 +184,7 @@ class Tuned:
         sigmas, count = self.sigmas, sum(source == "net" for source in self.sources)
         program = Program(self.ops, "x0", len(self.sources), sigmas, count, adapts=True)
         denoiser = Frozen(lesson.denoiser, lesson.checkpointed)
-        x, target = solve(denoiser, lesson.x_T, program), lesson.path.states[-1]
+        x, target = finish(program, denoiser, lesson.x_T), lesson.path.states[-1]
         if lesson.loss_features is not None:
             with torch.no_grad():
                 target = lesson.loss_features(target)

@@ -13,8 +13,8 @@ from torch import Tensor
 from fewstep.denoiser import Denoiser
 from fewstep.learned.predictor import feature_count
 from fewstep.learned.teacher import Kept
-from fewstep.loop import solve
 from fewstep.noise import normal
+from fewstep.solving import solve
 
 __all__ = ["Conditions", "Noise", "Prior", "Ruler", "count_features", "look_at", "split"]
 

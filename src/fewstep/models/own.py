@@ -45,8 +45,9 @@ def of(
         net: the module behind the denoiser, which says device, dtype and the hash of the weights;
             the denoiser itself where that is a module
         classes: their names, in order
-        sigma_min, sigma_max: the range on which the denoiser may be called; the schedule's, or
-            0.002 to 80, where left out
+        sigma_min: the lowest level at which the denoiser may be called; the schedule's, or 0.002,
+            where left out
+        sigma_max: the highest one; the schedule's, or 80, where left out
         schedule: the network's own, which gives grids that are uniform in its time
         sigma_data: standard deviation of the data
         far_mean: mean of D at sigma_max, [classes + 1, *shape]; allows the first step afs="mean"

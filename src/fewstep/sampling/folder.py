@@ -9,19 +9,24 @@ leaves the same bytes as one that was not.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Sequence
+import json
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from fewstep.data.images import contact_sheet, read_metadata, read_png, write_png
 from fewstep.files import check_writable
 from fewstep.models import Model
 from fewstep.sampling.generate import Run, usual_batch
+from fewstep.sampling.request import Request
+from fewstep.sampling.settings import Settings
 
 __all__ = ["FolderResult", "sample_to_folder"]
 
-SHEET = "sheet.png"
+SHEET, CLAIM = "sheet.png", ".claim"
 MOST_ON_SHEET, SHEET_PIXELS = 400, 2**24
 FREE = ("label", "prompt")  # may differ between the pictures of a folder
 
@@ -46,41 +51,138 @@ class FolderResult:
 def sample_to_folder(
     model: Model,
     out: Path | str,
+    request: Request,
+    settings: Settings | None = None,
     *,
-    seeds: Sequence[int],
     names: Sequence[str] | None = None,
     batch: int | None = None,
     report: Callable[[int], None] = lambda done: None,
-    **asked: Any,
 ) -> FolderResult:
     """`fewstep.sample` with pictures in `out`, and sheet.png of the first 400, or fewer large ones.
 
-    names: of the files, without suffix; 000000 and so on by seed where left out
-    asked: what else `fewstep.sample` takes
+    Args:
+        model: loaded
+        out: the folder; processes with the same settings may share it
+        request, settings: what is sampled, and how
+        names: of the files, without suffix; 000000 and so on by seed where left out
+        batch: pictures at a time
+        report: called with the number of pictures done
 
-    Errors: ValueError where a picture of this or another name is there already that was made
-    otherwise, and what `fewstep.sample` raises, before anything is written; OSError where the
-    folder cannot be written.
+    Raises:
+        ValueError: a picture of this or another name is there already that was made otherwise, or
+            another process is making such; and what `fewstep.sample` raises, before anything is
+            written.
+        OSError: the folder cannot be written.
     """
     if batch is not None and batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
-    out, run = Path(out), Run.of(model, seeds, **asked)
-    size, total = batch or usual_batch(model), len(run.seeds)
-    calls = run.check(size) * run.settings.nfe
-    files = [out / f"{name}.png" for name in names or [f"{seed:06d}" for seed in run.seeds]]
+    out, size = Path(out), batch or usual_batch(model)
+    run = Run.of(model, request, settings or Settings(), size)
+    seeds, total = request.seeds, len(request.seeds)
+    files = [out / f"{name}.png" for name in names or [f"{seed:06d}" for seed in seeds]]
     if len(set(files)) != len(files) or len(files) != total:
         raise ValueError(
             f"each of {total} pictures needs a name of its own; is a seed there twice?"
         )
-    check_writable(out)
     record = run.record()
     varying = run.each.union(FREE)
     common = {name: value for name, value in record.items() if name not in varying}
 
     def metadata(i: int) -> dict[str, Any]:
         own = {name: record[name][i] if name in run.each else record[name] for name in varying}
-        return {**common, **own, "seed": run.seeds[i]}
+        return {**common, **own, "seed": seeds[i]}
 
+    check_writable(out)
+    with claimed(out, common):
+        there = _there(out, files, metadata, common)
+        done = len(there)
+        report(done)
+        for start in range(0, total, size):
+            missing = [i for i in range(start, min(start + size, total)) if i not in there]
+            if not missing:
+                continue
+            images = run.make(start, size).images
+            for i in missing:
+                write_png(files[i], images[i - start], metadata(i))
+            done += len(missing)
+            report(done)
+        height, width, _ = read_png(files[0])[0].shape
+        shown = files[: max(1, min(MOST_ON_SHEET, SHEET_PIXELS // (height * width)))]
+        tiles = contact_sheet([read_png(path)[0] for path in shown])
+        write_png(out / SHEET, tiles, {**common, "seeds": list(seeds[: len(shown)])})
+    calls = run.calls * run.settings.nfe
+    return FolderResult(tuple(files), out / SHEET, len(there), common, calls)
+
+
+@contextmanager
+def claimed(out: Path, identity: dict[str, Any]) -> Iterator[None]:
+    """Inside, no other process makes pictures in this folder with other settings.
+
+    A file says whose it is. Its lock ends with the process, however that ends, so no claim
+    outlives a kill. Where the file system has no locks, nothing is claimed.
+
+    Raises:
+        ValueError: another process makes pictures here with other settings.
+    """
+    text, path = json.dumps(identity, sort_keys=True), out / CLAIM
+    file = _held(path, text)
+    if file is None:
+        yield
+        return
+    try:
+        found = file.read()
+        if found != text:
+            raise ValueError(
+                f"another process is sampling into {out} with other settings; choose another --out"
+            )
+        yield
+    finally:
+        if _lock(file, "LOCK_EX"):  # the last one here
+            path.unlink(missing_ok=True)
+        file.close()
+
+
+def _held(path: Path, text: str) -> TextIO | None:
+    """The claim, open and locked for sharing, ours where nobody else held it; None: no locks."""
+    while True:
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+        alone = _lock(file, "LOCK_EX")
+        if alone is None:
+            file.close()
+            return None
+        if alone:
+            file.truncate(0)
+            file.write(text)
+            file.flush()
+        # not atomic after the other: whoever came in between has written over it, and is read
+        _lock(file, "LOCK_SH", wait=True)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                file.seek(0)
+                return file
+        file.close()  # its holder was the last one there and took it away
+
+
+def _lock(file: TextIO, kind: str, wait: bool = False) -> bool | None:
+    """Whether it is locked; None where there are no locks."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, getattr(fcntl, kind) | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        return None
+    return True
+
+
+def _there(
+    out: Path,
+    files: Sequence[Path],
+    metadata: Callable[[int], dict[str, Any]],
+    common: dict[str, Any],
+) -> set[int]:
+    """Which of the files are there. Raises ValueError where any was made otherwise."""
     sheet = out / SHEET
     if sheet.exists() and read_metadata(sheet) is None:
         raise ValueError(
@@ -91,22 +193,7 @@ def sample_to_folder(
         _check_alike(files[i], read_metadata(files[i]), metadata(i))
     for path, found in _others(out, set(files)):
         _check_alike(path, found, common)
-    done = len(there)
-    report(done)
-    for start in range(0, total, size):
-        missing = [i for i in range(start, min(start + size, total)) if i not in there]
-        if not missing:
-            continue
-        images, _, _ = run.make(start, size)
-        for i in missing:
-            write_png(files[i], images[i - start], metadata(i))
-        done += len(missing)
-        report(done)
-    height, width, _ = read_png(files[0])[0].shape
-    shown = files[: max(1, min(MOST_ON_SHEET, SHEET_PIXELS // (height * width)))]
-    tiles = contact_sheet([read_png(path)[0] for path in shown])
-    write_png(sheet, tiles, {**common, "seeds": list(run.seeds[: len(shown)])})
-    return FolderResult(tuple(files), sheet, len(there), common, calls)
+    return there
 
 
 def _others(out: Path, ours: Collection[Path]) -> list[tuple[Path, dict[str, Any]]]:

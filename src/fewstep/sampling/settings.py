@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Settings"]
+__all__ = ["Filled", "Settings"]
 
 
 @dataclass(frozen=True)
@@ -37,5 +38,33 @@ class Settings:
     head_start: float | None = None
 
     def __post_init__(self) -> None:
+        if self.head_start is not None and not 0 < self.head_start < math.inf:
+            raise ValueError(f"head_start must be positive and finite, got {self.head_start}")
         if self.grid is not None and not isinstance(self.grid, str):
             object.__setattr__(self, "grid", tuple(float(sigma) for sigma in self.grid))
+
+
+@dataclass(frozen=True)
+class Filled(Settings):
+    """Settings with nothing left open. The solver is a name, a Solver, or the Program of what has
+    its own grid, beside which grid is None."""
+
+    solver: Any = "dpmpp-2m"
+    nfe: int = 5
+    afs: str = "none"
+    end: str = "sigma_min"
+
+    def record(self) -> dict[str, Any]:
+        """For provenance, JSON-ready. Where the solver has its own grid, its first step and its end
+        are its own too: null."""
+        name = getattr(self.solver, "name", self.solver)
+        grid = list(self.grid) if isinstance(self.grid, tuple) else self.grid
+        own = grid is None
+        return {
+            "solver": name,
+            "nfe": self.nfe,
+            "grid": grid,
+            "afs": None if own else self.afs,
+            "final": self.final,
+            "end": None if own else self.end,
+        }

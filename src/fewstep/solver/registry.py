@@ -32,6 +32,7 @@ __all__ = [
 AFS = ("none", "zero", "mean")
 ENDS = ("sigma_min", "zero")
 MOST_EVALUATIONS = 10_000  # in one budget; a typing error must not run for hours
+MOST_SPELT = 1_000
 LARGEST = sys.float_info.max
 
 
@@ -213,6 +214,7 @@ def denoise_last(ops: Ops, end: float, prediction: Prediction) -> Ops:
 
 
 _REGISTRY: dict[str, Solver] = {}
+_SPELT: dict[str, tuple[Solver, Solver]] = {}  # other spellings: the registered one, as asked for
 
 ALIASES = {
     "euler": "ddim",
@@ -266,6 +268,19 @@ def get(name: str) -> Solver:
     Case, hyphens, underscores and spaces do not matter, and ++ is pp: "DPM++ 2M" is dpmpp-2m.
     Errors: ValueError with the nearest names.
     """
+    if name in _REGISTRY:
+        return _REGISTRY[name]
+    if name in _SPELT:
+        registered, found = _SPELT[name]
+        if _REGISTRY.get(registered.name) is registered:
+            return found
+    solver = _spelt(name)
+    if len(_SPELT) < MOST_SPELT:
+        _SPELT[name] = (_REGISTRY[solver.name.partition(":")[0]], solver)
+    return solver
+
+
+def _spelt(name: str) -> Solver:
     base, _, text = name.partition(":")
     keys = {_key(known): known for known in (*_REGISTRY, *ALIASES)}
     found = keys.get(_key(base), "")

@@ -41,7 +41,7 @@ from fewstep.evaluate.compare.records import (
     read_comparison,
 )
 from fewstep.evaluate.compare.rows import CHECKED, make_row, times
-from fewstep.evaluate.compare.screening import all_candidates, check_solvers, choose
+from fewstep.evaluate.compare.screening import all_candidates, check_solvers, screened
 from fewstep.evaluate.statistics import Statistics, paired_frechet
 from fewstep.models import Model, is_model, load, read_card
 from fewstep.provenance import machine
@@ -106,10 +106,10 @@ def compare(
     rows, ran, strips = [], [], {"": workbench.exact(design.seeds[:CHUNK])[0][:SHOWN]}
     for (nfe, solver), settings in candidates.items():
         own = workbench.of(solver)
-        chosen, screened = choose(own, design, by_label, settings)
+        chosen, how_chosen = screened(own, design, by_label, settings)
         run = own.run(chosen, design.seeds)
         row = make_row(own, solver, chosen, run, design)
-        row["screened"] = screened
+        row["screened"] = how_chosen
         for judge in judges:
             features = workbench.features(judge, run.images, run.digest)
             row["fd"][judge.label] = paired_frechet(

@@ -21,10 +21,13 @@ from fewstep.evaluate.references import CHUNK, References
 from fewstep.evaluate.statistics import Statistics
 from fewstep.files import write_whole
 from fewstep.grid import GRIDS
-from fewstep.loop import resolve, solve
+from fewstep.loop import finish
 from fewstep.models import Model
 from fewstep.models.card import POPULATION_FOLDER
-from fewstep.sampling.generate import Settings, describe
+from fewstep.plan import Program
+from fewstep.sampling.choose import describe
+from fewstep.sampling.settings import Filled
+from fewstep.solving import resolve
 from fewstep.text import slug
 
 __all__ = ["Judge", "Run", "Workbench"]
@@ -104,7 +107,7 @@ class Workbench:
         own = schedule is not None and schedule.own_time
         return design.grids or tuple(name for name in GRIDS if own or name not in OWN_TIME)
 
-    def run(self, settings: Settings, seeds: Sequence[int]) -> Run:
+    def run(self, settings: Filled, seeds: Sequence[int]) -> Run:
         """Sample the seeds, or read what was sampled before."""
         facts = {
             **describe(self.model, settings, prompt=self.references.prompt, guidance=self.guidance),
@@ -130,38 +133,38 @@ class Workbench:
         )
 
     @torch.inference_mode()
-    def _sample(self, settings: Settings, seeds: tuple[int, ...]) -> dict[str, np.ndarray]:
+    def _sample(self, settings: Filled, seeds: tuple[int, ...]) -> dict[str, np.ndarray]:
         network = f"{self.model.card.weights_sha256} {self.model.dtype}"
         denoiser = Remembering(self.denoiser(), self.memo, network)
-        program = resolve(**settings.arguments(), denoiser=denoiser)
+        program = resolve(settings, denoiser)
         to_zero = settings.final or program.sigmas[-1] == 0
         exact = self.references.endpoints(seeds)
         images, mse = [], []
         for start in range(0, len(seeds), self.batch):
             part = seeds[start : start + self.batch]
-            x, pictures = self._batch(denoiser, settings, part)
+            x, pictures = self._batch(denoiser, program, part)
             images.append(pictures)
             gap = x.double().cpu().numpy() - exact[start : start + self.batch, int(to_zero)]
             mse.append(np.square(gap).reshape(len(part), -1).mean(1))
         return {"images": np.concatenate(images), "mse": np.concatenate(mse)}
 
     @torch.inference_mode()
-    def seconds(self, settings: Settings, seeds: Sequence[int]) -> float:
+    def seconds(self, settings: Filled, seeds: Sequence[int]) -> float:
         """Wall time per picture of the seeds in one batch."""
         denoiser = self.denoiser()
         begun = time.perf_counter()
-        self._batch(denoiser, settings, tuple(seeds))
+        self._batch(denoiser, resolve(settings, denoiser), tuple(seeds))
         return (time.perf_counter() - begun) / len(seeds)
 
     def _batch(
-        self, denoiser: Any, settings: Settings, seeds: tuple[int, ...]
+        self, denoiser: Any, program: Program, seeds: tuple[int, ...]
     ) -> tuple[torch.Tensor, np.ndarray]:
         """Endpoints and their pictures. Errors: FloatingPointError, naming the seed."""
-        x = solve(denoiser, self.model.prior(seeds), **settings.arguments(), seeds=seeds)
+        x = finish(program, denoiser, self.model.prior(seeds), seeds)
         finite = torch.isfinite(x).flatten(1).all(1)
         if not finite.all():
             raise FloatingPointError(
-                f"{settings.record()['solver']} at {settings.nfe} evaluations gave NaN or "
+                f"{program.name} at {program.evaluations} evaluations gave NaN or "
                 f"infinity for seed {seeds[int(finite.int().argmin())]}; leave it out, or take "
                 "another dtype"
             )

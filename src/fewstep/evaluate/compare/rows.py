@@ -11,7 +11,8 @@ import numpy as np
 from fewstep.denoiser import calls_per_eval
 from fewstep.evaluate.compare.bench import Run, Workbench
 from fewstep.evaluate.compare.design import Design, seeds_text
-from fewstep.sampling.generate import Settings
+from fewstep.sampling.choose import draws_noise
+from fewstep.sampling.settings import Filled
 
 __all__ = ["CHECKED", "make_row", "times"]
 
@@ -20,7 +21,7 @@ ROUNDS = 3  # of timing
 
 
 def make_row(
-    workbench: Workbench, solver: str, settings: Settings, run: Run, design: Design
+    workbench: Workbench, solver: str, settings: Filled, run: Run, design: Design
 ) -> dict[str, Any]:
     error = np.sqrt(run.mse)
     denoiser, card = workbench.denoiser(), workbench.model.card
@@ -31,7 +32,7 @@ def make_row(
         "sampler": solver,
         **({"student": student} if solver in workbench.students else {}),
         **settings.record(),
-        "stochastic": settings.stochastic,
+        "stochastic": draws_noise(settings),
         "network_calls": settings.nfe * calls_per_eval(denoiser),
         "error": float(error.mean()),
         "error_se": float(error.std(ddof=1) / len(error) ** 0.5) if len(error) > 1 else None,
@@ -46,7 +47,7 @@ def make_row(
     }
 
 
-def times(ran: Sequence[tuple[Workbench, Settings]], seeds: Sequence[int]) -> list[float]:
+def times(ran: Sequence[tuple[Workbench, Filled]], seeds: Sequence[int]) -> list[float]:
     """Seconds per picture of each, the median over rounds that go through all of them."""
     taken = []
     for i, (workbench, settings) in enumerate([*ran] * ROUNDS):

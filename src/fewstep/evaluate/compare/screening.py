@@ -11,22 +11,23 @@ import numpy as np
 from fewstep.evaluate.compare.bench import Judge, Workbench
 from fewstep.evaluate.compare.design import FINALISTS, Design
 from fewstep.evaluate.statistics import Statistics
-from fewstep.loop import resolve
 from fewstep.models import Model
-from fewstep.sampling.generate import Settings, locate
+from fewstep.sampling.choose import choose, draws_noise, locate
+from fewstep.sampling.settings import Filled, Settings
 from fewstep.solver import Solver
+from fewstep.solving import resolve
 
-__all__ = ["all_candidates", "check_solvers", "choose"]
+__all__ = ["all_candidates", "check_solvers", "screened"]
 
 STUDENT_SAMPLERS = ("consistency", "consistency-ode")  # what is screened for a student
 
 
-def choose(
+def screened(
     workbench: Workbench,
     design: Design,
     judges: dict[str, Judge],
-    candidates: Sequence[Settings],
-) -> tuple[Settings, dict[str, Any] | None]:
+    candidates: Sequence[Filled],
+) -> tuple[Filled, dict[str, Any] | None]:
     """The best of the settings on the validation seeds, and how it was chosen.
 
     By a distance, a setting's pictures are compared with the exact solutions of the same seeds: the
@@ -36,9 +37,9 @@ def choose(
     """
     if len(candidates) == 1:
         return candidates[0], None
-    fresh = any(one.stochastic for one in candidates)
+    fresh = any(draws_noise(one) for one in candidates)
 
-    def score(settings: Settings, seeds: Sequence[int]) -> float:
+    def score(settings: Filled, seeds: Sequence[int]) -> float:
         run = workbench.run(settings, seeds)
         if design.choose_by == "error":
             return float(np.sqrt(run.mse).mean())
@@ -61,7 +62,7 @@ def choose(
 
 def all_candidates(
     workbench: Workbench, design: Design
-) -> tuple[dict[tuple[int, str], list[Settings]], dict[str, str]]:
+) -> tuple[dict[tuple[int, str], list[Filled]], dict[str, str]]:
     """The settings to choose from for each budget and solver, and the reasons of those that have
     none."""
     check_solvers(workbench.model, design, workbench.students)
@@ -93,7 +94,7 @@ def check_solvers(model: Model, design: Design, students: Collection[str] = ()) 
 
 def _candidates(
     workbench: Workbench, design: Design, solver: str, nfe: int
-) -> tuple[list[Settings], str]:
+) -> tuple[list[Filled], str]:
     """The settings that fit, and why the first of the others does not. "auto" and learned solvers
     leave nothing to choose; of a student it is its sampler, where there is more than one level and
     a distance to choose by, for the error is none with fresh noise."""
@@ -106,7 +107,7 @@ def _candidates(
             return [], f"{solver} has guidance {built_in:g} built in, not {design.guidance}"
         try:
             workbench.denoiser()
-            return [Settings.choose(model, sampler, nfe) for sampler in samplers], ""
+            return [choose(model, Settings(sampler, nfe)) for sampler in samplers], ""
         except ValueError as error:
             return [], str(error)
     try:
@@ -119,8 +120,8 @@ def _candidates(
     fit, why = [], ""
     for grid, afs, end in choices if free else [(None, None, None)]:
         try:
-            settings = Settings.choose(model, solver, nfe, grid, afs, end=end)
-            resolve(**settings.arguments(), denoiser=denoiser)
+            settings = choose(model, Settings(solver, nfe, grid, afs, end=end))
+            resolve(settings, denoiser)
         except ValueError as error:
             why = why or str(error)
             continue

@@ -36,10 +36,8 @@ class Format:
     def load(self, path: Path | str, device: str, dtype: str, compile: bool, **options: Any) -> Any:
         """The model. Errors: ValueError for options that the format does not have."""
         if unknown := [name for name in options if name not in self.options]:
-            have = ", ".join(self.options) or "none"
-            raise ValueError(
-                f"{', '.join(unknown)}: {self.name} has no such options; it has: {have}"
-            )
+            have = f"it has {', '.join(self.options)}" if self.options else "leave them out"
+            raise ValueError(f"{', '.join(unknown)}: {self.name} has no such options; {have}")
         module, _, function = self.home.partition(":")
         return getattr(importlib.import_module(module), function)(
             path, device, dtype, compile, **options

@@ -1,0 +1,94 @@
+"""fewstep models."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+from rich.console import Console
+from rich.table import Table
+
+from fewstep.cli.app import app
+from fewstep.cli.options import command
+from fewstep.cli.work import AsJson
+from fewstep.text import styled
+
+if TYPE_CHECKING:
+    from fewstep.models import Card
+
+
+@command(app, "models")
+def models_command(
+    name: Annotated[str | None, Parameter(help="Show this model: a name, or a folder.")] = None,
+    /,
+    *,
+    as_json: AsJson = False,
+) -> None:
+    """List the built-in models, or show what is known of one; --json has all of it."""
+    from fewstep.models import builtin, read_card
+
+    cards = [read_card(one) for one in ([name] if name else builtin())]
+    if as_json:
+        values = [card.to_dict() for card in cards]
+        print(json.dumps(values[0] if name else values, indent=2))
+        return
+    Console().print(_card(cards[0]) if name else _list(cards), highlight=False)
+
+
+def _list(cards: list[Card]) -> Table:
+    """One row per model; the name, which is to be typed, is never cut."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("model", overflow="fold", min_width=max(len(card.name) for card in cards))
+    for heading in ("what it is", "pictures", "sigma"):
+        table.add_column(heading, overflow="fold")
+    for card in cards:
+        row = (card.name, card.summary, _pictures(card), _sigmas(card))
+        table.add_row(*map(styled, row))
+    return table
+
+
+def _card(card: Card) -> Table:
+    """What a reader wants to know of a model before using it."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    rows = [
+        ("name", card.name),
+        ("what it is", card.summary),
+        ("pictures", _pictures(card)),
+        ("classes", ", ".join(card.classes)),
+        ("sigma", _sigmas(card)),
+        ("usual grid", f"{card.grid}, which ends at {card.end}"),
+        ("weights", card.weights_sha256[:16]),
+        ("folder", card.folder),
+    ]
+    for heading, value in rows:
+        if value:
+            table.add_row(heading, styled(value))
+    if card.auto:
+        table.add_row("auto", "what it takes for a number of evaluations:")
+    for nfe in card.auto:
+        table.add_row("", styled(f"{nfe}: {_choice(card, nfe)}"))
+    table.add_row("try", styled(f"fewstep sample {shlex.quote(card.name)}"))
+    return table
+
+
+def _choice(card: Card, nfe: str) -> str:
+    """What auto does with a budget, in words."""
+    entry = card.to_dict()["auto"][nfe]
+    if entry.get("learned"):
+        return f"the learned solver {entry['learned']}"
+    grid = entry.get("grid", card.grid)
+    on = f"on {grid}" if isinstance(grid, str) else f"on {len(grid)} levels of its own"
+    afs = entry.get("afs", "none")
+    return f"{entry['solver']} {on}" + f", afs {afs}" * (afs != "none")
+
+
+def _pictures(card: Card) -> str:
+    return "x".join(map(str, card.picture or ("?", "?", "?")))
+
+
+def _sigmas(card: Card) -> str:
+    return f"{card.sigma_min:g} to {card.sigma_max:g}"

@@ -1,0 +1,79 @@
+"""The options of a training that the command has, with its help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["MethodOptions", "Options"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How `fewstep.learned.train` is called; what is None depends on the method.
+
+    The command shows these lines as its help.
+
+    Attributes:
+        method: tuned, amed, amed-plugin or grid.
+        base: The solver that is improved on. Default: ipndm-4 for amed-plugin; else dpmpp-2m on
+            pipelines, ipndm-3 elsewhere, ipndm-2 up to 3 evaluations.
+        nfe: Network evaluations per picture.
+        trajectories: Length of the run in pictures.
+        batch: Pictures at a time.
+        grid: A grid's name, sigmas like 80,9,1,0.002, or search: find one. Default: search for
+            tuned and grid, time-uniform for amed, karras for amed-plugin; on pipelines trailing and
+            discrete.
+        sigma_min: Lowest level of the grid. Default: the network's.
+        afs: Analytic first step, at no evaluation: none, zero or mean.
+        end: Where a named grid ends: sigma_min, or zero, for tuned and grid. Default: zero for
+            these on pipelines, else sigma_min.
+        teacher: A deterministic solver's name. Default: deis-3; for tuned deis-4.
+        inner: Points that the teacher adds inside each interval; for tuned, on the whole way.
+            Default: 2; for tuned 30.
+        lr: Learning rate of Adam. Default: 0.005; for tuned 0.02.
+        seed: Decides first weights and noise.
+        validation_seeds: Pictures compared with reference solves.
+        checkpoint_every: Batches between checkpoints.
+        validate_every: Batches between validations.
+        checkpointed: Compute tuned's gradients in the memory of one call, in half more of its time.
+    """
+
+    method: str = "tuned"
+    base: str | None = None
+    nfe: int = 5
+    trajectories: int = 10_000
+    batch: int = 128
+    grid: str | tuple[float, ...] | None = None
+    sigma_min: float | None = None
+    afs: str | None = None
+    end: str | None = None
+    teacher: str | None = None
+    inner: int | None = None
+    lr: float | None = None
+    seed: int = 0
+    validation_seeds: int = 64
+    checkpoint_every: int = 5
+    validate_every: int = 10
+    checkpointed: bool = True
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """Options of single methods.
+
+    Attributes:
+        scale_dir: amed, amed-plugin: how far c may be from 1. Default: 0.01.
+        scale_time: amed, amed-plugin: how far a may be from 1. Default: 0.
+        features: amed, amed-plugin: read the network's features. Without them the solver is a
+            table of numbers. Default: where there are any.
+        parts: tuned: what is learned. Default: times,told,weights.
+        squared: tuned: the loss is the squared distance, not the distance.
+        shift: tuned: weight of the shift that all ends share. Default: 2 in features, else 0.
+    """
+
+    scale_dir: float | None = None
+    scale_time: float | None = None
+    features: bool | None = None
+    parts: tuple[str, ...] | None = None
+    squared: bool | None = None
+    shift: float | None = None

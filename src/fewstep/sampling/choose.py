@@ -1,0 +1,263 @@
+"""What a model's card makes of settings: everything that was left open, filled in and checked."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fewstep.grid import check_grid
+from fewstep.loop import check_mean_start, starts_at
+from fewstep.plan import Plan, Program
+from fewstep.sampling.settings import Filled, Settings
+from fewstep.solver import Solver, get, intervals_for
+from fewstep.solving import DEFAULT_GRID, DEFAULT_NFE, Runnable, find, is_folder, resolve
+
+if TYPE_CHECKING:
+    from fewstep.models import Card, Model
+
+__all__ = ["choose", "describe", "draws_noise", "locate", "plan_for"]
+
+AVERAGED = range(1_000_000, 1_000_064)  # seeds behind the plan of a solver that reads features
+
+
+def choose(model: Model, settings: Settings, start: float | None = None) -> Filled:
+    """Fill in what was left open, and check that everything fits.
+
+    "auto" is the best that the model's card knows for the budget: a learned solver, where one
+    comes with the model for it, else a named one. Where the caller names grid, afs, final, end or
+    a start it is the named one, with these. Beside sigmas it is a solver alone, one that spends
+    one evaluation on each interval, and afs is "none" unless given. A solver that is named without
+    a grid or an end has those of the card.
+
+    Args:
+        model: whose card it is
+        settings: as asked for
+        start: the level at which sampling starts, where that is not settings.head_start; the
+            card's sigma_max where both are left out
+
+    Returns:
+        The same with nothing left open.
+
+    Raises:
+        ValueError: unknown names, impossible budgets, or a grid that starts elsewhere.
+    """
+    grid, afs, end, final = settings.grid, settings.afs, settings.end, settings.final
+    begin = settings.head_start if start is None else start
+    nfe = DEFAULT_NFE if settings.nfe is None else settings.nfe
+    if grid is not None and not isinstance(grid, str):
+        grid = check_grid(grid)
+    settings = replace(settings, grid=grid)
+    solver, known = _picked(model, settings, begin)
+    if model.card.distilled and grid is None and isinstance(solver, str | Solver):
+        grid = tuple(_own_levels(model.card, nfe))
+    if not isinstance(solver, str | Solver):
+        program = resolve(replace(settings, solver=_named(solver), grid=grid, head_start=None))
+        _check_start(model, program.sigmas[0], begin, own=True)
+        _check_weights(model, program)
+        spent = program.evaluations
+        return Filled(program, spent, head_start=settings.head_start)
+    chosen = known.get("grid", model.card.grid) if grid is None else grid
+    first = known.get("afs", "none") if afs is None else afs
+    if first == "mean":
+        level = model.card.sigma_max if begin is None else begin
+        check_mean_start(level if isinstance(chosen, str) else chosen[0], model.card.sigma_max)
+    if not isinstance(chosen, str):
+        asked = Settings(solver, nfe, tuple(chosen), first, final, end)
+        spent = resolve(asked).evaluations
+        _check_start(model, chosen[0], begin)
+        return Filled(solver, spent, asked.grid, first, final, head_start=settings.head_start)
+    stop = "sigma_min" if final else known.get("end", model.card.end)
+    stop = stop if end is None else end
+    return Filled(solver, nfe, chosen, first, final, stop, settings.head_start)
+
+
+def locate(model: Model, solver: str | Path, nfe: int | None) -> Solver | Runnable:
+    """A solver by name, or a learned one by its folder, or by the name under which it comes with
+    the model, which goes before a folder of that name. Errors: ValueError where there is none."""
+    comes = model.card.shipped(str(solver))
+    if comes and is_folder(solver):
+        warnings.warn(
+            f"{solver} is what comes with {model.card.name}; the folder of that name here is "
+            f"./{solver}",
+            stacklevel=2,
+        )
+    return find(comes or solver, nfe)
+
+
+def draws_noise(settings: Filled) -> bool:
+    """Whether filled-in settings may draw noise on the way: the solver or plan does, and is not a
+    consistency function that ends at once."""
+    solver = settings.solver
+    if isinstance(solver, Program):
+        return solver.draws
+    solver = get(solver) if isinstance(solver, str) else solver
+    at_once = settings.nfe == 1 and isinstance(settings.grid, tuple) and settings.grid[-1] == 0
+    return solver.stochastic and not (solver.consistency and at_once)
+
+
+def describe(model: Model, settings: Filled, **conditions: Any) -> dict[str, Any]:
+    """What makes a picture, besides its seed and label, JSON-ready: known before it is made.
+
+    Args:
+        model: its card and, where it has them, its `facts`
+        settings: filled in
+        conditions: prompt, guidance and the like
+    """
+    facts = getattr(model, "facts", None)
+    return {
+        "model": model.card.name,
+        "weights": model.card.weights_sha256,
+        **settings.record(),
+        "prompt": None,
+        "guidance": None,
+        "head_start": settings.head_start,
+        **conditions,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        **({} if facts is None else facts()),
+    }
+
+
+def plan_for(
+    settings: Settings,
+    model: Model | None = None,
+    *,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+) -> Plan:
+    """The plan that a run would follow, on a model, or without one on the range of EDM.
+
+    Args:
+        settings: as asked for; solver "auto" only where there is a model
+        model: whose card, range and time are taken
+        sigma_min, sigma_max: the ends of a named grid, in place of the model's
+
+    Returns:
+        The plan. Of a learned solver that reads features the numbers are means over some of the
+        model's samples.
+
+    Raises:
+        ValueError: also where the solver adapts to the network, and there is no model.
+    """
+    if model is None:
+        if settings.solver == "auto":
+            raise ValueError("auto is the best that a model's card knows; name a model too")
+        denoiser, solver = None, find(settings.solver, settings.nfe)
+        grid = DEFAULT_GRID if settings.grid is None else settings.grid
+        filled = replace(settings, solver=solver)
+        if isinstance(solver, Solver):
+            filled = replace(filled, grid=grid)
+    else:
+        denoiser, solver = model.denoiser(), _picked(model, settings, sigma_max)[0]
+        filled = choose(model, settings, sigma_max)
+    named = not isinstance(filled.grid, tuple)
+    ends = {"sigma_min": sigma_min, "sigma_max": sigma_max} if named else {}
+    program = resolve(filled, denoiser, **ends)
+    if isinstance(filled.solver, str | Solver):
+        own = get(filled.solver) if isinstance(filled.solver, str) else filled.solver
+        name = filled.grid if isinstance(filled.grid, str) else "custom"
+        return own.plan(program.sigmas, filled.afs or "none", filled.final, grid=name)
+    return solver.plan(denoiser, model.prior(AVERAGED) if model else None)  # type: ignore[union-attr]
+
+
+def _picked(
+    model: Model, settings: Settings, start: float | None
+) -> tuple[str | Solver | Runnable, dict[str, Any]]:
+    """The solver, a registered one by its name, and what the card knows beside it."""
+    solver, nfe = settings.solver, DEFAULT_NFE if settings.nfe is None else settings.nfe
+    known: dict[str, Any] = {}
+    if isinstance(solver, str) and solver == "auto":
+        top = start is None or starts_at(start, model.card.sigma_max)
+        known = _known(model.card, replace(settings, nfe=nfe), top)
+        given = (settings.grid, settings.afs, settings.end) != (None, None, None)
+        free = not given and not settings.final and top
+        learned = model.card.learned(nfe) if free else None
+        solver = known.get("solver", "dpmpp-2m") if learned is None else str(learned)
+    if isinstance(solver, str | Path):
+        found = locate(model, solver, settings.nfe)  # raises now for an unknown name
+        return (found.name if isinstance(found, Solver) else found), known
+    return solver, known
+
+
+def _known(card: Card, asked: Settings, top: bool) -> dict[str, Any]:
+    """The card's entry for the budget, or for the next lower one that it has, where that fits what
+    the caller has named.
+
+    top: whether the start is at sigma_max; below it, afs="mean" does not hold
+    """
+    sigmas = asked.grid if isinstance(asked.grid, tuple) else None
+    nfe = asked.nfe or DEFAULT_NFE if sigmas is None else len(sigmas) - 1
+    below = [int(budget) for budget in card.auto if int(budget) <= nfe]
+    entry = card.auto[str(max(below))].given() if below else {}
+    if not top and entry.get("afs") == "mean":
+        del entry["afs"]
+    begin = entry.get("afs", "none") if asked.afs is None else asked.afs
+    stop = asked.end or ("sigma_min" if asked.final else entry.get("end", card.end))
+    try:
+        solver = get(entry["solver"])
+        if sigmas is not None:
+            fits = solver.on(sigmas).evaluations == nfe
+            return {"solver": entry["solver"]} if fits else {}
+        intervals_for(solver, nfe, begin, asked.final, stop)
+    except (KeyError, ValueError):
+        return {}
+    return entry
+
+
+def _own_levels(card: Card, nfe: int) -> Sequence[float]:
+    """The levels that a distilled network was trained on for this budget, whatever the solver."""
+    choice = card.auto.get(str(nfe))
+    if choice is None or choice.grid is None:
+        have = ", ".join(card.auto) or "none"
+        raise ValueError(
+            f"{card.name} is distilled and has levels for {have} evaluations, not for {nfe}; "
+            "take one of these, or give a grid"
+        )
+    return choice.grid
+
+
+def _named(solver: Runnable) -> Program:
+    """Its program; that of a plan is known by a hash of its numbers."""
+    if not hasattr(solver, "program"):
+        return solver  # type: ignore[return-value]  # for `resolve` to refuse
+    program = solver.program()
+    if isinstance(solver, Plan):
+        digest = hashlib.sha256(solver.to_json().encode()).hexdigest()[:16]
+        return replace(program, name=f"{solver.solver}, plan {digest}")
+    return program
+
+
+def _check_weights(model: Model, program: Program) -> None:
+    """Warn of a solver that was trained on another network, where both are known."""
+    known = model.card.weights_sha256
+    if program.learned_on and known and program.learned_on != known:
+        warnings.warn(
+            f"{program.name} was trained on other weights than those of {model.card.name}; "
+            "expect less of it, or train one for this model",
+            stacklevel=4,
+        )
+
+
+def _check_start(model: Model, sigma: float, start: float | None, own: bool = False) -> None:
+    """Raises ValueError where a grid starts elsewhere than sampling does.
+
+    own: whether it is the solver's own grid, which cannot be moved
+    """
+    level = model.card.sigma_max if start is None else start
+    if starts_at(sigma, level):
+        return
+    if own:
+        advice = "take a solver without one"
+        if model.card.kind != "pipeline":  # which has no statistics for a head start
+            advice += f", or head_start={sigma:.10g}"
+        raise ValueError(
+            f"this solver has its own grid, which starts at sigma {sigma:.10g}, and sampling "
+            f"starts at {level:.10g}; {advice}"
+        )
+    raise ValueError(
+        f"the grid starts at sigma {sigma:.10g}, but sampling at {level:.10g}; start the grid "
+        f"there, or sampling at the grid's: head_start={sigma:.10g} of noise, strength of a picture"
+    )
