@@ -23,6 +23,7 @@ from fewstep.learned import LearnedSolver
 from fewstep.learned.tuned import Tuned
 from fewstep.models import BUILTIN, builtin
 from fewstep.plan import Plan, levels
+from fewstep.report.demo import write_demo
 from fewstep.sampling.choose import choose, plan_for
 from fewstep.sampling.settings import Settings
 from studies import ship_solvers
@@ -293,6 +294,7 @@ def test_a_solver_file_that_cannot_be_read_is_one_line(tmp_path):
 
 def test_a_long_name_leaves_room_for_the_pictures(folder, tmp_path):
     told = run_demo(str(folder), nfe=3, seeds=[0], solvers=("auto", "ddim"))
+    told = write_demo(told, tmp_path)
     page = next(path for path in told.files if path.suffix == ".html").read_text()
     assert re.search(r'<span class="about figure">tuned, error 0\.\d+', page)
 

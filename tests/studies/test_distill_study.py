@@ -216,16 +216,18 @@ def test_a_student_ships_with_its_figures_under_a_name(place: Path) -> None:
     into, folder, comparison = place / "builtin", place / "student", place / "comparison.json"
     teacher = fewstep.load(into / "tiny")
     made = distill(teacher, pictures(), out=folder, validation_seeds=1, **{**TINY, "pictures": 8})
+    shipped = json.loads((Path(__file__).parents[2] / "results" / "fashion-mnist.json").read_text())
+    whole = {**shipped["rows"][0], "fd_data": {}, "source": 1}
+    whole.pop("student", None)
+    whole["fd"] = {"j": next(iter(whole["fd"].values()))}
     rows = [
-        {"nfe": nfe, "solver": solver, "error": nfe / 8, "fd": {"j": {"excess": nfe / 4}},
-         "student": {"weights": made.card.weights_sha256}, "source": 1}
+        {**whole, "nfe": nfe, "solver": solver, "error": nfe / 8,
+         "fd": {"j": {**whole["fd"]["j"], "excess": nfe / 4}},
+         "student": {"weights": made.card.weights_sha256}}
         for nfe, solver in ((1, "consistency"), (2, "ddim"))
     ]  # fmt: skip
-    record = {
-        "format": "fewstep-comparison/1",
-        "seeds": "0-9",
-        "sources": [{}, {"command": "study"}],
-    }
+    source = {**shipped["sources"][0], "command": "study"}
+    record = {**shipped, "seeds": "0-9", "sources": [source, source], "floor": {"j": {"fd": 0.0}}}
     comparison.write_text(json.dumps({**record, "rows": rows}))
     ship(folder, "tiny-splam", comparison, into)
     with pytest.MonkeyPatch.context() as patch:
@@ -248,7 +250,7 @@ def test_a_student_ships_with_its_figures_under_a_name(place: Path) -> None:
     )
     assert np.array_equal(ours, theirs)
 
-    comparison.write_text(json.dumps({**record, "rows": [{"nfe": 1}]}))
+    comparison.write_text(json.dumps({**record, "rows": [whole]}))
     for other, figures, words in (
         (into / "tiny", None, "is no student of fewstep distill"),
         (folder, comparison, "the comparison has no rows of the student"),
