@@ -41,6 +41,7 @@ events: list[str] = []
 def hook(event: str, arguments: tuple[Any, ...]) -> None:
     writes = (
         event == "open"
+        and arguments[0] not in (1, 2)  # the command's own streams
         and isinstance(arguments[2], int)
         and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
     )

@@ -64,6 +64,7 @@ def killed(name: str, out: Path, cache: Path, chance: random.Random, write: int 
                 process.stdout.readline()
             time.sleep(chance.uniform(0, 0.01))
             process.kill()
+        process.communicate()
     done = () if write else (0,)  # of so short a run, which may end just before
     assert process.returncode in (-signal.SIGKILL, *done)
 
