@@ -296,7 +296,7 @@ def test_a_long_name_leaves_room_for_the_pictures(folder, tmp_path):
     told = run_demo(str(folder), nfe=3, seeds=[0], solvers=("auto", "ddim"))
     told = write_demo(told, tmp_path)
     page = next(path for path in told.files if path.suffix == ".html").read_text()
-    assert re.search(r'<span class="about figure">tuned, error 0\.\d+', page)
+    assert re.search(r'<span class="about">tuned, error 0\.\d+', page)
 
 
 def test_the_population_that_ships_is_the_one_that_a_comparison_looks_for(tmp_path, monkeypatch):
