@@ -20,6 +20,7 @@ from tests.support.testbed import Counted, Mixture, noise
 
 SHAPE = (3,)
 SHORT = {"method": "grid", "base": "ipndm-2", "nfe": 4, "trajectories": 24, "validation": 24}
+SHORT |= {"fallback": False}
 
 
 def named(points: int) -> dict[str, tuple[float, ...]]:

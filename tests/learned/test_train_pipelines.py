@@ -43,6 +43,7 @@ from tests.support.testbed import Mixture
 TEXTS = [f"{'a cat' if i % 2 else 'mat'} {i}" for i in range(40)]
 TRAINING, VALIDATION = range(2_000_000, 2_000_400), range(1_000_000, 1_000_400)
 SHORT = {"trajectories": 4, "batch": 2, "validation": 1, "validate_every": 1}
+SHORT |= {"fallback": False}
 
 
 @pytest.fixture(scope="session")

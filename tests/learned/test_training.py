@@ -299,6 +299,7 @@ TOY = GaussianMixture(
     sigma_max=20.0,
 )
 SHORT = {"method": "amed", "trajectories": 96, "batch": 16, "validation": 16, "validate_every": 2}
+SHORT |= {"fallback": False}
 
 
 def short(out: Path | None = None, denoiser: Any = TOY, **more: Any) -> LearnedSolver:

@@ -50,6 +50,7 @@ class Settings:
     validate_every, checkpoint_every: in batches
     checkpointed: of a loss that spans several calls of the denoiser, compute each call again for
         its gradient, so that memory does not grow with nfe; without, the same numbers come sooner
+    fallback: whether the result is the best training-free solver where that was not beaten
     options: of the method. amed and amed-plugin: scale_dir, scale_time, features; tuned: parts,
         squared, shift
 
@@ -74,6 +75,7 @@ class Settings:
     validate_every: int = 10
     checkpoint_every: int = 5
     checkpointed: bool = True
+    fallback: bool = True
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
