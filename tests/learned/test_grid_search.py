@@ -121,6 +121,7 @@ def test_a_resumed_run_does_not_search_again(mixture, tmp_path, monkeypatch):
 
 def test_other_methods_start_from_a_searched_grid(mixture):
     short = {"nfe": 4, "trajectories": 24, "batch": 8, "inner": 9, "validation": 8, "base": None}
+    short["fallback"] = False
     grid = train(mixture, SHAPE, **{**SHORT, **short, "afs": "none"})
     tuned = train(mixture, SHAPE, **short, method="tuned")  # as it does unless told otherwise
     assert tuned.sigmas == grid.sigmas

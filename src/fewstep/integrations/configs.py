@@ -104,9 +104,8 @@ def translated(
         ValueError: for what is not honoured, and for names that there are not.
     """
     fields, given = dict(fields), dict(given)
-    if any(
-        name in fields for name in (*LEVELS, "afs")
-    ):  # ours, that went through the scheduler of EDM and has its defaults
+    # ours, that went through the scheduler of EDM and has its defaults
+    if any(name in fields for name in (*LEVELS, "afs")):
         fields = {name: value for name, value in fields.items() if name not in OF_EDM}
     _check(fields)
     _check(given)
