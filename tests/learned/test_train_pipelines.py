@@ -414,7 +414,10 @@ RECIPE = (
     *("--scale-dir", 0, "--scale-time", 0.2, "--teacher", "dpmpp-2m", "--inner", 2),
     *("--guidance", 7.5, "--nfe", 4),
 )
-TINY = ("--trajectories", 4, "--batch", 2, "--validation-seeds", 1, "--validate-every", 1)
+TINY = (
+    *("--trajectories", 4, "--batch", 2, "--validation-seeds", 1, "--validate-every", 1),
+    "--not-fallback",
+)
 
 
 @pytest.mark.usefixtures("quick")
