@@ -22,10 +22,11 @@ from fewstep.cache import cache_folder
 from fewstep.distillation import distill
 from fewstep.learned import train as train_solver
 from fewstep.models.exact import GaussianMixture
-from fewstep.networks.unet import UNetConfig
+from fewstep.networks.unet_config import UNetConfig
 from fewstep.train.checkpoint import CHECKPOINT
 from fewstep.train.loop import Progress
-from fewstep.train.network import Recipe, train_network
+from fewstep.train.network import train_network
+from fewstep.train.recipe import Recipe
 from recipes import fashion_features
 
 __all__ = ["LONGER", "OTHER", "RESULTS", "STEPS", "TRAININGS", "step_of"]
