@@ -76,7 +76,7 @@ def solver(method: str) -> Callable[..., None]:
         gen = torch.Generator().manual_seed(data)
         means = torch.randn(3, 4, generator=gen, dtype=torch.float64)
         toy = GaussianMixture(torch.ones(3) / 3, means, 0.1, sigma_min=0.01, sigma_max=20.0)
-        small = {"nfe": 4, "trajectories": BATCH * steps, "batch": BATCH, "validation": 8}
+        small = {"nfe": 4, "trajectories": BATCH * steps, "batch": BATCH, "validation_seeds": 8}
         often = {"checkpoint_every": 1, "validate_every": 2, "cache": cache_folder()}
         known = {"model": {"name": "toy", "weights": f"{data:064d}"}, "method": method}
         train_solver(toy, (4,), out=out, report=report, **{**small, **often, **known, **settings})

@@ -109,7 +109,7 @@ def compare_command(
     from fewstep.report.terminal import Progress, comparison_table
 
     about = {name: given[name] for name in ("label", "guidance", "prompt")}
-    fine = Fine(**FINE.take(given))
+    choose_by, fine = given["choose_by"], Fine(**FINE.take(given))
     design = Design(**ASKED.take(given), **CHOSEN.take(given), **about)
     batch, machine = given["batch"], {name: given[name] for name in ("device", "dtype", "compile")}
     earlier = read_comparison(beside) if beside else None
@@ -123,7 +123,7 @@ def compare_command(
     judges = [
         resolve_features(one, machine["device"], size, trusted) for one in named if one != "none"
     ]
-    if judges and given["choose_by"] is None:
+    if judges and choose_by is None:
         design = replace(design, choose_by=judges[0].label)
     students = load_students(loaded, design.solvers, **machine)
     check_solvers(loaded, design, students)
