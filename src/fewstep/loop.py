@@ -370,7 +370,8 @@ def far_mean(denoiser: Denoiser) -> Tensor:
 def check_mean_start(sigma: Level, sigma_max: float | None) -> None:
     """far_mean is the mean of D at sigma_max, and stands for no D below it.
 
-    Errors: ValueError for an analytic first step "mean" from below.
+    Raises:
+        ValueError: for an analytic first step "mean" from below.
     """
     if sigma_max is None or isinstance(sigma, Tensor) or starts_at(sigma, sigma_max):
         return

@@ -73,7 +73,11 @@ def as_slug(text: str) -> str:
 
 
 def check_slug(name: str, value: Any) -> str:
-    """The value. Errors: ValueError that names the argument where it is not a slug."""
+    """The value.
+
+    Raises:
+        ValueError: it names the argument where it is not a slug.
+    """
     try:
         return pydantic.TypeAdapter(Slug).validate_python(value)
     except pydantic.ValidationError:

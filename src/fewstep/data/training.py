@@ -51,7 +51,8 @@ class Pictures:
     images: uint8 [n, c, h, w]
     labels: int64 [n]
 
-    Errors: ValueError for other dtypes, or numbers that do not match.
+    Raises:
+        ValueError: for other dtypes, or numbers that do not match.
     """
 
     images: Tensor
@@ -139,8 +140,11 @@ def _on_disk(path: Path, model: Model, needed: bool) -> tuple[Tensor, Tensor]:
 
 
 def _at_size(picture: np.ndarray, model: Model, name: str) -> np.ndarray:
-    """uint8 [h, w, c] as the model takes it. Errors: ValueError for one that is too small, or has
-    another number of channels."""
+    """uint8 [h, w, c] as the model takes it.
+
+    Raises:
+        ValueError: for one that is too small, or has another number of channels.
+    """
     channels, height, width = model.shape
     if picture.shape[2] != channels:
         kinds = {1: "grey", 3: "in colour"}
@@ -162,7 +166,8 @@ def _at_size(picture: np.ndarray, model: Model, name: str) -> np.ndarray:
 def _labels(path: Path, names: Sequence[str], classes: Sequence[str]) -> Tensor | None:
     """The class of each picture, int64 [n]; None where they have none.
 
-    Errors: ValueError where some pictures lie in a class's folder and others do not.
+    Raises:
+        ValueError: some pictures lie in a class's folder and others do not.
     """
     if isinstance(names, Positions):  # an array has no folders
         found = (

@@ -36,7 +36,10 @@ def student_levels(levels: Sequence[float], nfe: int) -> tuple[float, ...]:
     evenly from the first, then 0.
 
     Level i of the evaluations is number floor(i (N - 1) / nfe) of the N of its training grid; the
-    last of these was never the start of a sub-path. Errors: ValueError where there are too few.
+    last of these was never the start of a sub-path.
+
+    Raises:
+        ValueError: there are too few.
     """
     starts = len(levels) - 1
     if not 1 <= nfe <= starts:
@@ -57,7 +60,8 @@ def student_card(
     facts: how it was distilled; run: all settings, and its data
     sampler: "consistency", with fresh noise at every level, or "consistency-ode", without
 
-    Errors: ValueError for another sampler.
+    Raises:
+        ValueError: for another sampler.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")

@@ -234,7 +234,11 @@ def _recipe(settings: dict[str, Any]) -> Recipe:
 
 
 def _checked(recipe: Recipe, known: Subject, model: Model) -> Stepper:
-    """The teacher's step. Errors: ValueError for settings that the model has no use for."""
+    """The teacher's step.
+
+    Raises:
+        ValueError: for settings that the model has no use for.
+    """
     step = stepper(
         recipe.teacher,
         known.sigma_max,

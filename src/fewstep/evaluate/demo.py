@@ -316,7 +316,11 @@ def _entrant(model: Model, denoiser: Counted, name: str, nfe: int) -> _Entrant:
 
 
 def _spendable(solver: Solver, settings: Filled) -> int:
-    """The first budget from that of the settings on. Errors: ValueError where there is none."""
+    """The first budget from that of the settings on.
+
+    Raises:
+        ValueError: there is none.
+    """
     how = settings.afs, settings.final, settings.end
     for budget in range(settings.nfe, settings.nfe + 8):
         try:

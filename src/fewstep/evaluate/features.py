@@ -206,8 +206,11 @@ class Extractor:
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Features of uint8 [n, h, w, c], float32 [n, dim]. Errors: ValueError for pictures that it
-        does not take."""
+        """Features of uint8 [n, h, w, c], float32 [n, dim].
+
+        Raises:
+            ValueError: for pictures that it does not take.
+        """
         try:
             features = self.network(self.preprocessing(images).to(self.device))
         except RuntimeError as error:
@@ -375,7 +378,9 @@ def load_inception(
     path: of `inception-2015-12-05.pt`; else $FEWSTEP_INCEPTION, else the cache, else a download
     sha256: what the file must have; another hash than the usual one is the caller's word for a file
         of their own, whose distances are not called FID
-    Errors: ValueError that says where to put the file.
+
+    Raises:
+        ValueError: it says where to put the file.
     """
     chosen = path or os.environ.get("FEWSTEP_INCEPTION")
     found = Path(chosen) if chosen else _cached_inception()

@@ -245,7 +245,8 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         solver: a name; or a learned solver, its folder, or a plan, whose budget is fixed then:
             num_inference_steps has to be its number of intervals
 
-        Errors: ValueError for a learned solver that reads the network's features.
+        Raises:
+            ValueError: for a learned solver that reads the network's features.
         """
         fields = dict(config or {})
         if "solver" in kwargs:
@@ -278,7 +279,8 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
             1] before the shift, as diffusers has them. The end is added where it is missing.
         mu: the dynamic shift of a flow, from the pipeline
 
-        Errors: ValueError for both of them, for neither, and where a plan has fixed its own.
+        Raises:
+            ValueError: for both of them, for neither, and where a plan has fixed its own.
         """
         if timesteps is not None and sigmas is not None:
             raise ValueError("give timesteps or sigmas, not both")

@@ -51,8 +51,9 @@ class FewstepPipeline:
         parts are shared, and what is changed on it (adapters, device, slicing) holds here.
     solver: a learned solver, its folder, or a plan
 
-    Errors: ValueError for a solver by name, which needs no pipeline of its own, and for a pipeline
-    that fewstep does not run, or that takes no text.
+    Raises:
+        ValueError: for a solver by name, which needs no pipeline of its own, and for a pipeline
+            that fewstep does not run, or that takes no text.
     """
 
     pipe: Any
@@ -105,7 +106,8 @@ class FewstepPipeline:
             the run there. t is one per picture where the solver chose it.
         sizes: original_size, crops_coords_top_left and target_size, of Stable Diffusion XL
 
-        Errors: ValueError for what does not fit, before the first network call.
+        Raises:
+            ValueError: for what does not fit, before the first network call.
         """
         model = self._model(height, width)
         program = self.solver.program()  # type: ignore[union-attr]

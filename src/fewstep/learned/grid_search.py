@@ -64,8 +64,10 @@ def search_grid(
     space: where ends are compared; None: as they are
 
     Spends an evaluation on each fine level of a trajectory, and the student's on each candidate.
-    Errors: ValueError for more intervals than the fine grid has; FloatingPointError where the
-    denoiser is not finite.
+
+    Raises:
+        ValueError: for more intervals than the fine grid has.
+        FloatingPointError: the denoiser is not finite.
     """
     intervals = len(next(iter(named.values()))) - 1
     if intervals >= len(fine):

@@ -29,7 +29,8 @@ def prompted(
         ten or more.
     negative, guidance: as in `model.denoiser`, the same for all
 
-    Errors: ValueError where there is no text, and where the model takes none.
+    Raises:
+        ValueError: there is no text, and where the model takes none.
     """
     if not texts:
         raise ValueError("prompts must be at least one text")

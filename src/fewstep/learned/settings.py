@@ -53,7 +53,8 @@ class Settings:
     options: of the method. amed and amed-plugin: scale_dir, scale_time, features; tuned: parts,
         squared, shift
 
-    Errors: ValueError for a count that is no integer or too small, and an unknown method or option.
+    Raises:
+        ValueError: for a count that is no integer or too small, and an unknown method or option.
     """
 
     method: str = "tuned"

@@ -57,7 +57,8 @@ class Teacher:
     sigmas: the student's levels, each of which is in `fine` to the bit
     features: whether to look at the network's features at the student's levels
 
-    Errors: ValueError for a solver that draws noise or adapts.
+    Raises:
+        ValueError: for a solver that draws noise or adapts.
     """
 
     solver: str

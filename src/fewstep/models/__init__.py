@@ -104,8 +104,9 @@ def load(
 
     Nothing in a folder is executed.
 
-    Errors: ValueError where there is no such model (with the nearest names), no such device, or its
-    files are damaged.
+    Raises:
+        ValueError: there is no such model (with the nearest names), no such device, or its files
+            are damaged.
     """
     device, dtype = str(device), str(dtype).removeprefix("torch.")
     name = str(name_or_path)

@@ -148,7 +148,8 @@ def read_process(
     betas: its table, where it has one
     tokens: how many tokens one sample has, for a dynamic shift
 
-    Errors: ValueError for a process that is neither VP nor a flow, or that cannot be sampled.
+    Raises:
+        ValueError: for a process that is neither VP nor a flow, or that cannot be sampled.
     """
     kind = str(config.get("prediction_type", "epsilon"))
     if name in FLOWS or config.get("use_flow_sigmas") or kind == "flow_prediction":

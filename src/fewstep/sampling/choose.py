@@ -77,7 +77,11 @@ def choose(model: Model, settings: Settings, start: float | None = None) -> Fill
 
 def locate(model: Model, solver: str | Path, nfe: int | None) -> Solver | Runnable:
     """A solver by name, or a learned one by its folder, or by the name under which it comes with
-    the model, which goes before a folder of that name. Errors: ValueError where there is none."""
+    the model, which goes before a folder of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
     comes = model.card.shipped(str(solver))
     if comes and is_folder(solver):
         warnings.warn(

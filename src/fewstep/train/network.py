@@ -58,7 +58,8 @@ class Recipe:
     cooldown: the last share of the run, over which it falls to zero
     dtype: the network's arithmetic
 
-    Errors: ValueError for a number outside its range.
+    Raises:
+        ValueError: for a number outside its range.
     """
 
     pictures: int = 1_500_000
@@ -276,7 +277,8 @@ def export_network(
     classes: names, indices where left out
     about: more facts for the card, which says the recipe and the version of fewstep in any case
 
-    Errors: ValueError for names that do not go with the recipe, or where `out` holds another model.
+    Raises:
+        ValueError: for names that do not go with the recipe, or where `out` holds another model.
     """
     out, count = Path(out), recipe.network.classes
     names = check_names(tuple(classes) or tuple(map(str, range(count))), count)
@@ -298,8 +300,11 @@ def export_network(
 
 
 def check_names(names: Sequence[str], classes: int) -> tuple[str, ...]:
-    """The names of classes. Errors: ValueError where there are too few or too many, or one is empty
-    or given twice."""
+    """The names of classes.
+
+    Raises:
+        ValueError: there are too few or too many, or one is empty or given twice.
+    """
     if len(names) != classes:
         raise ValueError(f"classes must name {classes} classes, got {len(names)}")
     if not all(names) or len(set(names)) != len(names):

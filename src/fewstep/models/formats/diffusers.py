@@ -98,8 +98,9 @@ def load_pipeline(
     size: (height, width) of the pictures in pixels; the size of training where left out
     slicing, tiling: decode one picture at a time, or each in overlapping tiles: less memory
 
-    Errors: ValueError for what is not a pipeline, classes and processes that fewstep does not run,
-    missing components, damaged files, and pickles with anything but tensors in them.
+    Raises:
+        ValueError: for what is not a pipeline, classes and processes that fewstep does not run,
+            missing components, damaged files, and pickles with anything but tensors in them.
     """
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
@@ -135,7 +136,9 @@ def from_pipe(pipe: Any, *, size: Size | None = None, compile: bool = False) -> 
     Texts are encoded anew at each call, since the text encoders may change between two. The card
     has a hash of the weights only where adapters were added, so that a solver for the plain ones
     is not taken for theirs.
-    Errors: ValueError for other classes, and processes that fewstep does not run.
+
+    Raises:
+        ValueError: for other classes, and processes that fewstep does not run.
     """
     kind = type(pipe).__name__
     if kind not in FAMILIES:
@@ -182,8 +185,9 @@ def find_source(name_or_path: str | Path, config: str | Path | None) -> Source:
 def read_index(source: Source) -> tuple[dict[str, Any], Family]:
     """The model_index.json and the family of its class.
 
-    Errors: ValueError where it is missing or damaged, of an unknown class, or wants code that is
-    not diffusers' or transformers'.
+    Raises:
+        ValueError: it is missing or damaged, of an unknown class, or wants code that is not
+            diffusers' or transformers'.
     """
     path = source.folder / INDEX_FILE
     if not path.is_file():
@@ -278,8 +282,9 @@ def _apply_marks(pipe: Any, source: Source, given: bool) -> None:
     """Set the scheduler to what a single file says of itself by its keys.
 
     given: whether the configuration is one that the caller named
-    Errors: ValueError where the two contradict each other, and for a process that fewstep does not
-    run.
+
+    Raises:
+        ValueError: the two contradict each other, and for a process that fewstep does not run.
     """
     assert source.single is not None
     names = tensor_names(source.single).names

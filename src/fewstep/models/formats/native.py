@@ -98,8 +98,11 @@ def save_folder(folder: Path, card: Card, net: UNet, stats: Mapping[str, Tensor]
 
 
 def _network(card: Card, header: Mapping[str, Entry]) -> UNet:
-    """The network that the card describes, without memory. Errors: ValueError where the weights
-    file does not hold what it needs."""
+    """The network that the card describes, without memory.
+
+    Raises:
+        ValueError: the weights file does not hold what it needs.
+    """
     config = UNetConfig(**card.network)
     if 2 * TENSORS * config.blocks * len(config.widths) > len(header):
         raise ValueError(
