@@ -290,8 +290,17 @@ def run(
 def finish(
     program: Program, denoiser: Denoiser, x_T: Tensor, seeds: Sequence[int] | None = None
 ) -> Tensor:
-    """x at the end of `run`; the arguments are the same. Memory is reused where gradients are
-    off."""
+    """x at the end of `run`. Memory is reused where gradients are off.
+
+    Args:
+        program, denoiser, x_T, seeds: as in `run`
+
+    Returns:
+        x at the program's end, like x_T, in float32 or x_T's float64.
+
+    Raises:
+        ValueError: as in `run`.
+    """
     x = x_T
     for state in run(program, denoiser, x_T, seeds, reuse=not torch.is_grad_enabled()):
         x = state.x
@@ -357,7 +366,7 @@ def _evaluate(denoiser: Denoiser, x: Tensor, op: Eval) -> tuple[Tensor, Tensor |
 
 
 def far_mean(denoiser: Denoiser) -> Tensor:
-    """Errors: ValueError where the denoiser does not know it."""
+    """Raise ValueError where the denoiser does not know it."""
     mean = getattr(denoiser, "far_mean", None)
     if mean is None:
         raise ValueError(

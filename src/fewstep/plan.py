@@ -280,6 +280,11 @@ def freeze(
 ) -> Plan:
     """Drain a static solver's generator into a plan.
 
+    Args:
+        program: the operations, in order
+        prediction, depth: what the history holds, "eps" or "x0", and how many outputs are kept
+        solver, grid, sigmas: for the record
+
     Raises:
         ValueError: it needs replies from the network (a solver that adapts has no plan).
     """

@@ -146,7 +146,7 @@ def _finite(text: str) -> float:
 
 
 def _check_tree(value: Any, what: str) -> None:
-    """Errors: ValueError where a tree is too deep, or a text in it is not plain."""
+    """Raise ValueError where a tree is too deep, or a text in it is not plain."""
     level: list[Any] = [value]
     for _ in range(DEEPEST + 1):
         inner: list[Any] = []

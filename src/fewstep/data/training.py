@@ -87,12 +87,14 @@ def read_data(
     """Data as it comes, (images, labels), or what is on disk: a folder of idx files, or pictures in
     a folder, a .zip, an .npz or an .npy, all read into memory.
 
-    dropout: the share of pictures that are shown without class; where it is 1 the data need none
-
     idx pictures are padded to the model's size. Others are turned upright as their Exif data say,
     and the middle square is taken and made smaller; their classes are the folders that they lie in,
     or `labels` or `arr_1` of an .npz. Files that are no pictures are left out, with a warning that
     counts them.
+
+    Args:
+        dropout: the share of pictures that are shown without class; where it is 1 the data need
+            none
 
     Raises:
         ValueError: pictures or labels do not go with the model, or files cannot be read.

@@ -57,8 +57,9 @@ def student_card(
 ) -> Card:
     """The card of a student: `auto` names its sampler with the levels for each budget.
 
-    facts: how it was distilled; run: all settings, and its data
-    sampler: "consistency", with fresh noise at every level, or "consistency-ode", without
+    Args:
+        facts: how it was distilled; run: all settings, and its data
+        sampler: "consistency", with fresh noise at every level, or "consistency-ode", without
 
     Raises:
         ValueError: for another sampler.
@@ -141,15 +142,17 @@ class Examination:
     def __call__(self, student: Model, guided: bool, sheet: Path | None) -> dict[str, float]:
         """Distances of the student's pictures at each of `EXAMINED` nfe.
 
-        guided: whether the student is told the guidance scale
-        sheet: where to write the teacher's pictures and the student's, row by row, those of its own
-            sampler
+        Args:
+            guided: whether the student is told the guidance scale
+            sheet: where to write the teacher's pictures and the student's, row by row, those of its
+                own sampler
 
-        Returns for each nfe rmse_*, root mean square of the difference from the fine solution of
-        the same seed in pixels of [-1, 1], and, where `distance` has it, fd_*; rmse_ode_* and
-        fd_ode_* are those of consistency-ode, and fd_fine is the distance of the fine solutions
-        themselves, the least that can be expected. Beyond one evaluation the fresh noise of the
-        other sampler is in its rmse.
+        Returns:
+            For each nfe rmse_*, root mean square of the difference from the fine solution of the
+            same seed in pixels of [-1, 1], and, where `distance` has it, fd_*; rmse_ode_* and
+            fd_ode_* are those of consistency-ode, and fd_fine is the distance of the fine solutions
+            themselves, the least that can be expected. Beyond one evaluation the fresh noise of the
+            other sampler is in its rmse.
         """
         figures: dict[str, float] = {}
         rows = [self.reference[:SHOWN]]

@@ -98,11 +98,12 @@ def stepper(
 ) -> Stepper:
     """The teacher's step on a named grid, or that of a plan on its own grid.
 
-    teacher: a solver's name; or a plan in JSON or a learned solver's folder, whose steps must not
-        look back beyond their own interval, and which bring their own grid
-    points, grid: DEFAULT_POINTS and DEFAULT_GRID where left out
-    substeps: how many steps of the solver one interval takes, on the same kind of grid refined;
-        DEFAULT_SUBSTEPS where left out
+    Args:
+        teacher: a solver's name; or a plan in JSON or a learned solver's folder, whose steps must
+            not look back beyond their own interval, and which bring their own grid
+        points, grid: DEFAULT_POINTS and DEFAULT_GRID where left out
+        substeps: how many steps of the solver one interval takes, on the same kind of grid refined;
+            DEFAULT_SUBSTEPS where left out
 
     Raises:
         ValueError: for a solver that is stochastic, adapts, or whose steps differ in kind.

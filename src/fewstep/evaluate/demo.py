@@ -338,7 +338,7 @@ def _fine(recipe: tuple[str, int, str], nfe: int) -> Filled:
 
 
 def _row(entrant: _Entrant, run: _Run, target: Tensor | None, nfe: int) -> Row:
-    """target: what errors are measured to, perhaps of fewer pictures; nfe: the budget asked for."""
+    """A row of the table; `target` may hold fewer pictures, and `nfe` is the budget asked for."""
     errors = None
     if target is not None:
         gap = run.x[: len(target)].double() - target.double()

@@ -139,15 +139,16 @@ def run_geometry(
 ) -> Geometry:
     """Measure the trajectories of a model; write geometry.json.
 
-    model: a name, a folder, or a loaded model
-    points: of a trajectory, on a grid that is a name; sigmas are a grid of their own
-    solver: of the ODE, by name
-    label, prompt, guidance: one for all seeds
-    batch: seeds at a time; what keeps their states below 256 MB unless given
-    report: called with what is under way, and with the work done and in total, in points
-
     `out` also keeps the curves, geometry.safetensors, so that a run that was cut short goes on
     after its last batch, and seeds may be added.
+
+    Args:
+        model: a name, a folder, or a loaded model
+        points: of a trajectory, on a grid that is a name; sigmas are a grid of their own
+        solver: of the ODE, by name
+        label, prompt, guidance: one for all seeds
+        batch: seeds at a time; what keeps their states below 256 MB unless given
+        report: called with what is under way, and with the work done and in total, in points
 
     Raises:
         ValueError: for what the model or the solver cannot do, a grid that ends at 0, and an `out`

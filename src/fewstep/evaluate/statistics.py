@@ -232,7 +232,7 @@ def check_features(features: ArrayLike) -> np.ndarray:
 
 
 def check_comparable(ours: Statistics, theirs: Statistics) -> None:
-    """Errors: ValueError, with both names or dimensions, unless one network made both."""
+    """Raise ValueError, with both names or dimensions, unless one network made both."""
     if ours.extractor != theirs.extractor:
         names = " and ".join(repr(one.extractor or "(not stated)") for one in (ours, theirs))
         raise ValueError(f"features of different networks do not compare: {names}")
@@ -269,8 +269,9 @@ def bootstrap_frechet(
 ) -> float:
     """Standard error of the Frechet distance to a fixed reference, over the choice of pictures.
 
-    features: [n, d], n >= 2
-    resamples: draws of n pictures with replacement
+    Args:
+        features: [n, d], n >= 2
+        resamples: draws of n pictures with replacement
     """
     values = _resampled(check_features(features), reference, _weights(features, resamples, seed))
     return float(values.std(ddof=1))
@@ -286,9 +287,13 @@ def paired_frechet(
     """Frechet distance of a sampler's pictures to a reference, less that of a second set made from
     the same seeds.
 
-    features, second: [n, d] each; row i of both belongs to seed i
-    Returns value, excess = value - (distance of the second set), and the standard errors of both,
-    se and excess_se. Each resample draws the same seeds from both sets, so what they share cancels.
+    Args:
+        features, second: [n, d] each; row i of both belongs to seed i
+
+    Returns:
+        Value, excess = value - (distance of the second set), and the standard errors of both, se
+        and excess_se. Each resample draws the same seeds from both sets, so what they share
+        cancels.
     """
     ours, theirs = check_features(features), check_features(second)
     if ours.shape != theirs.shape:
@@ -399,9 +404,11 @@ def precision_recall(
     reference inside the pictures' manifold.
 
     A manifold is the union of balls around its points that reach to the k-th nearest other point.
-    features: [n, d] and [m, d], n and m > k; of more than MOST_ROWS rows, a keyed choice
     The errors are those of a share, sqrt(p (1 - p) / n), with the manifolds as they are. Numbers
     depend on n and m: compare them at the same counts only.
+
+    Args:
+        features: [n, d] and [m, d], n and m > k; of more than MOST_ROWS rows, a keyed choice
     """
     x, y = _some(features), _some(reference)
     if x.shape[1] != y.shape[1] or k < 1 or min(len(x), len(y)) <= k:

@@ -95,16 +95,18 @@ class FewstepPipeline:
     ) -> Any:
         """Pictures, as an object with `images`, or in a tuple.
 
-        num_inference_steps: fixed by the solver; what is passed has to be its number of intervals
-        guidance_scale: the pipeline's own default where left out; 1 and less is none
-        generator, seeds, latents: the start, one of them at most. A generator draws what diffusers
-            draws from it, seeds what `fewstep.sample` does, one per picture; latents are noise of
-            variance 1, [n, c, h, w].
-        output_type: "pil", "np", "pt", or "latent", which is the clean latents that are decoded
-        callback_on_step_end: called as callback(pipe, i, t, {"latents": x_t}) after each accepted
-            state; the latents that it returns are gone on from, and `pipe._interrupt = True` ends
-            the run there. t is one per picture where the solver chose it.
-        sizes: original_size, crops_coords_top_left and target_size, of Stable Diffusion XL
+        Args:
+            num_inference_steps: fixed by the solver; what is passed has to be its number of
+                intervals
+            guidance_scale: the pipeline's own default where left out; 1 and less is none
+            generator, seeds, latents: the start, one of them at most. A generator draws what
+                diffusers draws from it, seeds what `fewstep.sample` does, one per picture; latents
+                are noise of variance 1, [n, c, h, w].
+            output_type: "pil", "np", "pt", or "latent", which is the clean latents that are decoded
+            callback_on_step_end: called as callback(pipe, i, t, {"latents": x_t}) after each
+                accepted state; the latents that it returns are gone on from, and `pipe._interrupt =
+                True` ends the run there. t is one per picture where the solver chose it.
+            sizes: original_size, crops_coords_top_left and target_size, of Stable Diffusion XL
 
         Raises:
             ValueError: for what does not fit, before the first network call.

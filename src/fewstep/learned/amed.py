@@ -182,8 +182,9 @@ class AmedKind:
     ) -> Method:
         """Untrained.
 
-        scale_dir, scale_time: see `Predictor`
-        features: whether to read the network's; None: where there are any
+        Args:
+            scale_dir, scale_time: see `Predictor`
+            features: whether to read the network's; None: where there are any
 
         Raises:
             ValueError: they are asked of a network that has none, and for a start so noisy that c,

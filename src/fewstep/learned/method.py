@@ -175,9 +175,10 @@ class Kind(Protocol):
     ) -> Recipe:
         """Defaults for a budget.
 
-        end: where the grid ends, sigmas too; None: where the method likes it best
-        own_time: whether the network has a time of its own, in which grids can be uniform (VP,
-            flow)
+        Args:
+            end: where the grid ends, sigmas too; None: where the method likes it best
+            own_time: whether the network has a time of its own, in which grids can be uniform (VP,
+                flow)
 
         Raises:
             ValueError: for a budget that cannot be spent exactly, and for an end that the method

@@ -87,7 +87,8 @@ class Predictor:
     ) -> Values:
         """The step from cur to nxt, in float64 on `device`.
 
-        features: [b, features], or None for zeros, which give one value for all samples, [1]
+        Args:
+            features: [b, features], or None for zeros, which give one value for all samples, [1]
         """
         w = {name: value.to(device) for name, value in self.weights.items()}
         if features is None:

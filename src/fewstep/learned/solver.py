@@ -99,8 +99,9 @@ class LearnedSolver:
         """The same as a static plan, every number in it; `fewstep.plan.levels(plan.ops)` are the
         sigmas at which the network is evaluated.
 
-        denoiser, x_T: where the numbers differ between samples, those of the plan are their means
-            over these samples, and it is the same solver only as far as they are alike
+        Args:
+            denoiser, x_T: where the numbers differ between samples, those of the plan are their
+                means over these samples, and it is the same solver only as far as they are alike
 
         Raises:
             ValueError: they differ and no samples are given.

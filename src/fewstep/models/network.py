@@ -161,10 +161,13 @@ class NetworkModel:
         """D(x, sigma) for one label for all pictures, or one per picture; None is the network
         without class.
 
-        label: text that is a class's name means that class, other text of digits an index; a number
-            is always an index
-        guidance: scale of classifier-free guidance, >= 0, one or one per picture, needs a label;
-            None or 1 is none. A network that is told the scale takes it in, at no second pass.
+        Args:
+            label: text that is a class's name means that class, other text of digits an index; a
+                number is always an index
+            prompt, negative: for models with text, so not here
+            guidance: scale of classifier-free guidance, >= 0, one or one per picture, needs a
+                label; None or 1 is none. A network that is told the scale takes it in, at no second
+                pass.
 
         Raises:
             ValueError: for a text, an unknown label, a guidance that is negative or not finite,
@@ -256,8 +259,12 @@ class NetworkModel:
     ) -> Tensor:
         """The start of sampling, float32 [n, c, h, w]: sigma_max z, z keyed by seed.
 
-        sigma: a lower level to carry it to along the flow of a Gaussian with the data's mean and
-        leading covariance (those of the label), in closed form and without an evaluation.
+        Args:
+            seeds: one per picture
+            sigma: a lower level to carry it to along the flow of a Gaussian with the data's mean
+                and leading covariance (those of the label), in closed form and without an
+                evaluation
+            label: as in `denoiser`
 
         Raises:
             ValueError: the model has no such statistics.

@@ -130,15 +130,16 @@ class PipelineModel:
     ) -> Any:
         """D(x, sigma) with the prompt filled in; text is encoded here, once.
 
-        prompt: one text for all pictures, or one per picture; None is the empty text
-        guidance: scale of classifier-free guidance, one or one per picture, >= 0; None or 1 is none
-            and costs one network call, any other costs two. A network that takes the scale as an
-            input (LCM) is told it and costs one call.
-        negative: the negative prompt, in place of the empty text
-        original_size, crops_coords_top_left, target_size: the size conditioning of SDXL, (height,
-            width) each; the picture's own size, uncropped, where left out
-
         A prompt longer than the text encoder reads: a UserWarning with what was cut.
+
+        Args:
+            prompt: one text for all pictures, or one per picture; None is the empty text
+            guidance: scale of classifier-free guidance, one or one per picture, >= 0; None or 1 is
+                none and costs one network call, any other costs two. A network that takes the scale
+                as an input (LCM) is told it and costs one call.
+            negative: the negative prompt, in place of the empty text
+            original_size, crops_coords_top_left, target_size: the size conditioning of SDXL,
+                (height, width) each; the picture's own size, uncropped, where left out
 
         Raises:
             ValueError: for what the model does not take, and for counts that do not agree.
@@ -261,11 +262,12 @@ class PipelineModel:
     ) -> tuple[Tensor, float]:
         """Where image-to-image starts: (x, sigma), the pictures with noise up to sigma.
 
-        images: uint8 [n, h, w, c] of the model's size, one for all seeds or one per seed
-        strength: in (0, 1]; the share of the network's own time that is gone through again, 1 keeps
-            nothing of the picture but what is left at sigma_max
-
         Solve on from there: `solve(denoiser, x, ..., sigma_max=sigma)`.
+
+        Args:
+            images: uint8 [n, h, w, c] of the model's size, one for all seeds or one per seed
+            strength: in (0, 1]; the share of the network's own time that is gone through again, 1
+                keeps nothing of the picture but what is left at sigma_max
         """
         sigma = self.level(strength)
         clean = self.encode(images)

@@ -143,10 +143,11 @@ def read_process(
 ) -> Process:
     """The process of a scheduler.
 
-    name: its class
-    config: its configuration
-    betas: its table, where it has one
-    tokens: how many tokens one sample has, for a dynamic shift
+    Args:
+        name: its class
+        config: its configuration
+        betas: its table, where it has one
+        tokens: how many tokens one sample has, for a dynamic shift
 
     Raises:
         ValueError: for a process that is neither VP nor a flow, or that cannot be sampled.

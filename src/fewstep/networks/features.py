@@ -127,7 +127,8 @@ TRUNKS: dict[str, Callable[..., Residual | Patches]] = {"residual": Residual, "p
 def make_trunk(network: dict[str, Any], conv: Conv = plain_conv) -> Residual | Patches:
     """h(x) of an architecture as a card describes it: `kind`, and that kind's options.
 
-    conv: makes the convolutions that training puts a batch norm behind, which export folds away
+    Args:
+        conv: makes the convolutions that training puts a batch norm behind, which export folds away
 
     Raises:
         ValueError: for an unknown kind, or sizes out of bounds.

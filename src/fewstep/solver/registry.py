@@ -98,8 +98,15 @@ class Solver:
         return self.evaluations is not None
 
     def ops_on(self, sigmas: Sequence[float], afs: str = "none", final: bool = False) -> Ops:
-        """The operations on one grid, with an analytic first step and a last denoising step where
-        asked for.
+        """The operations on one grid.
+
+        Args:
+            sigmas: strictly decreasing
+            afs: the analytic first step, "none", "zero" or "mean"
+            final: whether a last denoising step is taken at the grid's end, for one evaluation
+
+        Returns:
+            A generator of `Eval` and `Combine`.
 
         Raises:
             ValueError: for an unknown `afs`, for an analytic first step of a stochastic solver and
@@ -129,6 +136,10 @@ class Solver:
     ) -> Plan:
         """`ops_on`, drained.
 
+        Args:
+            sigmas, afs, final: as in `ops_on`
+            grid: the name of the grid, for the record
+
         Raises:
             ValueError: the solver adapts to the network.
         """
@@ -155,6 +166,12 @@ class Solver:
 
     def with_options(self, **values: float) -> Solver:
         """The same solver with other options.
+
+        Args:
+            values: by the names that `options` has
+
+        Returns:
+            A solver whose name says the options, as in "ddim-eta:eta=0.5".
 
         Raises:
             ValueError: it has no such option, or where a value is out of its range.
@@ -262,7 +279,8 @@ def register(solver: Solver) -> Solver:
 def names(*, stochastic: bool | None = None, consistency: bool = False) -> list[str]:
     """Names of the registered solvers, all of them or only the (non-)stochastic ones.
 
-    consistency: those for consistency functions, instead of those for any denoiser
+    Args:
+        consistency: those for consistency functions, instead of those for any denoiser
     """
     return [
         s.name
@@ -341,6 +359,12 @@ def intervals_for(
     end: str = "sigma_min",
 ) -> int:
     """How many intervals spend exactly `budget` evaluations.
+
+    Args:
+        solver: whose steps may cost one evaluation or more
+        budget: network evaluations, nfe
+        afs, final: as in `Solver.ops_on`
+        end: "sigma_min" or "zero", where the grid ends
 
     Raises:
         ValueError: it names the nearest budgets that the solver can spend.

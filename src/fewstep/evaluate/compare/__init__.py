@@ -147,7 +147,8 @@ def compare(
 def load_students(model: Model, solvers: Sequence[str], **options: Any) -> dict[str, Model]:
     """Those of the solvers that are models, by the name given: students of this one.
 
-    options: of `load`
+    Args:
+        options: of `load`
 
     Raises:
         ValueError: for a model that was not distilled from this one, weights and all.

@@ -232,7 +232,7 @@ def _of_pickle(path: Path, data: bytes) -> Contents:
 
 
 def _check_sizes(data: bytes) -> None:
-    """Errors: ValueError for a pickle whose memo would take more memory than the file."""
+    """Raise ValueError for a pickle whose memo would take more memory than the file."""
     for opcode, argument, _ in pickletools.genops(data):
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(data):
             raise ValueError(f"its memo has an index of {argument}")

@@ -129,7 +129,7 @@ def _check_shapes(
 
 
 def _check_statistics(header: Mapping[str, Entry], config: UNetConfig) -> None:
-    """Errors: ValueError where a tensor named stats.* is missing or of another shape than the
+    """Raise ValueError where a tensor named stats.* is missing or of another shape than the
     module's docstring says."""
     found = {name: entry.shape for name, entry in header.items() if name.startswith("stats.")}
     rows, picture = config.classes + 1, (config.channels, config.size, config.size)
