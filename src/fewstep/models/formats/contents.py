@@ -135,7 +135,11 @@ def recognise(path: Path) -> tuple[Kind | None, Contents]:
 
 
 def tensor_names(path: Path) -> Contents:
-    """The names of the tensors in a file. Raises: as `recognise`."""
+    """The names of the tensors in a file.
+
+    Raises:
+        ValueError: as `recognise`.
+    """
     with open(path, "rb") as file:
         start = file.read(16)
     if start[8:9] == b"{":
