@@ -121,7 +121,7 @@ class Part:
             self.stepper.tell(chosen.to(x).expand_as(x))
         self.op = op
 
-    def levels(self, x: Tensor) -> list[float] | Tensor:
+    def levels(self, x: Tensor) -> Sequence[float] | Tensor:
         """What the network is told, one a sample."""
         assert self.op is not None
         told = self.op.sigma if self.op.cond is None else self.op.cond
@@ -198,16 +198,24 @@ class Engine:
         """
         job = Job(order, listen, frozenset(shown))
         with self._news:
-            if self._stopping:
-                raise Stopping
-            waiting = self.waiting()
-            # a job that is larger than the queue is taken by an empty one
-            if waiting and waiting + job.waiting > self.most_waiting:
-                self.stats.refused += 1
-                raise Full(self._seconds(self._queue))
+            self._check_room(job.waiting)
             self._queue.append(job)
             self._news.notify_all()
         return job
+
+    def check_room(self, pictures: int) -> None:
+        """Errors as in `submit`, before an order of so many pictures is prepared."""
+        with self._news:
+            self._check_room(pictures)
+
+    def _check_room(self, pictures: int) -> None:
+        if self._stopping:
+            raise Stopping
+        waiting = self.waiting()
+        # a job that is larger than the queue is taken by an empty one
+        if waiting and waiting + pictures > self.most_waiting:
+            self.stats.refused += 1
+            raise Full(self._seconds(self._queue))
 
     def cancel(self, job: Job) -> None:
         """Let go of a job; evaluations of it that have not begun do not happen."""
@@ -346,7 +354,7 @@ class Engine:
             x = torch.cat(xs) if len(xs) > 1 else xs[0]
             told = [part.levels(part.stepper.x) for part in working]
             features = None
-            if all(isinstance(one, list) for one in told):
+            if not any(isinstance(one, Tensor) for one in told):
                 sigma = torch.tensor([level for one in told for level in one], dtype=x.dtype)
                 sigma = sigma.to(x.device, non_blocking=True)
             else:

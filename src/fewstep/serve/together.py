@@ -102,7 +102,7 @@ def together(shares: Sequence[Share]) -> Any:
 
 def _peeled(denoiser: Any) -> tuple[list[Any], Any]:
     """The wrappers around what binds the condition, outermost first, and that."""
-    wrappers = []
+    wrappers: list[Any] = []
     while isinstance(denoiser, Wrapper) and not isinstance(denoiser, Bound | Guided):
         wrappers.append(denoiser)
         denoiser = denoiser.denoiser  # type: ignore[attr-defined]
@@ -111,15 +111,15 @@ def _peeled(denoiser: Any) -> tuple[list[Any], Any]:
 
 def _network(networks: Sequence[Any], shares: Sequence[Share]) -> Any:
     """The conditional denoiser of all; a network that is told numbers is told each sample's."""
-    first = networks[0]
+    first: Any = networks[0]
     tapped = isinstance(first, Wrapper) and hasattr(first.denoiser, "told")
-    inner = [one.denoiser for one in networks] if tapped else list(networks)
+    inner: list[Any] = [one.denoiser for one in networks] if tapped else list(networks)
     told = [getattr(one, "told", None) for one in inner]
     if told[0] is None:
         return first
     rows = [_rows(one, share) for one, share in zip(told, shares, strict=True)]  # type: ignore[arg-type]
-    all_told = replace(inner[0], told=torch.cat(rows))
-    return replace(first, denoiser=all_told) if tapped else all_told
+    all_told: Any = replace(inner[0], told=torch.cat(rows))
+    return replace(first, denoiser=all_told) if tapped else all_told  # type: ignore[arg-type]
 
 
 def _part(condition: Any, share: Share) -> Any:
