@@ -26,7 +26,7 @@ ORDER = [
     ("files", "provenance"),
     ("data.bounds",),
     ("records", "cache"),
-    ("tensors", "schedule", "noise"),
+    ("tensors", "pickles", "schedule", "noise"),
     ("grid", "denoiser"),
     ("plan",),
     ("solver",),

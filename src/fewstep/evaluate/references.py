@@ -74,7 +74,8 @@ class References:
     ) -> np.ndarray:
         """float32 [n, 2, c, h, w]: x at sigma_min and at 0, from the cache or solved now.
 
-        report: called with the number of seeds done
+        Args:
+            report: called with the number of seeds done
         """
         out = np.empty((len(seeds), 2, *self.model.shape), np.float32)
         for part, values in self.chunks(seeds):

@@ -49,7 +49,8 @@ class Predictor:
     weights: by name, see `shapes`
     embedding: what is embedded of a level, "log" or, as published, "sigma"
 
-    Errors: ValueError for a scale outside [0, 1) and for weights that do not fit.
+    Raises:
+        ValueError: for a scale outside [0, 1) and for weights that do not fit.
     """
 
     features: int
@@ -93,7 +94,8 @@ class Predictor:
     ) -> Values:
         """The step from cur to nxt, in float64 on `device`.
 
-        features: [b, features], or None for zeros, which give one value for all samples, [1]
+        Args:
+            features: [b, features], or None for zeros, which give one value for all samples, [1]
         """
         w = {name: value.to(device) for name, value in self.weights.items()}
         if features is None:
@@ -131,7 +133,8 @@ def feature_count(features: object) -> int:
 def read_features(seen: Seen, count: int) -> Tensor:
     """[b, count] from a reply: the channel mean of the network's map, flattened.
 
-    Errors: ValueError where the denoiser gave none, or of another size.
+    Raises:
+        ValueError: the denoiser gave none, or of another size.
     """
     if seen.features is None:
         raise ValueError(

@@ -53,7 +53,8 @@ class Settings:
     options: of the method. amed and amed-plugin: scale_dir, scale_time, features; tuned: parts,
         squared, shift
 
-    Errors: ValueError for a count that is no integer or too small, and an unknown method or option.
+    Raises:
+        ValueError: for a count that is no integer or too small, and an unknown method or option.
     """
 
     method: str = "tuned"
@@ -126,7 +127,7 @@ class Choices:
 
     @classmethod
     def of(cls, settings: Settings, denoiser: Denoiser, in_features: bool) -> Choices:
-        """Errors: ValueError for what does not go together."""
+        """Raise ValueError for what does not go together."""
         grid, end = settings.grid, settings.end
         kind, schedule = kind_of(settings.method), getattr(denoiser, "schedule", None)
         if grid is not None and not isinstance(grid, str):
@@ -237,7 +238,7 @@ class Choices:
 
 
 def _counted(sigmas: tuple[float, ...], intervals: int, nfe: int) -> tuple[float, ...]:
-    """Errors: ValueError where the budget is spent on another number of them."""
+    """Raise ValueError where the budget is spent on another number of them."""
     if len(sigmas) != intervals + 1:
         raise ValueError(
             f"nfe={nfe} is spent on {intervals + 1} sigmas here, got {len(sigmas)}; "

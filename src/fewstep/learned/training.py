@@ -142,7 +142,8 @@ class School:
     bound: from seeds to the denoiser with their conditions
     kept: the folder of the cache, or None
 
-    Errors: ValueError for a denoiser that cannot be learned on.
+    Raises:
+        ValueError: for a denoiser that cannot be learned on.
     """
 
     def __init__(
@@ -173,8 +174,9 @@ class School:
     def enrol(self, folder: Folder, note: Callable[[str], None]) -> tuple[SolverTraining, Method]:
         """The task, its grid found, and what it is measured against.
 
-        Errors: ValueError where the folder has another run or another solver; OSError where it
-        cannot be written.
+        Raises:
+            ValueError: the folder has another run or another solver.
+            OSError: it cannot be written.
         """
         chosen, sigmas = self.chosen, self.chosen.sigmas
         student = untrained = self.fresh(sigmas)

@@ -45,8 +45,9 @@ class UNetConfig:
     entry per resolution, each half the one before; classes=0 makes an unconditional network; told
     names the further numbers that it is told (see `fewstep.networks.conditioning`).
 
-    Errors: ValueError for what no network can have: numbers outside LIMITS, widths that the norm's
-    groups or the attention's heads do not divide, a size that cannot be halved so often.
+    Raises:
+        ValueError: for what no network can have: numbers outside LIMITS, widths that the norm's
+            groups or the attention's heads do not divide, a size that cannot be halved so often.
     """
 
     size: Int = 32

@@ -207,7 +207,7 @@ def _others(out: Path, ours: Collection[Path]) -> list[tuple[Path, dict[str, Any
 
 
 def _check_alike(path: Path, found: dict[str, Any] | None, wanted: dict[str, Any]) -> None:
-    """Errors: ValueError for a picture that is there already and was made otherwise."""
+    """Raise ValueError for a picture that is there already and was made otherwise."""
     if found is None:
         how = "and was not made by fewstep"
     else:

@@ -58,7 +58,8 @@ class Recipe:
     cooldown: the last share of the run, over which it falls to zero
     dtype: the network's arithmetic
 
-    Errors: ValueError for a number outside its range.
+    Raises:
+        ValueError: for a number outside its range.
     """
 
     pictures: int = 1_500_000
@@ -226,24 +227,28 @@ def train_network(
 ) -> UNet:
     """Train to the end of the recipe, resuming from a checkpoint in `out` where there is one.
 
-    images: uint8 [n, c, h, w]
-    labels: int64 [n]
-    held_out: the same, for validation
-    checkpoint_every, validate_every: in steps
-    report: called after every step
-    resumed: called once, with the step, where there was a checkpoint
-
-    Returns the network with averaged weights, float32. `out` receives checkpoint.safetensors and
-    log.jsonl (one line per validation).
-
     Resuming takes exactly the path of an undisturbed run of the same `pictures`. More pictures than
     the checkpoint's run had, even one that was finished, are allowed: see the module's docstring.
     On Ctrl-C and SIGTERM the step is finished and a checkpoint saved before `Stopped` is raised.
 
-    Errors, all before the first step: ValueError for data that do not go with the recipe, a device
-    that is not available, a checkpoint of another recipe or other data, or an `out` that holds
-    another model; OSError where `out` cannot be written. Later, FloatingPointError where the loss
-    is not finite (the last checkpoint stays).
+    Args:
+        images: uint8 [n, c, h, w]
+        labels: int64 [n]
+        held_out: the same, for validation
+        checkpoint_every, validate_every: in steps
+        report: called after every step
+        resumed: called once, with the step, where there was a checkpoint
+
+    Returns:
+        The network with averaged weights, float32. `out` receives checkpoint.safetensors and
+        log.jsonl (one line per validation).
+
+    Raises:
+        ValueError: before the first step, for data that do not go with the recipe, a device that is
+            not available, a checkpoint of another recipe or other data, or an `out` that holds
+            another model.
+        OSError: before the first step, `out` cannot be written.
+        FloatingPointError: the loss is not finite. The last checkpoint stays.
     """
     plan = Schedule(recipe.total_steps, recipe.batch, checkpoint_every, validate_every)
     place = check_device(device)
@@ -272,11 +277,13 @@ def export_network(
     """Write a model folder from a trained network: float16 weights, statistics of the data, the
     card.
 
-    images, labels: the training data, for its statistics
-    classes: names, indices where left out
-    about: more facts for the card, which says the recipe and the version of fewstep in any case
+    Args:
+        images, labels: the training data, for its statistics
+        classes: names, indices where left out
+        about: more facts for the card, which says the recipe and the version of fewstep in any case
 
-    Errors: ValueError for names that do not go with the recipe, or where `out` holds another model.
+    Raises:
+        ValueError: for names that do not go with the recipe, or where `out` holds another model.
     """
     out, count = Path(out), recipe.network.classes
     names = check_names(tuple(classes) or tuple(map(str, range(count))), count)
@@ -298,8 +305,11 @@ def export_network(
 
 
 def check_names(names: Sequence[str], classes: int) -> tuple[str, ...]:
-    """The names of classes. Errors: ValueError where there are too few or too many, or one is empty
-    or given twice."""
+    """The names of classes.
+
+    Raises:
+        ValueError: there are too few or too many, or one is empty or given twice.
+    """
     if len(names) != classes:
         raise ValueError(f"classes must name {classes} classes, got {len(names)}")
     if not all(names) or len(set(names)) != len(names):
@@ -310,7 +320,7 @@ def check_names(names: Sequence[str], classes: int) -> tuple[str, ...]:
 def check_data(
     images: Tensor, labels: Tensor, held_out: tuple[Tensor, Tensor], recipe: Recipe
 ) -> None:
-    """Errors: ValueError where pictures or labels do not go with the recipe, or with each other."""
+    """Raise ValueError where pictures or labels do not go with the recipe, or with each other."""
     config = recipe.network
     shape = (config.channels, config.size, config.size)
     for what, pictures, theirs in (("training", images, labels), ("held-out", *held_out)):

@@ -82,8 +82,10 @@ def compare(
     """Screen, run and measure.
 
     A budget that a solver cannot spend is left out, and the record says why.
-    Errors: ValueError, before any work, where no solver can spend any budget, choose_by names no
-    judge, a solver is not known, or there are too few seeds for a distance.
+
+    Raises:
+        ValueError: before any work, where no solver can spend any budget, choose_by names no judge,
+            a solver is not known, or there are too few seeds for a distance.
     """
     by_label = {judge.label: judge for judge in judges}
     if how := workbench.model.card.distilled:
@@ -145,8 +147,11 @@ def compare(
 def load_students(model: Model, solvers: Sequence[str], **options: Any) -> dict[str, Model]:
     """Those of the solvers that are models, by the name given: students of this one.
 
-    options: of `load`
-    Errors: ValueError for a model that was not distilled from this one, weights and all.
+    Args:
+        options: of `load`
+
+    Raises:
+        ValueError: for a model that was not distilled from this one, weights and all.
     """
     students = {}
     for name in solvers:

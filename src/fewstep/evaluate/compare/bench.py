@@ -159,7 +159,11 @@ class Workbench:
     def _batch(
         self, denoiser: Any, program: Program, seeds: tuple[int, ...]
     ) -> tuple[torch.Tensor, np.ndarray]:
-        """Endpoints and their pictures. Errors: FloatingPointError, naming the seed."""
+        """Endpoints and their pictures.
+
+        Raises:
+            FloatingPointError: naming the seed.
+        """
         x = finish(program, denoiser, self.model.prior(seeds), seeds)
         finite = torch.isfinite(x).flatten(1).all(1)
         if not finite.all():
