@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fewstep.denoiser import Denoiser
-from fewstep.files import check_writable, file_hash, write_json, write_whole
+from fewstep.files import file_hash, open_folder, write_json, write_whole
 from fewstep.grid import check_grid
 from fewstep.learned.kinds import KINDS
 from fewstep.learned.method import Method
@@ -118,7 +118,7 @@ class LearnedSolver:
             OSError: it cannot be.
         """
         folder = Path(folder)
-        check_writable(folder)
+        open_folder(folder)
         if data := self._data():
             write_whole(folder / PREDICTOR_FILE, data)
         about = {name: getattr(self, name) for name in ("model", "training", "validation")}

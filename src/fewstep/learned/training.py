@@ -19,10 +19,11 @@ from torch import Tensor
 
 from fewstep.denoiser import Denoiser
 from fewstep.grid import check_grid
+from fewstep.learned.choices import Choices
 from fewstep.learned.grid_search import FINE, SEARCHED, search_grid
 from fewstep.learned.method import Kind, Lesson, Method, Setup
 from fewstep.learned.rivals import best_rival, unbeaten
-from fewstep.learned.settings import VALIDATION, Choices, Settings
+from fewstep.learned.settings import VALIDATION, Settings
 from fewstep.learned.solver import PREDICTOR_FILE, SOLVER_FILE, LearnedSolver
 from fewstep.learned.teacher import Frozen, Kept
 from fewstep.learned.validation import (
@@ -157,7 +158,7 @@ class School:
     ) -> None:
         self.chosen, self.bound, self.noise = chosen, bound, noise
         self.features, self.model, self.kept = features, model, kept
-        self.held_out = range(VALIDATION, VALIDATION + chosen.settings.validation)
+        self.held_out = range(VALIDATION, VALIDATION + chosen.settings.validation_seeds)
         x = noise(self.held_out[:1])
         self.size = count_features(bound(self.held_out[:1]), x, chosen.sigmas[0])
         if features is not None:
