@@ -43,6 +43,7 @@ ORDER = [
     ("distillation",),
     ("report",),
     ("integrations",),
+    ("serve",),
     ("cli",),
 ]
 # Imports against the order, inside functions: most runs never reach them.
