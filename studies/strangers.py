@@ -138,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> list[list[str]]:
 
 
 def learn(denoiser: Any, shape: Any, method: str, nfe: int, seed: int, options: Any) -> Any:
-    settings = {"trajectories": options.trajectories, "validation": options.validation}
+    settings = {"trajectories": options.trajectories, "validation_seeds": options.validation}
     settings["fallback"] = options.fallback
     return train(
         denoiser, shape, method=method, nfe=nfe, seed=seed, **settings, **dict(options.set)

@@ -81,7 +81,7 @@ OTHER_PREDICTIONS = ("flow_shift", "use_flow_sigmas", "final_sigmas_type")  # tr
 
 
 def check_class(name: str, known: Collection[str]) -> None:
-    """Errors: ValueError for the configuration of a scheduler of another process."""
+    """Raise ValueError for the configuration of a scheduler of another process."""
     if name and name not in (*known, *FLOWS, *OTHERS, "FewstepScheduler"):
         raise ValueError(
             f"{name} has a process of its own, which fewstep does not run; it takes the "
@@ -147,7 +147,7 @@ def _check(fields: Mapping[str, Any]) -> None:
 
 
 def _check_kind(fields: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Errors: ValueError for an argument that only the other kind of process has."""
+    """Raise ValueError for an argument that only the other kind of process has."""
     flow = {**fields, **given}.get("prediction_type") == "flow_prediction"
     for name in TABLES_ONLY if flow else FLOWS_ONLY:
         if name in given:

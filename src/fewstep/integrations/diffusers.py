@@ -28,22 +28,19 @@ import torch
 from torch import Tensor
 
 from fewstep.denoiser import PREDICTIONS
+from fewstep.extras import needs
 from fewstep.grid import check_grid, make_grid
 from fewstep.loop import Stepper
 from fewstep.models.process import FLOWS, Process, Shifted, read_process
 from fewstep.plan import Combine, Plan, Program
 from fewstep.solver import Solver, end_at, get
 
-try:
+with needs("diffusers", __name__):
     from diffusers.configuration_utils import ConfigMixin, register_to_config
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
     from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
     from diffusers.utils.outputs import BaseOutput
     from diffusers.utils.torch_utils import randn_tensor
-except ImportError as error:
-    raise ImportError(
-        f"this module needs diffusers ({error}): pip install 'fewstep[diffusers]'"
-    ) from None
 
 from fewstep.integrations.configs import AUTO, SPACINGS, check_class, chosen, spaced, translated
 from fewstep.integrations.pipeline import FewstepPipeline
@@ -160,8 +157,9 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         use_karras_sigmas and its like hold, in `config` and in `kwargs`, unless the caller names a
         grid. Timesteps and solver of `config` are replaced.
 
-        Errors: ValueError for a learned solver that reads the network's features, for names that
-        there are not, and for settings that would change a picture and are not honoured.
+        Raises:
+            ValueError: for a learned solver that reads the network's features, for names that there
+                are not, and for settings that would change a picture and are not honoured.
         """
         fields = dict(config or {})
         check_class(str(fields.get("_class_name", "")), KNOWN)
@@ -186,13 +184,16 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         """Make the grid, and forget any run so far.
 
-        num_inference_steps: intervals of the grid
-        timesteps: the network's own times at the grid's points, in place of a named grid
-        sigmas: the same as noise levels, those of k-diffusion for VP; for flows the times in (0,
-            1] before the shift, as diffusers has them. The end is added where it is missing.
-        mu: the dynamic shift of a flow, from the pipeline
+        Args:
+            num_inference_steps: intervals of the grid
+            timesteps: the network's own times at the grid's points, in place of a named grid
+            sigmas: the same as noise levels, those of k-diffusion for VP; for flows the times in
+                (0, 1] before the shift, as diffusers has them. The end is added where it is
+                missing.
+            mu: the dynamic shift of a flow, from the pipeline
 
-        Errors: ValueError for both of them, for neither, and where a plan has fixed its own.
+        Raises:
+            ValueError: for both of them, for neither, and where a plan has fixed its own.
         """
         if timesteps is not None and sigmas is not None:
             raise ValueError("give timesteps or sigmas, not both")

@@ -57,7 +57,7 @@ class Staged:
 
     @classmethod
     def cut(cls, plan: Plan) -> Staged:
-        """Errors: ValueError for a plan without evaluations, or that needs the network's mean."""
+        """Raise ValueError for a plan without evaluations, or that needs the network's mean."""
         stages: list[Stage] = []
         rested, end = True, plan.sigmas[0]
         for place, op in enumerate(plan.ops):

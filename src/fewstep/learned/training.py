@@ -19,10 +19,11 @@ from torch import Tensor
 
 from fewstep.denoiser import Denoiser
 from fewstep.grid import check_grid
+from fewstep.learned.choices import Choices
 from fewstep.learned.grid_search import FINE, SEARCHED, OnGrid, search_grid
 from fewstep.learned.method import Kind, Lesson, Method, Setup
 from fewstep.learned.rivals import best_rival, unbeaten
-from fewstep.learned.settings import VALIDATION, Choices, Settings
+from fewstep.learned.settings import VALIDATION, Settings
 from fewstep.learned.solver import PREDICTOR_FILE, SOLVER_FILE, LearnedSolver
 from fewstep.learned.teacher import Frozen, Kept
 from fewstep.learned.validation import (
@@ -111,25 +112,26 @@ def train(
         None if cache is None else Path(cache) / "teachers",
     )
     folder = Folder(None if out is None else Path(out), (SOLVER_FILE, PREDICTOR_FILE))
-    task, untrained = school.enrol(folder, note)
-    plan = task.plan
-    folder.resume(task.run, plan.total_steps)
-    if task.run.step < plan.total_steps or not task.measured:
-        step = task.run.step
-        on = f"going on from batch {step} of {plan.total_steps}, " if step else ""
-        note(f"{on}solving the validation seeds finely")
-        school.open(task)
-        if not task.measured:
-            task.begin(untrained, folder)
-        loop.train(task, folder, plan, report)
-    solver = task.solver(chosen.kind)
-    if line := unbeaten(chosen.settings.method, task.measured):
-        taken = chosen.settings.fallback
-        note(f"{line}; the result is {'that solver' if taken else 'kept as asked'}")
-        solver = settled(solver) if taken else solver
-    if folder.path is not None:
-        solver.save(folder.path)
-    return solver
+    with folder:
+        task, untrained = school.enrol(folder, note)
+        plan = task.plan
+        folder.resume(task.run, plan.total_steps)
+        if task.run.step < plan.total_steps or not task.measured:
+            step = task.run.step
+            on = f"going on from batch {step} of {plan.total_steps}, " if step else ""
+            note(f"{on}solving the validation seeds finely")
+            school.open(task)
+            if not task.measured:
+                task.begin(untrained, folder)
+            loop.train(task, folder, plan, report)
+        solver = task.solver(chosen.kind)
+        if line := unbeaten(chosen.settings.method, task.measured):
+            taken = chosen.settings.fallback
+            note(f"{line}; the result is {'that solver' if taken else 'kept as asked'}")
+            solver = settled(solver) if taken else solver
+        if folder.path is not None:
+            solver.save(folder.path)
+        return solver
 
 
 def settled(solver: LearnedSolver) -> LearnedSolver:
@@ -159,7 +161,8 @@ class School:
     bound: from seeds to the denoiser with their conditions
     kept: the folder of the cache, or None
 
-    Errors: ValueError for a denoiser that cannot be learned on.
+    Raises:
+        ValueError: for a denoiser that cannot be learned on.
     """
 
     def __init__(
@@ -173,7 +176,7 @@ class School:
     ) -> None:
         self.chosen, self.bound, self.noise = chosen, bound, noise
         self.features, self.model, self.kept = features, model, kept
-        self.held_out = range(VALIDATION, VALIDATION + chosen.settings.validation)
+        self.held_out = range(VALIDATION, VALIDATION + chosen.settings.validation_seeds)
         x = noise(self.held_out[:1])
         self.size = count_features(bound(self.held_out[:1]), x, chosen.sigmas[0])
         if features is not None:
@@ -190,8 +193,9 @@ class School:
     def enrol(self, folder: Folder, note: Callable[[str], None]) -> tuple[SolverTraining, Method]:
         """The task, its grid found, and what it is measured against.
 
-        Errors: ValueError where the folder has another run or another solver; OSError where it
-        cannot be written.
+        Raises:
+            ValueError: the folder has another run or another solver.
+            OSError: it cannot be written.
         """
         chosen, sigmas = self.chosen, self.chosen.sigmas
         student = untrained = self.fresh(sigmas)
