@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import fewstep
-from fewstep.distillation import student_levels
+from fewstep.distillation import recipe, student_levels
 from fewstep.distillation.subpath import (
     LOSSES,
     RULES,
@@ -98,6 +98,11 @@ def test_the_boundary_of_discrete_models_is_the_published_one(t: int) -> None:
     scalings = DiscreteEnd(table)(full(sigma))
     ours = consistency(z / alpha, clean, torch.ones(4, dtype=F64), scalings)
     assert (ours - theirs).abs().max() < 1e-10
+
+
+def test_a_recipe_may_name_what_there_is() -> None:
+    assert tuple(LOSSES) == recipe.LOSSES
+    assert sorted(recipe.RULES) == sorted(RULES)
 
 
 def test_f_is_the_identity_at_the_clean_end() -> None:
