@@ -122,7 +122,7 @@ _SOLVERS = (
     Solver("consistency", consistency, "x0", 1, 0, stochastic=True, consistency=True,
            summary="D, then fresh noise to the next level: for distilled networks"),
     Solver("consistency-kappa", consistency_kappa, "x0", 1, 0, consistency=True,
-           options=(("c", 0.5),), ranges=(("c", Range(0.0)),),
+           options=(("c", 0.12),), ranges=(("c", Range(0.0)),),
            summary="along the path of Gaussian data, without noise: for distilled networks"),
 )
 # fmt: on
