@@ -22,11 +22,11 @@ MODULES = {
 # has another place than the rest stands by its own name. Rooms in one line do not import each
 # other.
 ORDER = [
-    ("_lazy", "text", "sampling.settings"),
+    ("_lazy", "extras", "text", "sampling.settings"),
     ("files", "provenance"),
     ("data.bounds",),
     ("records", "cache"),
-    ("tensors", "schedule", "noise"),
+    ("tensors", "pickles", "schedule", "noise"),
     ("grid", "denoiser"),
     ("plan",),
     ("solver",),
@@ -43,6 +43,7 @@ ORDER = [
     ("distillation",),
     ("report",),
     ("integrations",),
+    ("serve",),
     ("cli",),
 ]
 # Imports against the order, inside functions: most runs never reach them.

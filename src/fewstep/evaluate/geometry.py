@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fewstep.denoiser import Denoiser
 from fewstep.evaluate.curves import COMPONENTS, Curves, measure, positive, trace
-from fewstep.files import check_writable, write_json, write_whole
+from fewstep.files import open_folder, write_json, write_whole
 from fewstep.grid import check_grid, make_grid
 from fewstep.models import Model, load
 from fewstep.provenance import machine_line, software_line
@@ -174,7 +174,7 @@ def run_geometry(
         ),
         "label": label,
     }
-    check_writable(out)
+    open_folder(out)
     store = _Store(out / "geometry.safetensors", settings)
     rows = store.read()
     missing = [seed for seed in seeds if seed not in rows]

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from fewstep.denoiser import Denoiser
 from fewstep.grid import check_grid
+from fewstep.learned.choices import Choices
 from fewstep.learned.grid_search import FINE, SEARCHED, search_grid
 from fewstep.learned.method import Kind, Lesson, Method, Setup
 from fewstep.learned.rivals import best_rival, unbeaten
-from fewstep.learned.settings import VALIDATION, Choices, Settings
+from fewstep.learned.settings import VALIDATION, Settings
 from fewstep.learned.solver import PREDICTOR_FILE, SOLVER_FILE, LearnedSolver
 from fewstep.learned.teacher import Frozen, Kept
 from fewstep.learned.validation import (
@@ -110,23 +111,24 @@ def train(
         None if cache is None else Path(cache) / "teachers",
     )
     folder = Folder(None if out is None else Path(out), (SOLVER_FILE, PREDICTOR_FILE))
-    task, untrained = school.enrol(folder, note)
-    plan = task.plan
-    folder.resume(task.run, plan.total_steps)
-    if task.run.step < plan.total_steps or not task.measured:
-        step = task.run.step
-        on = f"going on from batch {step} of {plan.total_steps}, " if step else ""
-        note(f"{on}solving the validation seeds finely")
-        school.open(task)
-        if not task.measured:
-            task.begin(untrained, folder)
-        loop.train(task, folder, plan, report)
-    if line := unbeaten(chosen.settings.method, task.measured):
-        note(line)
-    solver = task.solver(chosen.kind)
-    if folder.path is not None:
-        solver.save(folder.path)
-    return solver
+    with folder:
+        task, untrained = school.enrol(folder, note)
+        plan = task.plan
+        folder.resume(task.run, plan.total_steps)
+        if task.run.step < plan.total_steps or not task.measured:
+            step = task.run.step
+            on = f"going on from batch {step} of {plan.total_steps}, " if step else ""
+            note(f"{on}solving the validation seeds finely")
+            school.open(task)
+            if not task.measured:
+                task.begin(untrained, folder)
+            loop.train(task, folder, plan, report)
+        if line := unbeaten(chosen.settings.method, task.measured):
+            note(line)
+        solver = task.solver(chosen.kind)
+        if folder.path is not None:
+            solver.save(folder.path)
+        return solver
 
 
 def _facts_of(model: Model | dict[str, Any] | None) -> dict[str, Any]:
@@ -157,7 +159,7 @@ class School:
     ) -> None:
         self.chosen, self.bound, self.noise = chosen, bound, noise
         self.features, self.model, self.kept = features, model, kept
-        self.held_out = range(VALIDATION, VALIDATION + chosen.settings.validation)
+        self.held_out = range(VALIDATION, VALIDATION + chosen.settings.validation_seeds)
         x = noise(self.held_out[:1])
         self.size = count_features(bound(self.held_out[:1]), x, chosen.sigmas[0])
         if features is not None:

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fewstep.networks.unet_config import TOLD
+
 __all__ = ["TOLD", "Told", "gamma_index", "guidance_embedding", "guidance_index", "indices"]
 
-TOLD = ("gamma", "guidance")
 FREQUENCIES = 16
 
 

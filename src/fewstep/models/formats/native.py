@@ -26,7 +26,8 @@ from fewstep.models.card import CARD_FILE, WEIGHTS_FILE, Card
 from fewstep.models.network import NetworkModel
 from fewstep.networks.device import check_device, check_dtype
 from fewstep.networks.taps import has_module
-from fewstep.networks.unet import UNet, UNetConfig
+from fewstep.networks.unet import UNet
+from fewstep.networks.unet_config import UNetConfig
 from fewstep.tensors import Entry, load_tensors, read_header
 
 __all__ = ["load_folder", "save_folder"]
