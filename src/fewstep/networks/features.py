@@ -10,7 +10,7 @@ Fashion-MNIST; a picture's features are not normalised. They differ in kind:
     fashion-b   4x4 patches, residual convolutions on 8x8 of them, GELU, then a linear layer that
                 tells every place apart; trained without labels (VICReg)
 
-so a result that holds in both is not a habit of one network. `fashion-a` may serve as a training
+so a result that holds in both is not a habit of one network. `fashion-a` can be used as a training
 loss; `fashion-b` is the judge. recipes/fashion_features.py trains them, docs/feature-networks.md
 says what they see.
 
