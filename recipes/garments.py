@@ -2,12 +2,14 @@
 
     python recipes/garments.py autoencoder --data FOLDER --out RUN
     python recipes/garments.py latents --data FOLDER --out RUN
+    python recipes/garments.py decoder --data FOLDER --out RUN
     python recipes/garments.py unet --out RUN
     python recipes/garments.py export --out RUN --to FOLDER
 
 autoencoder  AutoencoderKL, 32x32 pixels to 4 channels of 8x8: the mean of absolute and squared
              errors, and a small KL term
 latents      the encoded pictures of the first scenes, and their captions' tokens, once
+decoder      the autoencoder's decoder alone, further, on these latents; it may run beside `unet`
 unet         UNet2DConditionModel and CLIPTextModel together: the error of epsilon, a tenth of the
              captions empty
 export       the averaged weights as a StableDiffusionPipeline, float16
@@ -49,7 +51,7 @@ from fewstep.data.garments import (
 from fewstep.data.idx import to_unit
 from fewstep.files import file_hash, write_whole
 from fewstep.noise import generator
-from fewstep.tensors import load_tensors
+from fewstep.tensors import load_tensors, read_metadata
 from fewstep.train import loop
 from fewstep.train.average import Average
 from fewstep.train.checkpoint import CHECKPOINT
@@ -61,23 +63,10 @@ from fewstep.train.run import Identity, Run
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789,.-'!?&"
-EXTRA = [
-    "two",
-    "one",
-    "side",
-    "by",
-    "next",
-    "to",
-    "each",
-    "other",
-    "in",
-    "front",
-    "of",
-    "wall",
-    "background",
-    "plain",
-]
+EXTRA = "a an and on in of to by two one photo picture image side next each other front wall "
+EXTRA += "background plain"
 TIMES, BETA_FIRST, BETA_LAST = 1000, 0.00085, 0.012  # of Stable Diffusion's schedule
+PARTS = ("autoencoder", "latents", "decoder", "unet", "export")
 LATENTS = "latents.safetensors"
 
 AUTOENCODER: dict[str, Any] = {
@@ -124,18 +113,20 @@ class Recipe:
     warmup: pictures until the learning rate is reached
     cooldown: the last share of the run, over which it falls to zero
     kl: weight of the autoencoder's KL term, per latent
+    noise: standard deviation of what is added to the decoder's latents
     dropout: share of empty captions
     """
 
     network: Mapping[str, Any] = field(default_factory=dict)
     pictures: int = 200_000
-    scenes: int = 240_000
+    scenes: int = 100_000
     batch: int = 64
     lr: float = 1e-3
     warmup: int = 10_000
     cooldown: float = 0.3
     weight_decay: float = 0.01
     kl: float = 0.0
+    noise: float = 0.0
     dropout: float = 0.0
     seed: int = 0
 
@@ -159,8 +150,11 @@ class Recipe:
         return self.lr * min(1.0, rise, fall)
 
 
-AUTOENCODER_RECIPE = Recipe(AUTOENCODER, lr=2e-3, kl=2e-4)
-UNET_RECIPE = Recipe({"unet": UNET, "text": TEXT}, pictures=800_000, warmup=20_000, dropout=0.1)
+AUTOENCODER_RECIPE = Recipe(AUTOENCODER, pictures=80_000, scenes=240_000, lr=2e-3, kl=2e-4)
+DECODER_RECIPE = Recipe(AUTOENCODER, lr=1e-3, noise=0.03)
+UNET_RECIPE = Recipe(
+    {"unet": UNET, "text": TEXT}, pictures=400_000, batch=32, warmup=10_000, dropout=0.1
+)
 
 
 def merges() -> list[tuple[str, str]]:
@@ -317,6 +311,41 @@ def autoencoder_training(recipe: Recipe, data: Path) -> Training:
     return Training("the autoencoder's training", recipe, net, inputs, loss)
 
 
+def decoder_training(recipe: Recipe, data: Path, net: Any, latents: Path) -> Training:
+    """Of the decoder, from latents that stay as they are, as diffusion makes them: with errors."""
+    pictures, tensors = Garments(data), load_tensors(latents)
+    factor = latent_factor(latents)
+    part = Decoder(net).requires_grad_(True).train()
+
+    def loss(step: int, gen: torch.Generator) -> Tensor:
+        chosen = batch_indices(recipe.scenes, recipe.batch, recipe.seed, step, name="decoder")
+        x = to_unit(pictures.pictures(chosen.tolist()))
+        z = tensors["latents"][chosen].float() / factor
+        z = z + recipe.noise / factor * torch.randn(z.shape, generator=gen)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            error = part(fast(z)).float() - x
+        return error.abs().mean() + error.square().mean()
+
+    inputs = {"pictures": pictures.digest(), "latents": file_hash(latents)}
+    return Training("the decoder's training", recipe, part, inputs, loss)
+
+
+class Decoder(nn.Module):
+    """The half of an autoencoder that makes pictures."""
+
+    def __init__(self, net: Any) -> None:
+        super().__init__()
+        self.post_quant_conv, self.decoder = net.post_quant_conv, net.decoder
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(z))
+
+
+def latent_factor(path: Path) -> float:
+    """By which the latents in a file are multiplied. Raises: ValueError, OSError."""
+    return float(read_metadata(path)["scaling_factor"])
+
+
 def kl(found: Any) -> Tensor:
     """From the unit Gaussian, mean over the latents."""
     mean, log_var = found.mean.float(), found.logvar.float()
@@ -413,7 +442,7 @@ def write_latents(net: Any, data: Path, scenes: int, out: Path) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Train garments, a small Stable Diffusion.")
-    parser.add_argument("part", choices=("autoencoder", "latents", "unet", "export"))
+    parser.add_argument("part", choices=PARTS)
     parser.add_argument("--data", type=Path, help="folder of Fashion-MNIST's files")
     parser.add_argument("--out", required=True, type=Path, help="folder of the run")
     parser.add_argument("--to", type=Path, help="export: folder to write the pipeline to")
@@ -439,7 +468,7 @@ def run(options: argparse.Namespace, given: dict[str, int]) -> None:
     """One part of the recipe. Raises: ValueError, OSError, FloatingPointError."""
     out: Path = options.out
     first, second = replace(AUTOENCODER_RECIPE, **given), replace(UNET_RECIPE, **given)
-    if options.part in ("autoencoder", "latents") and options.data is None:
+    if options.part in ("autoencoder", "latents", "decoder") and options.data is None:
         raise ValueError("--data is missing: the folder of Fashion-MNIST's four idx files")
     if options.part == "autoencoder":
         task = autoencoder_training(first, options.data)
@@ -447,6 +476,11 @@ def run(options: argparse.Namespace, given: dict[str, int]) -> None:
     elif options.part == "latents":
         net = averaged_autoencoder(out / "autoencoder", first.network)
         write_latents(net, options.data, second.scenes, out / LATENTS)
+    elif options.part == "decoder":
+        third = replace(DECODER_RECIPE, **given)
+        net = averaged_autoencoder(out / "autoencoder", third.network)
+        task = decoder_training(third, options.data, net, out / LATENTS)
+        train(task, out / "decoder", options.checkpoint_every)
     elif options.part == "unet":
         task = unet_training(second, out / LATENTS)
         train(task, out / "unet", options.checkpoint_every)
