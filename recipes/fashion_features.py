@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewstep.data.idx import load_idx_folder, to_unit
-from fewstep.files import check_writable, file_hash, write_json, write_whole
+from fewstep.files import file_hash, open_folder, write_json, write_whole
 from fewstep.networks.features import (
     CARD_FILE,
     CLASSES,
@@ -433,7 +433,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         test = load_idx_folder(options.data, "test") if options.export else None
         run = train(*training, options.out, recipe, checkpoint_every=options.checkpoint_every)
         if test:
-            check_writable(options.export)
+            open_folder(options.export)
             command = f"python recipes/fashion_features.py --data DATA --network {options.network}"
             command += "".join(f" --{n} {v}" for n, v in given.items() if v is not None)
             card = export(

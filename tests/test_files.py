@@ -16,7 +16,7 @@ import torch
 
 from fewstep import cache, files
 from fewstep.cache import cache_folder, recall
-from fewstep.files import check_writable, sweep, write_whole
+from fewstep.files import open_folder, sweep, write_whole
 
 KILLED = (
     "import os, signal, sys; from fewstep.files import write_whole;"
@@ -34,7 +34,7 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("opened", [sweep, check_writable])
+@pytest.mark.parametrize("opened", [sweep, open_folder])
 def test_a_folder_that_is_opened_again_loses_what_killed_writers_left(tmp_path, opened):
     kept = {"a.png", ".a.png.original", ".a.png.my-own.partial", "b.partial"}
     for name in kept:

@@ -26,7 +26,7 @@ ORDER = [
     ("files", "provenance"),
     ("data.bounds",),
     ("records", "cache"),
-    ("tensors", "schedule", "noise"),
+    ("tensors", "pickles", "schedule", "noise"),
     ("grid", "denoiser"),
     ("plan",),
     ("solver",),
@@ -43,6 +43,7 @@ ORDER = [
     ("distillation",),
     ("report",),
     ("integrations",),
+    ("serve",),
     ("cli",),
 ]
 # Imports against the order, inside functions: most runs never reach them.

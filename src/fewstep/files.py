@@ -19,7 +19,7 @@ except ImportError:  # Windows
     fcntl = None
 
 __all__ = [
-    "check_writable",
+    "open_folder",
     "file_hash",
     "sweep",
     "write_json",
@@ -108,7 +108,7 @@ def file_hash(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_writable(folder: Path | str) -> None:
+def open_folder(folder: Path | str) -> None:
     """Make the folder, find out before any work whether it can be written, and sweep it.
 
     Raises:

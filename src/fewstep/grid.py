@@ -40,7 +40,19 @@ __all__ = [
 
 
 def karras(points: int, sigma_max: float, sigma_min: float, rho: float = 7.0) -> tuple[float, ...]:
-    """EDM's polynomial grid. More rho, more points at low noise; rho = 1 is uniform in sigma."""
+    """EDM's polynomial grid, uniform in sigma^(1/rho). Karras et al. 2022, arXiv:2206.00364.
+
+    Args:
+        points: how many sigmas, the ends among them, at least 2
+        sigma_max, sigma_min: the ends, sigma_max > sigma_min > 0
+        rho: the more, the more points at low noise; 1 is uniform in sigma
+
+    Returns:
+        Strictly decreasing sigmas.
+
+    Raises:
+        ValueError: for too few points, ends that do not fall, and rho <= 0.
+    """
     _check_range(points, sigma_max, sigma_min)
     if not rho > 0:
         raise ValueError(f"rho must be > 0, got {rho}")
@@ -51,7 +63,18 @@ def karras(points: int, sigma_max: float, sigma_min: float, rho: float = 7.0) ->
 
 
 def log_snr(points: int, sigma_max: float, sigma_min: float) -> tuple[float, ...]:
-    """Uniform in lambda = -log sigma."""
+    """Uniform in lambda = -log sigma.
+
+    Args:
+        points: how many sigmas, the ends among them, at least 2
+        sigma_max, sigma_min: the ends, sigma_max > sigma_min > 0
+
+    Returns:
+        Strictly decreasing sigmas.
+
+    Raises:
+        ValueError: for too few points, and ends that do not fall.
+    """
     _check_range(points, sigma_max, sigma_min)
     ratio = math.log(sigma_min / sigma_max)
     return _with_ends(
@@ -69,8 +92,19 @@ def time_uniform(
 
         beta_d = 2 (A e - B) / (e (1 - e)),    beta_min = A - beta_d/2
 
-    sigma rises with t on [e, 1] only while B < A e (2 - e), else ValueError: for sigma_max = 80 and
-    e = 1e-3 that is a sigma_min below 0.13. An end_time above 1 - sqrt(1 - B/A) mends it.
+    sigma rises with t on [e, 1] only while B < A e (2 - e): for sigma_max = 80 and e = 1e-3 that is
+    a sigma_min below 0.13. An end_time above 1 - sqrt(1 - B/A) mends it.
+
+    Args:
+        points: how many sigmas, the ends among them, at least 2
+        sigma_max, sigma_min: the ends, sigma_max > sigma_min > 0
+        end_time: t at sigma_min, in (0, 1)
+
+    Returns:
+        Strictly decreasing sigmas.
+
+    Raises:
+        ValueError: for ends between which sigma does not rise; it names an end_time that does.
     """
     _check_range(points, sigma_max, sigma_min)
     if not 0 < end_time < 1:
@@ -101,7 +135,18 @@ def discrete(
 ) -> tuple[float, ...]:
     """Uniform in the model's own t, from t(sigma_max) to t(sigma_min).
 
-    t is not rounded. The ends default to the schedule's and must lie within them.
+    t is not rounded.
+
+    Args:
+        points: how many sigmas, the ends among them, at least 2
+        schedule: the model's, sigma <-> t
+        sigma_max, sigma_min: the ends, within the schedule's own, which they are where left out
+
+    Returns:
+        Strictly decreasing sigmas.
+
+    Raises:
+        ValueError: there is no schedule, or the ends lie beyond it.
     """
     schedule, sigma_max, sigma_min = _own_range("discrete", points, schedule, sigma_max, sigma_min)
     start, end = schedule.t(sigma_max), schedule.t(sigma_min)

@@ -290,8 +290,17 @@ def run(
 def finish(
     program: Program, denoiser: Denoiser, x_T: Tensor, seeds: Sequence[int] | None = None
 ) -> Tensor:
-    """x at the end of `run`; the arguments are the same. Memory is reused where gradients are
-    off."""
+    """x at the end of `run`. Memory is reused where gradients are off.
+
+    Args:
+        program, denoiser, x_T, seeds: as in `run`
+
+    Returns:
+        x at the program's end, like x_T, in float32 or x_T's float64.
+
+    Raises:
+        ValueError: as in `run`.
+    """
     x = x_T
     for state in run(program, denoiser, x_T, seeds, reuse=not torch.is_grad_enabled()):
         x = state.x
@@ -357,7 +366,7 @@ def _evaluate(denoiser: Denoiser, x: Tensor, op: Eval) -> tuple[Tensor, Tensor |
 
 
 def far_mean(denoiser: Denoiser) -> Tensor:
-    """Errors: ValueError where the denoiser does not know it."""
+    """Raise ValueError where the denoiser does not know it."""
     mean = getattr(denoiser, "far_mean", None)
     if mean is None:
         raise ValueError(
@@ -370,7 +379,8 @@ def far_mean(denoiser: Denoiser) -> Tensor:
 def check_mean_start(sigma: Level, sigma_max: float | None) -> None:
     """far_mean is the mean of D at sigma_max, and stands for no D below it.
 
-    Errors: ValueError for an analytic first step "mean" from below.
+    Raises:
+        ValueError: for an analytic first step "mean" from below.
     """
     if sigma_max is None or isinstance(sigma, Tensor) or starts_at(sigma, sigma_max):
         return

@@ -185,8 +185,11 @@ class Plan:
 
     @classmethod
     def read(cls, path: Path | str) -> Plan:
-        """The plan in a file. Errors: OSError where there is none, ValueError that names the file
-        where it holds no plan."""
+        """The plan in a file.
+
+        Raises:
+            OSError: there is none, ValueError that names the file where it holds no plan.
+        """
         from fewstep.records import LARGEST
 
         try:
@@ -197,8 +200,11 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Plan:
-        """Inverse of `to_json`, exact to the bit. Errors: ValueError where the text is not a
-        plan."""
+        """Inverse of `to_json`, exact to the bit.
+
+        Raises:
+            ValueError: the text is not a plan.
+        """
         from fewstep.records import parse, shown
 
         try:
@@ -274,7 +280,13 @@ def freeze(
 ) -> Plan:
     """Drain a static solver's generator into a plan.
 
-    Errors: ValueError where it needs replies from the network (a solver that adapts has no plan).
+    Args:
+        program: the operations, in order
+        prediction, depth: what the history holds, "eps" or "x0", and how many outputs are kept
+        solver, grid, sigmas: for the record
+
+    Raises:
+        ValueError: it needs replies from the network (a solver that adapts has no plan).
     """
     try:
         ops = tuple(program)

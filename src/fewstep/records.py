@@ -73,7 +73,11 @@ def as_slug(text: str) -> str:
 
 
 def check_slug(name: str, value: Any) -> str:
-    """The value. Errors: ValueError that names the argument where it is not a slug."""
+    """The value.
+
+    Raises:
+        ValueError: it names the argument where it is not a slug.
+    """
     try:
         return pydantic.TypeAdapter(Slug).validate_python(value)
     except pydantic.ValidationError:
@@ -142,7 +146,7 @@ def _finite(text: str) -> float:
 
 
 def _check_tree(value: Any, what: str) -> None:
-    """Errors: ValueError where a tree is too deep, or a text in it is not plain."""
+    """Raise ValueError where a tree is too deep, or a text in it is not plain."""
     level: list[Any] = [value]
     for _ in range(DEEPEST + 1):
         inner: list[Any] = []

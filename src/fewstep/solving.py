@@ -246,10 +246,19 @@ def iterate(
 ) -> Generator[State, State | None, None]:
     """`solve`, one accepted state at a time.
 
-    Yields a `State` after each accepted step and goes on from the State that is sent back, or from
-    its own. That serves previews, progress, projections (in-painting), restarts and detaching;
-    close the generator to cancel. Arguments and errors as in `solve`. The tensors of a yielded
-    State are never written to again.
+    That serves previews, progress, projections (in-painting), restarts and detaching. Close the
+    generator to cancel.
+
+    Args:
+        denoiser, x_T, solver, nfe, grid, seeds: as in `solve`
+        sigma_min, sigma_max, afs, final, end: as in `solve`
+
+    Yields:
+        A `State` after each accepted step; it goes on from the State that is sent back, or from its
+        own. The tensors of a yielded State are never written to again.
+
+    Raises:
+        ValueError: as in `solve`.
     """
     settings = Settings(solver, nfe, grid, afs, final, end)  # type: ignore[arg-type]
     program = resolve(settings, denoiser, sigma_min=sigma_min, sigma_max=sigma_max)

@@ -92,8 +92,11 @@ def _read(path: Path | str, advice: str) -> tuple[dict[str, Entry], dict[str, st
 
 
 def _entry(name: str, values: Any, room: int) -> Entry:
-    """One tensor. Errors: ValueError where it is not within the data, or its shape does not fill
-    its part."""
+    """One tensor.
+
+    Raises:
+        ValueError: it is not within the data, or its shape does not fill its part.
+    """
     fields = values if isinstance(values, dict) else {}
     dtype: Any = fields.get("dtype")
     shape: Any = fields.get("shape")

@@ -38,7 +38,8 @@ from fewstep.evaluate.references import References
 from fewstep.models.card import Card
 from fewstep.models.network import NetworkModel
 from fewstep.networks.features import load_feature_network
-from fewstep.networks.unet import UNet, UNetConfig
+from fewstep.networks.unet import UNet
+from fewstep.networks.unet_config import UNetConfig
 from fewstep.schedule import EDM, VP, Flow, Schedule
 from tests.support.testbed import Mixture
 from tests.support.trainings import step_of

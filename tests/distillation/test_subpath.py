@@ -34,7 +34,8 @@ from fewstep.networks.conditioning import (
     indices,
 )
 from fewstep.networks.preconditioning import denoise
-from fewstep.networks.unet import UNet, UNetConfig
+from fewstep.networks.unet import UNet
+from fewstep.networks.unet_config import UNetConfig
 from fewstep.noise import normal
 from fewstep.sampling.choose import draws_noise, plan_for
 from fewstep.sampling.settings import Filled, Settings

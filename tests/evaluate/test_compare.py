@@ -27,7 +27,6 @@ from PIL import Image
 from rich.console import Console
 
 from fewstep.cli import main
-from fewstep.evaluate import compare as module
 from fewstep.evaluate import references as references_module
 from fewstep.evaluate.compare import (
     Comparison,
@@ -40,6 +39,7 @@ from fewstep.evaluate.compare import (
     screening,
 )
 from fewstep.evaluate.compare import bench as bench_module
+from fewstep.evaluate.compare import run as module
 from fewstep.evaluate.memo import Memo, Remembering
 from fewstep.evaluate.references import Fine, References
 from fewstep.evaluate.statistics import Statistics

@@ -454,7 +454,7 @@ def test_the_command_keeps_a_state_that_it_was_told_to(network, tmp_path, capsys
     "arguments, message",
     [
         ((), "name the pictures"),
-        (("{p}", "--metrics", "fid"), "metrics are fd, kid, pr, clip, none"),
+        (("{p}", "--metrics", "fid"), "metrics must be some of fd, kid, pr, clip, or none alone"),
         (("{p}", "--metrics", "clip"), "--metrics clip and --captions FILE go together"),
         (("{p}", "--protocol", "cifar100"), "there are cifar10-50k"),
         (("{p}", "--protocol", "cifar10-50k"), "needs 50,000 pictures, got 20"),

@@ -19,7 +19,7 @@ from tests.support.command import command
 from tests.support.testbed import Counted, Mixture, noise
 
 SHAPE = (3,)
-SHORT = {"method": "grid", "base": "ipndm-2", "nfe": 4, "trajectories": 24, "validation": 24}
+SHORT = {"method": "grid", "base": "ipndm-2", "nfe": 4, "trajectories": 24, "validation_seeds": 24}
 
 
 def named(points: int) -> dict[str, tuple[float, ...]]:
@@ -119,7 +119,14 @@ def test_a_resumed_run_does_not_search_again(mixture, tmp_path, monkeypatch):
 
 
 def test_other_methods_start_from_a_searched_grid(mixture):
-    short = {"nfe": 4, "trajectories": 24, "batch": 8, "inner": 9, "validation": 8, "base": None}
+    short = {
+        "nfe": 4,
+        "trajectories": 24,
+        "batch": 8,
+        "inner": 9,
+        "validation_seeds": 8,
+        "base": None,
+    }
     grid = train(mixture, SHAPE, **{**SHORT, **short, "afs": "none"})
     tuned = train(mixture, SHAPE, **short, method="tuned")  # as it does unless told otherwise
     assert tuned.sigmas == grid.sigmas

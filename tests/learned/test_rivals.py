@@ -13,7 +13,7 @@ from fewstep.schedule import VP
 from fewstep.solver import end_at, get
 from tests.support.testbed import Mixture
 
-SHORT: dict[str, Any] = {"trajectories": 32, "batch": 16, "validation": 16, "nfe": 5}
+SHORT: dict[str, Any] = {"trajectories": 32, "batch": 16, "validation_seeds": 16, "nfe": 5}
 
 
 @pytest.mark.parametrize("end", ["sigma_min", "zero"])

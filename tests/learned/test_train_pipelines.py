@@ -28,7 +28,7 @@ from torch import Tensor
 import fewstep
 from fewstep.denoiser import Wrapper
 from fewstep.integrations.diffusers import FewstepScheduler
-from fewstep.learned import LearnedSolver, prompted, settings, train
+from fewstep.learned import LearnedSolver, choices, prompted, train
 from fewstep.learned.method import Lesson
 from fewstep.learned.teacher import Frozen, whole_grid
 from fewstep.learned.teacher import Path as Way
@@ -42,7 +42,7 @@ from tests.support.testbed import Mixture
 
 TEXTS = [f"{'a cat' if i % 2 else 'mat'} {i}" for i in range(40)]
 TRAINING, VALIDATION = range(2_000_000, 2_000_400), range(1_000_000, 1_000_400)
-SHORT = {"trajectories": 4, "batch": 2, "validation": 1, "validate_every": 1}
+SHORT = {"trajectories": 4, "batch": 2, "validation_seeds": 1, "validate_every": 1}
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +59,7 @@ def models(folders) -> dict[str, Any]:
 @pytest.fixture
 def quick(monkeypatch) -> None:
     """Solves that pass for fine ones, where it does not matter how good the solver is."""
-    monkeypatch.setattr(settings, "REFERENCE_INTERVALS", 4)
+    monkeypatch.setattr(choices, "REFERENCE_INTERVALS", 4)
 
 
 def learned(pipeline: Any, conditions: Any = None, **options: Any) -> LearnedSolver:
@@ -218,7 +218,7 @@ def test_tuned_ends_at_zero_and_learns_to(name):
         trajectories=1200,
         batch=40,
         inner=15,
-        validation=16,
+        validation_seeds=16,
     )
     assert (solver.sigmas[-1], solver.method.base) == (0.0, "dpmpp-2m")
     assert solver.training["grid"] == "trailing"

@@ -258,7 +258,7 @@ def test_what_the_teacher_saw_is_not_evaluated_again(method, afs, tapped):
         afs=afs,
         trajectories=12,
         batch=4,
-        validation=1,
+        validation_seeds=1,
         validate_every=100,
         features=tapped,
         report=lambda progress: after.append(len(calls)),
@@ -298,7 +298,13 @@ TOY = GaussianMixture(
     sigma_min=0.01,
     sigma_max=20.0,
 )
-SHORT = {"method": "amed", "trajectories": 96, "batch": 16, "validation": 16, "validate_every": 2}
+SHORT = {
+    "method": "amed",
+    "trajectories": 96,
+    "batch": 16,
+    "validation_seeds": 16,
+    "validate_every": 2,
+}
 
 
 def short(out: Path | None = None, denoiser: Any = TOY, **more: Any) -> LearnedSolver:
@@ -327,7 +333,7 @@ def test_r_is_the_root_of_a_gaussians_step():
         trajectories=1600,
         batch=4,
         lr=0.01,
-        validation=8,
+        validation_seeds=8,
         validate_every=50,
     )
     r, c, a = found.method.rows()[0]  # type: ignore[attr-defined]

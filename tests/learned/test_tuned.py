@@ -32,7 +32,7 @@ def short(**changes):
         "sigma_min": 0.05,
         "sigma_max": 10.0,
         "inner": 15,
-        "validation": 16,
+        "validation_seeds": 16,
         "validate_every": 1,
     }
     return {**values, **changes}

@@ -19,7 +19,8 @@ from fewstep.models.card import Card
 from fewstep.models.formats.native import load_folder, save_folder
 from fewstep.models.network import NetworkModel
 from fewstep.networks.device import check_device
-from fewstep.networks.unet import UNet, UNetConfig
+from fewstep.networks.unet import UNet
+from fewstep.networks.unet_config import UNetConfig
 
 TINY = UNetConfig(size=8, widths=(16, 16), blocks=1, embedding=16, classes=3)
 

@@ -88,7 +88,7 @@ def test_a_solver_is_learned_on_a_model(net: Small) -> None:
         method="tuned",
         trajectories=4,
         batch=2,
-        validation=2,
+        validation_seeds=2,
         validate_every=1,
         model=model,
     )

@@ -259,7 +259,13 @@ def test_a_solver_that_reads_features_has_a_plan_of_means(base):
 def test_the_command_takes_the_means_of_the_models_samples(tmp_path):
     model = fewstep.load("fashion-mnist")
     learned = fewstep.learned.train(
-        model.denoiser(), model.shape, method="amed", nfe=2, trajectories=2, batch=2, validation=1
+        model.denoiser(),
+        model.shape,
+        method="amed",
+        nfe=2,
+        trajectories=2,
+        batch=2,
+        validation_seeds=1,
     )
     learned.save(tmp_path)
     with pytest.raises(ValueError, match="reads the network's features"):

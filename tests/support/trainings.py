@@ -22,10 +22,11 @@ from fewstep.cache import cache_folder
 from fewstep.distillation import distill
 from fewstep.learned import train as train_solver
 from fewstep.models.exact import GaussianMixture
-from fewstep.networks.unet import UNetConfig
+from fewstep.networks.unet_config import UNetConfig
 from fewstep.train.checkpoint import CHECKPOINT
 from fewstep.train.loop import Progress
-from fewstep.train.network import Recipe, train_network
+from fewstep.train.network import train_network
+from fewstep.train.recipe import Recipe
 from recipes import fashion_features
 
 __all__ = ["LONGER", "OTHER", "RESULTS", "STEPS", "TRAININGS", "step_of"]
@@ -75,7 +76,7 @@ def solver(method: str) -> Callable[..., None]:
         gen = torch.Generator().manual_seed(data)
         means = torch.randn(3, 4, generator=gen, dtype=torch.float64)
         toy = GaussianMixture(torch.ones(3) / 3, means, 0.1, sigma_min=0.01, sigma_max=20.0)
-        small = {"nfe": 4, "trajectories": BATCH * steps, "batch": BATCH, "validation": 8}
+        small = {"nfe": 4, "trajectories": BATCH * steps, "batch": BATCH, "validation_seeds": 8}
         often = {"checkpoint_every": 1, "validate_every": 2, "cache": cache_folder()}
         known = {"model": {"name": "toy", "weights": f"{data:064d}"}, "method": method}
         train_solver(toy, (4,), out=out, report=report, **{**small, **often, **known, **settings})

@@ -26,13 +26,14 @@ import fewstep
 from fewstep.cli.train import train_network_command
 from fewstep.data.idx import load_idx_folder, read_idx
 from fewstep.models import read_card
-from fewstep.networks.unet import UNetConfig
+from fewstep.networks.unet_config import UNetConfig
 from fewstep.noise import generator
 from fewstep.report.terminal import TrainingBar
 from fewstep.train.checkpoint import plain
 from fewstep.train.loop import Progress
-from fewstep.train.network import Recipe, export_network, noise_levels, train_network
+from fewstep.train.network import export_network, noise_levels, train_network
 from fewstep.train.order import batch_indices
+from fewstep.train.recipe import Recipe
 from tests.support.trainings import step_of
 
 WRITERS = {"": open, ".gz": gzip.open, ".xz": lzma.open}

@@ -23,12 +23,12 @@ def demo_command(
 ) -> None:
     """Every solver on the same seeds beside the exact solution: a table, a picture, a report."""
     from fewstep.evaluate.demo import run_demo
-    from fewstep.files import check_writable
+    from fewstep.files import open_folder
     from fewstep.report.demo import write_demo
     from fewstep.report.terminal import Progress, demo_table
 
     chosen = parse_seeds(seeds)
-    check_writable(out)
+    open_folder(out)
     with tidy(out), Progress() as bar:
         result = run_demo(model, nfe=nfe, seeds=chosen, command=command_line(), report=bar)
         result = write_demo(result, out)

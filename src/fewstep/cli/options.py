@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +24,7 @@ from docstring_parser import DocstringStyle, parse
 from fewstep.cli.parsing import PARSERS, words
 
 __all__ = [
+    "CHOICE",
     "LEARNING",
     "MACHINE",
     "PICTURE",
@@ -44,6 +45,7 @@ SOLVER, TEXT, PICTURE = (
     for place, name in enumerate(("Solver", "Text and class", "From a picture"), start=2)
 )
 LEARNING, MACHINE = Group("Learning", sort_key=5), Group("Machine", sort_key=9)
+CHOICE = Group("Choice of settings", sort_key=6)
 
 ModelArgument = Annotated[
     str,
@@ -123,6 +125,7 @@ class Take:
         defaults: in place of the fields' own, as text where text is parsed
         helps: in place of the docstring's
         types: in place of the fields' own, where the command takes less
+        names: of options that are called otherwise than their fields
         parsers: from text to value by field; those of `PARSERS` by the field's name, else words
     """
 
@@ -133,26 +136,28 @@ class Take:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     helps: Mapping[str, str] = field(default_factory=dict)
     types: Mapping[str, Any] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
     parsers: Mapping[str, Callable[[str], Any]] = field(default_factory=dict)
 
     def options(self) -> dict[str, tuple[inspect.Parameter, Callable[[str], Any] | None]]:
-        """Parameter and parser of each option, by field."""
+        """Parameter and parser of each option, by its name."""
         found = {one.name: one for one in fields(self.settings)}
         helps = {**_helps(self.settings), **self.helps}
-        space = vars(sys.modules[self.settings.__module__])
+        kinds = {**typing.get_type_hints(self.settings), **self.types}
         made = {}
         for name in self.only or [name for name in found if name not in self.without]:
-            one = found[name]
-            kind = self.types.get(name) or eval(str(one.type), dict(space))
+            kind, default = kinds[name], found[name].default
             plain = all(a in PLAIN for a in typing.get_args(kind) or (kind,))
-            parser = self.parsers.get(name) or (None if plain else PARSERS.get(name, words))
-            default = one.default
+            called = self.names.get(name, name)
+            parser = self.parsers.get(name)
+            if parser is None and not plain:
+                parser = PARSERS.get(name) or partial(words, what=called)
             if default is MISSING:
                 default = inspect.Parameter.empty
             if isinstance(default, tuple):
-                default = ",".join(map(str, default))
+                default = ",".join(map(str, default)) or None
             default = self.defaults.get(name, default)
-            kind = str | None if parser else kind
+            kind = str | None if parser else kind | None if default is None else kind
             yes_no = bool in (kind, *typing.get_args(kind))
             off = f"--{'no' if default is None else 'not'}-{name}" if default is not False else ""
             shown = Parameter(
@@ -162,16 +167,27 @@ class Take:
                 show_default=default is not None and not isinstance(default, bool),
             )
             parameter = inspect.Parameter(
-                name,
+                called,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=default,
                 annotation=Annotated[kind, shown],
             )
-            made[name] = (parameter, parser)
+            made[called] = (parameter, parser)
         return made
+
+    def take(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The fields' values, taken out of what a command was given; what was left out is left to
+        the settings."""
+        called = {name: self.names.get(name, name) for name in self.only or _names(self.settings)}
+        taken = {name: given.pop(one) for name, one in called.items() if one in given}
+        return {name: value for name, value in taken.items() if value is not None}
 
 
 PLAIN = (str, int, float, bool, Path, type(None))
+
+
+def _names(settings: type) -> list[str]:
+    return [one.name for one in fields(settings)]
 
 
 def _helps(settings: type) -> dict[str, str]:
@@ -192,9 +208,7 @@ def command(
         def run(*arguments: Any, **given: Any) -> None:
             for name, (parameter, parser) in every.items():
                 value = given.setdefault(name, parameter.default)
-                if parser is words and isinstance(value, str):
-                    given[name] = words(value, name)
-                elif parser and isinstance(value, str):
+                if parser and isinstance(value, str):
                     given[name] = parser(value)
             function(*arguments, **given)
 

@@ -77,7 +77,8 @@ def load_idx_folder(
 ) -> tuple[Tensor, Tensor]:
     """Pictures uint8 [n, 1, size, size], zero-padded to the middle, and labels int64 [n].
 
-    split: "train" or "test" (files named t10k-*, as the data's makers named them).
+    Args:
+        split: "train" or "test" (files named t10k-*, as the data's makers named them).
     """
     folder = Path(folder)
     prefix = {"train": "train", "test": "t10k"}[split]

@@ -239,7 +239,8 @@ def fit_picture(
     """The largest middle part of a picture with the shape height : width, resized by Pillow's
     bicubic to that size; uint8 [h, w, c] to uint8 [height, width, c].
 
-    channels: 1 or 3, to make it grey or coloured; its own where left out
+    Args:
+        channels: 1 or 3, to make it grey or coloured; its own where left out
     """
     tall, wide = image.shape[:2]
     scale = min(tall / height, wide / width)
@@ -261,7 +262,8 @@ def contact_sheet(
     """All pictures of one size on one, row by row, uint8 [h, w, c]; small ones are enlarged to 64
     pixels or more.
 
-    columns: as square as it goes where left out.
+    Args:
+        columns: as square as it goes where left out.
     """
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)

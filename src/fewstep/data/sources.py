@@ -289,7 +289,8 @@ def picture_shape(images: Images) -> tuple[int, int, int] | None:
 def told(images: Images, more: int = 0) -> list[str]:
     """What to say of files that are there and were not taken whole.
 
-    more: pictures that have further frames or pages
+    Args:
+        more: pictures that have further frames or pages
     """
     lines = []
     if images.left_out:

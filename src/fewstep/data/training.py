@@ -51,7 +51,8 @@ class Pictures:
     images: uint8 [n, c, h, w]
     labels: int64 [n]
 
-    Errors: ValueError for other dtypes, or numbers that do not match.
+    Raises:
+        ValueError: for other dtypes, or numbers that do not match.
     """
 
     images: Tensor
@@ -86,12 +87,14 @@ def read_data(
     """Data as it comes, (images, labels), or what is on disk: a folder of idx files, or pictures in
     a folder, a .zip, an .npz or an .npy, all read into memory.
 
-    dropout: the share of pictures that are shown without class; where it is 1 the data need none
-
     idx pictures are padded to the model's size. Others are turned upright as their Exif data say,
     and the middle square is taken and made smaller; their classes are the folders that they lie in,
     or `labels` or `arr_1` of an .npz. Files that are no pictures are left out, with a warning that
     counts them.
+
+    Args:
+        dropout: the share of pictures that are shown without class; where it is 1 the data need
+            none
 
     Raises:
         ValueError: pictures or labels do not go with the model, or files cannot be read.
@@ -139,8 +142,11 @@ def _on_disk(path: Path, model: Model, needed: bool) -> tuple[Tensor, Tensor]:
 
 
 def _at_size(picture: np.ndarray, model: Model, name: str) -> np.ndarray:
-    """uint8 [h, w, c] as the model takes it. Errors: ValueError for one that is too small, or has
-    another number of channels."""
+    """uint8 [h, w, c] as the model takes it.
+
+    Raises:
+        ValueError: for one that is too small, or has another number of channels.
+    """
     channels, height, width = model.shape
     if picture.shape[2] != channels:
         kinds = {1: "grey", 3: "in colour"}
@@ -162,7 +168,8 @@ def _at_size(picture: np.ndarray, model: Model, name: str) -> np.ndarray:
 def _labels(path: Path, names: Sequence[str], classes: Sequence[str]) -> Tensor | None:
     """The class of each picture, int64 [n]; None where they have none.
 
-    Errors: ValueError where some pictures lie in a class's folder and others do not.
+    Raises:
+        ValueError: some pictures lie in a class's folder and others do not.
     """
     if isinstance(names, Positions):  # an array has no folders
         found = (

@@ -96,8 +96,9 @@ def subpath_losses(
 ) -> Tensor:
     """The loss of each picture, [b], with gradients to subject.student.
 
-    target: the student's slow average
-    x_0: clean states on the device, [b, ...]; condition: theirs, b rows, dropped ones replaced
+    Args:
+        target: the student's slow average
+        x_0: clean states on the device, [b, ...]; condition: theirs, b rows, dropped ones replaced
     """
     t, s = drawn.n, drawn.n + 1
     sigma_t, sigma_s = (levels.sigma[i].to(x_0) for i in (t, s))

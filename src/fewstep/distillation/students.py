@@ -36,7 +36,10 @@ def student_levels(levels: Sequence[float], nfe: int) -> tuple[float, ...]:
     evenly from the first, then 0.
 
     Level i of the evaluations is number floor(i (N - 1) / nfe) of the N of its training grid; the
-    last of these was never the start of a sub-path. Errors: ValueError where there are too few.
+    last of these was never the start of a sub-path.
+
+    Raises:
+        ValueError: there are too few.
     """
     starts = len(levels) - 1
     if not 1 <= nfe <= starts:
@@ -54,10 +57,12 @@ def student_card(
 ) -> Card:
     """The card of a student: `auto` names its sampler with the levels for each budget.
 
-    facts: how it was distilled; run: all settings, and its data
-    sampler: "consistency", with fresh noise at every level, or "consistency-ode", without
+    Args:
+        facts: how it was distilled; run: all settings, and its data
+        sampler: "consistency", with fresh noise at every level, or "consistency-ode", without
 
-    Errors: ValueError for another sampler.
+    Raises:
+        ValueError: for another sampler.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
@@ -137,15 +142,17 @@ class Examination:
     def __call__(self, student: Model, guided: bool, sheet: Path | None) -> dict[str, float]:
         """Distances of the student's pictures at each of `EXAMINED` nfe.
 
-        guided: whether the student is told the guidance scale
-        sheet: where to write the teacher's pictures and the student's, row by row, those of its own
-            sampler
+        Args:
+            guided: whether the student is told the guidance scale
+            sheet: where to write the teacher's pictures and the student's, row by row, those of its
+                own sampler
 
-        Returns for each nfe rmse_*, root mean square of the difference from the fine solution of
-        the same seed in pixels of [-1, 1], and, where `distance` has it, fd_*; rmse_ode_* and
-        fd_ode_* are those of consistency-ode, and fd_fine is the distance of the fine solutions
-        themselves, the least that can be expected. Beyond one evaluation the fresh noise of the
-        other sampler is in its rmse.
+        Returns:
+            For each nfe rmse_*, root mean square of the difference from the fine solution of the
+            same seed in pixels of [-1, 1], and, where `distance` has it, fd_*; rmse_ode_* and
+            fd_ode_* are those of consistency-ode, and fd_fine is the distance of the fine solutions
+            themselves, the least that can be expected. Beyond one evaluation the fresh noise of the
+            other sampler is in its rmse.
         """
         figures: dict[str, float] = {}
         rows = [self.reference[:SHOWN]]

@@ -54,10 +54,12 @@ class Subject:
 def subject(model: Model, told: tuple[str, ...], seed: int) -> Subject:
     """A model taken apart.
 
-    told: the further numbers that the student is told, of `fewstep.networks.conditioning.TOLD`
-    seed: for the new weights of their embeddings
+    Args:
+        told: the further numbers that the student is told, of `fewstep.networks.conditioning.TOLD`
+        seed: for the new weights of their embeddings
 
-    Errors: ValueError for a kind of model that cannot be distilled, or one that was already.
+    Raises:
+        ValueError: for a kind of model that cannot be distilled, or one that was already.
     """
     card = model.card
     if card.distilled:

@@ -51,7 +51,8 @@ class Stepper:
     def of(cls, levels: Sequence[float], plans: Sequence[Plan], name: str) -> Stepper:
         """One of the plans of the intervals.
 
-        Errors: ValueError where their operations differ in more than numbers.
+        Raises:
+            ValueError: their operations differ in more than numbers.
         """
         for plan in plans[1:]:
             if [_shape(op) for op in plan.ops] != [_shape(op) for op in plans[0].ops]:
@@ -97,13 +98,15 @@ def stepper(
 ) -> Stepper:
     """The teacher's step on a named grid, or that of a plan on its own grid.
 
-    teacher: a solver's name; or a plan in JSON or a learned solver's folder, whose steps must not
-        look back beyond their own interval, and which bring their own grid
-    points, grid: DEFAULT_POINTS and DEFAULT_GRID where left out
-    substeps: how many steps of the solver one interval takes, on the same kind of grid refined;
-        DEFAULT_SUBSTEPS where left out
+    Args:
+        teacher: a solver's name; or a plan in JSON or a learned solver's folder, whose steps must
+            not look back beyond their own interval, and which bring their own grid
+        points, grid: DEFAULT_POINTS and DEFAULT_GRID where left out
+        substeps: how many steps of the solver one interval takes, on the same kind of grid refined;
+            DEFAULT_SUBSTEPS where left out
 
-    Errors: ValueError for a solver that is stochastic, adapts, or whose steps differ in kind.
+    Raises:
+        ValueError: for a solver that is stochastic, adapts, or whose steps differ in kind.
     """
     if "/" in teacher or teacher.endswith(".json") or Path(teacher, "solver.json").is_file():
         if (points, grid, substeps) != (None, None, None):
@@ -129,7 +132,11 @@ def stepper(
 
 
 def _read(path: Path) -> Plan:
-    """A plan's file, or a learned solver's folder. Errors: ValueError where it has no plan."""
+    """A plan's file, or a learned solver's folder.
+
+    Raises:
+        ValueError: it has no plan.
+    """
     if path.is_dir():
         from fewstep.learned import LearnedSolver
 
@@ -140,7 +147,8 @@ def _read(path: Path) -> Plan:
 def _on_own_grid(plan: Plan, name: str) -> Stepper:
     """The steps of a plan, one per interval of its grid.
 
-    Errors: ValueError where a step uses outputs of the interval before.
+    Raises:
+        ValueError: a step uses outputs of the interval before.
     """
     header = {"prediction": plan.prediction, "depth": plan.depth}
     parts: list[list[Op]] = [[]]

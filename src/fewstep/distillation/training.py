@@ -148,27 +148,31 @@ def distill(
 ) -> Model:
     """Distil a model into a student that samples in 1 to 8 evaluations.
 
-    model: the teacher, as `fewstep.load` returns it; it is left as it is
-    data: a folder of idx files; pictures in a folder, a .zip, an .npz or an .npy; (images uint8
-        [n, c, h, w], labels [n]); or a `Data`
-    out: folder for checkpoint, log, validation sheets and the student; a run that is there already
-        is resumed. None keeps everything in memory.
-    name: of the student in its card
-    sampler: what its card names, "consistency" or, without fresh noise, "consistency-ode"
-    checkpoint_every, validate_every: in steps
-    validation_seeds: pictures that are compared with the teacher's fine solutions; 0 for none
-    report: called after every step
-    resumed: called once, with the step, where there was a checkpoint
-    settings: the fields of `Recipe`
+    Args:
+        model: the teacher, as `fewstep.load` returns it; it is left as it is
+        data: a folder of idx files; pictures in a folder, a .zip, an .npz or an .npy; (images uint8
+            [n, c, h, w], labels [n]); or a `Data`
+        out: folder for checkpoint, log, validation sheets and the student; a run that is there
+            already is resumed. None keeps everything in memory.
+        name: of the student in its card
+        sampler: what its card names, "consistency" or, without fresh noise, "consistency-ode"
+        checkpoint_every, validate_every: in steps
+        validation_seeds: pictures that are compared with the teacher's fine solutions; 0 for none
+        report: called after every step
+        resumed: called once, with the step, where there was a checkpoint
+        settings: the fields of `Recipe`
 
-    Returns the student with averaged weights, ready for `fewstep.sample`; read back from `out`
-    where that is given, so float16 has rounded its weights. Under torchrun all processes share the
-    work, and rank 0 writes and reports. On Ctrl-C and SIGTERM the step is finished and a checkpoint
-    saved.
+    Returns:
+        The student with averaged weights, ready for `fewstep.sample`; read back from `out` where
+        that is given, so float16 has rounded its weights. Under torchrun all processes share the
+        work, and rank 0 writes and reports. On Ctrl-C and SIGTERM the step is finished and a
+        checkpoint saved.
 
-    Errors, all before the first step: ValueError for settings, data or a checkpoint that do not fit
-    or cannot be read; OSError where `out` cannot be written. Later: FloatingPointError where the
-    loss is not finite, OSError where a file cannot be written; what was saved stays.
+    Raises:
+        ValueError: before the first step, for settings, data or a checkpoint that do not fit or
+            cannot be read.
+        OSError: before the first step where `out` cannot be written, later where a file cannot be.
+        FloatingPointError: the loss is not finite. What was saved stays.
     """
     recipe = _recipe(settings)
     if validation_seeds < 0:
@@ -234,7 +238,11 @@ def _recipe(settings: dict[str, Any]) -> Recipe:
 
 
 def _checked(recipe: Recipe, known: Subject, model: Model) -> Stepper:
-    """The teacher's step. Errors: ValueError for settings that the model has no use for."""
+    """The teacher's step.
+
+    Raises:
+        ValueError: for settings that the model has no use for.
+    """
     step = stepper(
         recipe.teacher,
         known.sigma_max,

@@ -145,12 +145,13 @@ def trace(
 ) -> tuple[Tensor, Tensor]:
     """Whole trajectories: x and D(x; sigma) at every level, each [b, points, d] on the CPU.
 
-    x_T: the start at sigmas[0], [b, ...]
-    sigmas: strictly decreasing, all > 0
-    report: called with the number of points done after each
-
     D costs nothing where the solver evaluates at its accepted states, except at the last.
     Runs in the caller's grad mode.
+
+    Args:
+        x_T: the start at sigmas[0], [b, ...]
+        sigmas: strictly decreasing, all > 0
+        report: called with the number of points done after each
     """
     seen: list[tuple[Tensor, Tensor]] = []
 

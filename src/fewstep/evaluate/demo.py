@@ -316,7 +316,11 @@ def _entrant(model: Model, denoiser: Counted, name: str, nfe: int) -> _Entrant:
 
 
 def _spendable(solver: Solver, settings: Filled) -> int:
-    """The first budget from that of the settings on. Errors: ValueError where there is none."""
+    """The first budget from that of the settings on.
+
+    Raises:
+        ValueError: there is none.
+    """
     how = settings.afs, settings.final, settings.end
     for budget in range(settings.nfe, settings.nfe + 8):
         try:
@@ -334,7 +338,7 @@ def _fine(recipe: tuple[str, int, str], nfe: int) -> Filled:
 
 
 def _row(entrant: _Entrant, run: _Run, target: Tensor | None, nfe: int) -> Row:
-    """target: what errors are measured to, perhaps of fewer pictures; nfe: the budget asked for."""
+    """A row of the table; `target` may hold fewer pictures, and `nfe` is the budget asked for."""
     errors = None
     if target is not None:
         gap = run.x[: len(target)].double() - target.double()

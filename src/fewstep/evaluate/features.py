@@ -142,7 +142,7 @@ class Preprocessing:
         return " ".join(parts)
 
     def __call__(self, images: np.ndarray) -> Tensor:
-        """Errors: ValueError for pictures that the network does not take."""
+        """Raise ValueError for pictures that the network does not take."""
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
             raise ValueError(
                 "features are taken of pictures uint8 [n, h, w, 1 or 3], "
@@ -209,8 +209,11 @@ class Extractor:
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Features of uint8 [n, h, w, c], float32 [n, dim]. Errors: ValueError for pictures that it
-        does not take."""
+        """Features of uint8 [n, h, w, c], float32 [n, dim].
+
+        Raises:
+            ValueError: for pictures that it does not take.
+        """
         try:
             features = self.network(self.preprocessing(images).to(self.device))
         except RuntimeError as error:
@@ -236,8 +239,9 @@ def module_features(
 ) -> Extractor:
     """Any network [n, c, h, w] -> [n, d], already in evaluation mode on `device`, as an extractor.
 
-    name: its short name; the full name has the preprocessing behind it
-    dim: d; found by a try on a black picture of `shape`, (h, w, c), where it is left out
+    Args:
+        name: its short name; the full name has the preprocessing behind it
+        dim: d; found by a try on a black picture of `shape`, (h, w, c), where it is left out
     """
     place = check_device(device)
     out = Extractor(
@@ -375,10 +379,13 @@ def load_inception(
 ) -> Extractor:
     """FID's network, 2048 features.
 
-    path: of `inception-2015-12-05.pt`; else $FEWSTEP_INCEPTION, else the cache, else a download
-    sha256: what the file must have; another hash than the usual one is the caller's word for a file
-        of their own, whose distances are not called FID
-    Errors: ValueError that says where to put the file.
+    Args:
+        path: of `inception-2015-12-05.pt`; else $FEWSTEP_INCEPTION, else the cache, else a download
+        sha256: what the file must have; another hash than the usual one is the caller's word for a
+            file of their own, whose distances are not called FID
+
+    Raises:
+        ValueError: it says where to put the file.
     """
     chosen = path or os.environ.get("FEWSTEP_INCEPTION")
     found = Path(chosen) if chosen else _cached_inception()

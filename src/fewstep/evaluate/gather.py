@@ -118,14 +118,18 @@ def gather(
 ) -> Gathered:
     """Features of all pictures, or of the first `limit`, as moments and rows.
 
-    extractor: None where only CLIP scores are wanted
-    clip, captions: a scorer and one caption for each picture
-    skip_corrupt: leave out what cannot be read, and count it; else the first such file is an error
-    state: a file that is written every `save_every` pictures, whole; a run that finds it goes on
-        from there and gives the same numbers
-    report: called with `what`, the pictures done and their total
-    Errors: ValueError that names the file, for pictures of different sizes or that cannot be read,
-    and for a state that belongs to other pictures or another network.
+    Args:
+        extractor: None where only CLIP scores are wanted
+        clip, captions: a scorer and one caption for each picture
+        skip_corrupt: leave out what cannot be read, and count it; else the first such file is an
+            error
+        state: a file that is written every `save_every` pictures, whole; a run that finds it goes
+            on from there and gives the same numbers
+        report: called with `what`, the pictures done and their total
+
+    Raises:
+        ValueError: it names the file, for pictures of different sizes or that cannot be read, and
+            for a state that belongs to other pictures or another network.
     """
     if batch < 1 or save_every < 1 or (limit is not None and limit < 1):
         raise ValueError(
@@ -386,12 +390,15 @@ def open_reference(
 ) -> Reference:
     """Statistics to compare with: an .npz with mu and sigma as they are, or those of pictures.
 
-    path: pictures as `open_images` takes them, what `--save-statistics` wrote, or EDM's .npz; None:
-        the data set's that come with a built-in feature network
-    fit, upright: see `open_images`; for pictures only
-    Errors: ValueError, with both names, for statistics of another network. A file that does not say
-    which network made it is taken for Inception's where it has 2048 features and the pictures are
-    seen by Inception, and the record says so.
+    Args:
+        path: pictures as `open_images` takes them, what `--save-statistics` wrote, or EDM's .npz;
+            None: the data set's that come with a built-in feature network
+        fit, upright: see `open_images`; for pictures only
+
+    Raises:
+        ValueError: with both names, for statistics of another network. A file that does not say
+            which network made it is taken for Inception's where it has 2048 features and the
+            pictures are seen by Inception, and the record says so.
     """
     if path is None:
         if extractor.data is None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fewstep.denoiser import Denoiser
 from fewstep.evaluate.curves import COMPONENTS, Curves, measure, positive, trace
-from fewstep.files import check_writable, write_json, write_whole
+from fewstep.files import open_folder, write_json, write_whole
 from fewstep.grid import check_grid, make_grid
 from fewstep.models import Model, load
 from fewstep.provenance import machine_line, software_line
@@ -139,19 +139,22 @@ def run_geometry(
 ) -> Geometry:
     """Measure the trajectories of a model; write geometry.json.
 
-    model: a name, a folder, or a loaded model
-    points: of a trajectory, on a grid that is a name; sigmas are a grid of their own
-    solver: of the ODE, by name
-    label, prompt, guidance: one for all seeds
-    batch: seeds at a time; what keeps their states below 256 MB unless given
-    report: called with what is under way, and with the work done and in total, in points
-
     `out` also keeps the curves, geometry.safetensors, so that a run that was cut short goes on
     after its last batch, and seeds may be added.
 
-    Errors: ValueError for what the model or the solver cannot do, a grid that ends at 0, and an
-    `out` that holds a run with other settings; FloatingPointError where the network returns NaN or
-    infinity; OSError where `out` cannot be written; all but the second before any work.
+    Args:
+        model: a name, a folder, or a loaded model
+        points: of a trajectory, on a grid that is a name; sigmas are a grid of their own
+        solver: of the ODE, by name
+        label, prompt, guidance: one for all seeds
+        batch: seeds at a time; what keeps their states below 256 MB unless given
+        report: called with what is under way, and with the work done and in total, in points
+
+    Raises:
+        ValueError: for what the model or the solver cannot do, a grid that ends at 0, and an `out`
+            that holds a run with other settings.
+        FloatingPointError: the network returns NaN or infinity.
+        OSError: `out` cannot be written; all but the second before any work.
     """
     out, seeds = Path(out), tuple(int(seed) for seed in seeds)
     if not seeds:
@@ -171,7 +174,7 @@ def run_geometry(
         ),
         "label": label,
     }
-    check_writable(out)
+    open_folder(out)
     store = _Store(out / "geometry.safetensors", settings)
     rows = store.read()
     missing = [seed for seed in seeds if seed not in rows]
@@ -283,8 +286,11 @@ class _Store:
     NAMES = ("x.points", "x.norms", "denoised.points", "denoised.norms")
 
     def read(self) -> dict[int, list[np.ndarray]]:
-        """By seed, in the order of NAMES. Errors: ValueError where the file is of other settings or
-        no file of ours."""
+        """By seed, in the order of NAMES.
+
+        Raises:
+            ValueError: the file is of other settings or no file of ours.
+        """
         if not self.path.exists():
             return {}
         try:

@@ -17,6 +17,7 @@ from fewstep.evaluate.clip import ClipScorer
 from fewstep.evaluate.features import Extractor
 from fewstep.evaluate.gather import Gathered, Reference, Report, gather, open_reference, silent
 from fewstep.evaluate.protocols import Protocol, check_orientation, check_protocol
+from fewstep.evaluate.settings import METRICS
 from fewstep.evaluate.statistics import (
     MOST_ROWS,
     Estimate,
@@ -40,7 +41,6 @@ __all__ = [
 ]
 
 FORMAT = "fewstep-evaluation/1"
-METRICS = ("fd", "kid", "pr", "clip")
 MOST_NAMED = 100  # skipped files that the record names
 
 
@@ -125,29 +125,41 @@ def evaluate(
     if protocol is not None:
         check_protocol(protocol, found.count, found.size)
         check_orientation(protocol, images.name, found.turned, found.askew)
+    matches = None
+    if captions is not None and texts:
+        matches = {"name": captions.name, "sha256": captions.digest, "matched_by": matched}
+    record = {
+        "format": FORMAT,
+        **_numbers(images, found, reference, extractor, metrics, resamples),
+        "protocol": protocol.to_dict() if protocol is not None else None,
+        "images": _image_facts(images, found),
+        "extractor": _extractor_facts(extractor) if extractor is not None else None,
+        "reference": reference.to_dict() if reference is not None else None,
+        "captions": matches,
+        "clip": clip.name if found.clip is not None and clip is not None else None,
+        "made": time.strftime("%Y-%m-%d"),
+        "command": command,
+        **_software(),
+    }
+    return Evaluation(record, found)
+
+
+def _numbers(
+    images: Images,
+    found: Gathered,
+    reference: Reference | None,
+    extractor: Extractor | None,
+    metrics: Sequence[str],
+    resamples: int | None,
+) -> dict[str, Any]:
+    """The rows of the record, and what to know about them."""
     numbers, warnings = [], []
     if reference is not None and extractor is not None:
         numbers, warnings = _compare(found, reference, extractor, metrics, resamples)
     if found.clip is not None:
         numbers.append(_clip_row(found.clip))
     warnings += [*told(images), *found.told(), *(reference.told if reference is not None else ())]
-    record = {
-        "format": FORMAT,
-        "metrics": numbers,
-        "protocol": protocol.to_dict() if protocol is not None else None,
-        "images": _image_facts(images, found),
-        "extractor": _extractor_facts(extractor) if extractor is not None else None,
-        "reference": reference.to_dict() if reference is not None else None,
-        "captions": {"name": captions.name, "sha256": captions.digest, "matched_by": matched}
-        if texts and captions is not None
-        else None,
-        "clip": clip.name if found.clip is not None and clip is not None else None,
-        "warnings": warnings,
-        "made": time.strftime("%Y-%m-%d"),
-        "command": command,
-        **_software(),
-    }
-    return Evaluation(record, found)
+    return {"metrics": numbers, "warnings": warnings}
 
 
 def _check_request(

@@ -173,14 +173,14 @@ def protocols() -> list[str]:
 
 
 def get_protocol(name: str) -> Protocol:
-    """Errors: ValueError that lists the names."""
+    """Raise ValueError that lists the names."""
     if name not in PROTOCOLS:
         raise ValueError(f"there is no protocol {name!r}; there are {', '.join(PROTOCOLS)}")
     return PROTOCOLS[name]
 
 
 def check_protocol(protocol: Protocol, count: int, size: tuple[int, int] | None = None) -> None:
-    """Errors: ValueError for too few pictures, or pictures of another size, (h, w)."""
+    """Raise ValueError for too few pictures, or pictures of another size, (h, w)."""
     if count < protocol.pictures:
         raise ValueError(
             f"protocol {protocol.name} needs {protocol.pictures:,} pictures, got {count:,}; sample "

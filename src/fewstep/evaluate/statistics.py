@@ -97,7 +97,11 @@ class Statistics:
 
     @classmethod
     def of(cls, features: ArrayLike, extractor: str = "") -> Statistics:
-        """Statistics of features [n, d], n >= 1. Errors: ValueError for other shapes, or NaN."""
+        """Statistics of features [n, d], n >= 1.
+
+        Raises:
+            ValueError: for other shapes, or NaN.
+        """
         rows = check_features(features)
         parts = (
             cls._of_block(rows[start : start + BLOCK].astype(np.float64), extractor)
@@ -136,7 +140,8 @@ class Statistics:
     def merge(self, other: Statistics) -> Statistics:
         """Statistics of both sets together: batches, shards, an interrupted run and its rest.
 
-        Errors: ValueError, with both names, for another extractor.
+        Raises:
+            ValueError: with both names, for another extractor.
         """
         check_comparable(self, other)
         n, m = self._known_count(), other._known_count()
@@ -148,7 +153,11 @@ class Statistics:
         )
 
     def frechet(self, other: Statistics) -> float:
-        """Frechet distance. Errors: ValueError, with both names, for another extractor."""
+        """Frechet distance.
+
+        Raises:
+            ValueError: with both names, for another extractor.
+        """
         check_comparable(self, other)
         for one in (self, other):
             if one.count == 1:
@@ -166,7 +175,8 @@ class Statistics:
     def load(path: Path | str) -> Statistics:
         """Read what `save` or EDM's tools wrote; never executes anything.
 
-        Errors: ValueError where the file is something else.
+        Raises:
+            ValueError: the file is something else.
         """
         return read_statistics(path)[0]
 
@@ -207,7 +217,11 @@ class Rows:
 
 
 def check_features(features: ArrayLike) -> np.ndarray:
-    """The array [n, d], n and d >= 1. Errors: ValueError for other shapes, or NaN."""
+    """The array [n, d], n and d >= 1.
+
+    Raises:
+        ValueError: for other shapes, or NaN.
+    """
     rows = np.asarray(features)
     if rows.ndim != 2 or not rows.size or rows.dtype.kind not in "fiu":
         raise ValueError(f"features must be numbers of shape [n, d], got {rows.dtype} {rows.shape}")
@@ -218,7 +232,7 @@ def check_features(features: ArrayLike) -> np.ndarray:
 
 
 def check_comparable(ours: Statistics, theirs: Statistics) -> None:
-    """Errors: ValueError, with both names or dimensions, unless one network made both."""
+    """Raise ValueError, with both names or dimensions, unless one network made both."""
     if ours.extractor != theirs.extractor:
         names = " and ".join(repr(one.extractor or "(not stated)") for one in (ours, theirs))
         raise ValueError(f"features of different networks do not compare: {names}")
@@ -255,8 +269,9 @@ def bootstrap_frechet(
 ) -> float:
     """Standard error of the Frechet distance to a fixed reference, over the choice of pictures.
 
-    features: [n, d], n >= 2
-    resamples: draws of n pictures with replacement
+    Args:
+        features: [n, d], n >= 2
+        resamples: draws of n pictures with replacement
     """
     values = _resampled(check_features(features), reference, _weights(features, resamples, seed))
     return float(values.std(ddof=1))
@@ -272,9 +287,13 @@ def paired_frechet(
     """Frechet distance of a sampler's pictures to a reference, less that of a second set made from
     the same seeds.
 
-    features, second: [n, d] each; row i of both belongs to seed i
-    Returns value, excess = value - (distance of the second set), and the standard errors of both,
-    se and excess_se. Each resample draws the same seeds from both sets, so what they share cancels.
+    Args:
+        features, second: [n, d] each; row i of both belongs to seed i
+
+    Returns:
+        Value, excess = value - (distance of the second set), and the standard errors of both, se
+        and excess_se. Each resample draws the same seeds from both sets, so what they share
+        cancels.
     """
     ours, theirs = check_features(features), check_features(second)
     if ours.shape != theirs.shape:
@@ -385,9 +404,11 @@ def precision_recall(
     reference inside the pictures' manifold.
 
     A manifold is the union of balls around its points that reach to the k-th nearest other point.
-    features: [n, d] and [m, d], n and m > k; of more than MOST_ROWS rows, a keyed choice
     The errors are those of a share, sqrt(p (1 - p) / n), with the manifolds as they are. Numbers
     depend on n and m: compare them at the same counts only.
+
+    Args:
+        features: [n, d] and [m, d], n and m > k; of more than MOST_ROWS rows, a keyed choice
     """
     x, y = _some(features), _some(reference)
     if x.shape[1] != y.shape[1] or k < 1 or min(len(x), len(y)) <= k:
@@ -460,7 +481,10 @@ def write_statistics(path: Path | str, statistics: Statistics, rows: Rows | None
 def read_statistics(path: Path | str) -> tuple[Statistics, Rows | None]:
     """What `write_statistics` or EDM's tools wrote: an .npz with `mu` and `sigma`.
 
-    Never executes anything. Errors: ValueError where the file is something else.
+    Never executes anything.
+
+    Raises:
+        ValueError: the file is something else.
     """
     try:
         return statistics_in(read_arrays(path, NAMES))
@@ -472,7 +496,11 @@ def read_statistics(path: Path | str) -> tuple[Statistics, Rows | None]:
 
 
 def statistics_in(values: Any) -> tuple[Statistics, Rows | None]:
-    """The same from named arrays. Errors: KeyError, TypeError or ValueError."""
+    """The same from named arrays.
+
+    Raises:
+        KeyError: TypeError or ValueError.
+    """
     count = int(values["count"]) if "count" in values else None
     extractor = str(values["extractor"]) if "extractor" in values else ""
     found = Statistics(extractor, count, values["mu"], values["sigma"])

@@ -111,7 +111,7 @@ class Staged:
 
     @classmethod
     def cut(cls, plan: Plan) -> Staged:
-        """Errors: ValueError for a plan without evaluations, or that needs the network's mean."""
+        """Raise ValueError for a plan without evaluations, or that needs the network's mean."""
         stages: list[Stage] = []
         rested, end = True, plan.sigmas[0]
         for place, op in enumerate(plan.ops):
@@ -245,7 +245,8 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         solver: a name; or a learned solver, its folder, or a plan, whose budget is fixed then:
             num_inference_steps has to be its number of intervals
 
-        Errors: ValueError for a learned solver that reads the network's features.
+        Raises:
+            ValueError: for a learned solver that reads the network's features.
         """
         fields = dict(config or {})
         if "solver" in kwargs:
@@ -272,13 +273,16 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         """Make the grid, and forget any run so far.
 
-        num_inference_steps: intervals of the grid
-        timesteps: the network's own times at the grid's points, in place of a named grid
-        sigmas: the same as noise levels, those of k-diffusion for VP; for flows the times in (0,
-            1] before the shift, as diffusers has them. The end is added where it is missing.
-        mu: the dynamic shift of a flow, from the pipeline
+        Args:
+            num_inference_steps: intervals of the grid
+            timesteps: the network's own times at the grid's points, in place of a named grid
+            sigmas: the same as noise levels, those of k-diffusion for VP; for flows the times in
+                (0, 1] before the shift, as diffusers has them. The end is added where it is
+                missing.
+            mu: the dynamic shift of a flow, from the pipeline
 
-        Errors: ValueError for both of them, for neither, and where a plan has fixed its own.
+        Raises:
+            ValueError: for both of them, for neither, and where a plan has fixed its own.
         """
         if timesteps is not None and sigmas is not None:
             raise ValueError("give timesteps or sigmas, not both")

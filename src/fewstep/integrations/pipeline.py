@@ -51,8 +51,9 @@ class FewstepPipeline:
         parts are shared, and what is changed on it (adapters, device, slicing) holds here.
     solver: a learned solver, its folder, or a plan
 
-    Errors: ValueError for a solver by name, which needs no pipeline of its own, and for a pipeline
-    that fewstep does not run, or that takes no text.
+    Raises:
+        ValueError: for a solver by name, which needs no pipeline of its own, and for a pipeline
+            that fewstep does not run, or that takes no text.
     """
 
     pipe: Any
@@ -94,18 +95,21 @@ class FewstepPipeline:
     ) -> Any:
         """Pictures, as an object with `images`, or in a tuple.
 
-        num_inference_steps: fixed by the solver; what is passed has to be its number of intervals
-        guidance_scale: the pipeline's own default where left out; 1 and less is none
-        generator, seeds, latents: the start, one of them at most. A generator draws what diffusers
-            draws from it, seeds what `fewstep.sample` does, one per picture; latents are noise of
-            variance 1, [n, c, h, w].
-        output_type: "pil", "np", "pt", or "latent", which is the clean latents that are decoded
-        callback_on_step_end: called as callback(pipe, i, t, {"latents": x_t}) after each accepted
-            state; the latents that it returns are gone on from, and `pipe._interrupt = True` ends
-            the run there. t is one per picture where the solver chose it.
-        sizes: original_size, crops_coords_top_left and target_size, of Stable Diffusion XL
+        Args:
+            num_inference_steps: fixed by the solver; what is passed has to be its number of
+                intervals
+            guidance_scale: the pipeline's own default where left out; 1 and less is none
+            generator, seeds, latents: the start, one of them at most. A generator draws what
+                diffusers draws from it, seeds what `fewstep.sample` does, one per picture; latents
+                are noise of variance 1, [n, c, h, w].
+            output_type: "pil", "np", "pt", or "latent", which is the clean latents that are decoded
+            callback_on_step_end: called as callback(pipe, i, t, {"latents": x_t}) after each
+                accepted state; the latents that it returns are gone on from, and `pipe._interrupt =
+                True` ends the run there. t is one per picture where the solver chose it.
+            sizes: original_size, crops_coords_top_left and target_size, of Stable Diffusion XL
 
-        Errors: ValueError for what does not fit, before the first network call.
+        Raises:
+            ValueError: for what does not fit, before the first network call.
         """
         model = self._model(height, width)
         program = self.solver.program()  # type: ignore[union-attr]

@@ -182,12 +182,14 @@ class AmedKind:
     ) -> Method:
         """Untrained.
 
-        scale_dir, scale_time: see `Predictor`
-        features: whether to read the network's; None: where there are any
+        Args:
+            scale_dir, scale_time: see `Predictor`
+            features: whether to read the network's; None: where there are any
 
-        Errors: ValueError where they are asked of a network that has none, and for a start so noisy
-        that c, a factor of the whole step there, could not be learned; for a base whose rule loses
-        gradients.
+        Raises:
+            ValueError: they are asked of a network that has none, and for a start so noisy that c,
+                a factor of the whole step there, could not be learned; for a base whose rule loses
+                gradients.
         """
         if setup.sigmas[0] > PURE_NOISE and base_of(setup.base).prediction == "eps":
             raise ValueError(

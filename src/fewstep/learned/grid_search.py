@@ -56,16 +56,19 @@ def search_grid(
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(the best grid, the best one that has a name).
 
-    parts: the trajectories' starts, in as many parts as memory asks for
-    fine: the levels among which a path is searched
-    named: the grids that it has to beat, all of as many intervals, with the ends of `fine`
-    afs: the analytic first step, of which the first cost is that
-    student: from a grid to the solver that is to run on it
-    space: where ends are compared; None: as they are
-
     Spends an evaluation on each fine level of a trajectory, and the student's on each candidate.
-    Errors: ValueError for more intervals than the fine grid has; FloatingPointError where the
-    denoiser is not finite.
+
+    Args:
+        parts: the trajectories' starts, in as many parts as memory asks for
+        fine: the levels among which a path is searched
+        named: the grids that it has to beat, all of as many intervals, with the ends of `fine`
+        afs: the analytic first step, of which the first cost is that
+        student: from a grid to the solver that is to run on it
+        space: where ends are compared; None: as they are
+
+    Raises:
+        ValueError: for more intervals than the fine grid has.
+        FloatingPointError: the denoiser is not finite.
     """
     intervals = len(next(iter(named.values()))) - 1
     if intervals >= len(fine):

@@ -15,7 +15,11 @@ KINDS: dict[str, Kind] = {kind.name: kind for kind in (AMED, PLUGIN, TUNED, GRID
 
 
 def kind_of(name: str) -> Kind:
-    """The method of a name. Errors: ValueError with the nearest names."""
+    """The method of a name.
+
+    Raises:
+        ValueError: with the nearest names.
+    """
     if name not in KINDS:
         near = difflib.get_close_matches(str(name), KINDS, n=2) or list(KINDS)
         raise ValueError(f"no method is called {name!r}; did you mean {' or '.join(near)}?")

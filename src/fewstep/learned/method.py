@@ -61,7 +61,8 @@ def start_recipe(
     """Of a method that starts from a plan of the base solver, by default the best that is known at
     so few evaluations, and looks at the teacher's end.
 
-    Errors: ValueError for a base without a plan, and a budget that it cannot spend.
+    Raises:
+        ValueError: for a base without a plan, and a budget that it cannot spend.
     """
     usual, named, best = "ipndm-3" if nfe > 3 else "ipndm-2", "time-uniform", "sigma_min"
     if own_time:  # where guidance is usual, under which ipndm starts far off
@@ -135,7 +136,11 @@ class Method(Protocol):
         ...
 
     def plan(self) -> Plan:
-        """The same as plain numbers. Errors: ValueError where they differ between samples."""
+        """The same as plain numbers.
+
+        Raises:
+            ValueError: they differ between samples.
+        """
         ...
 
     def parameters(self) -> dict[str, Tensor]:
@@ -170,12 +175,14 @@ class Kind(Protocol):
     ) -> Recipe:
         """Defaults for a budget.
 
-        end: where the grid ends, sigmas too; None: where the method likes it best
-        own_time: whether the network has a time of its own, in which grids can be uniform (VP,
-            flow)
+        Args:
+            end: where the grid ends, sigmas too; None: where the method likes it best
+            own_time: whether the network has a time of its own, in which grids can be uniform (VP,
+                flow)
 
-        Errors: ValueError for a budget that cannot be spent exactly, and for an end that the method
-        cannot reach.
+        Raises:
+            ValueError: for a budget that cannot be spent exactly, and for an end that the method
+                cannot reach.
         """
         ...
 
@@ -192,5 +199,9 @@ class Kind(Protocol):
         settings: dict[str, Any],
         tensors: dict[str, Tensor],
     ) -> Method:
-        """From a file. Errors: ValueError, TypeError or KeyError where the parts do not fit."""
+        """From a file.
+
+        Raises:
+            ValueError: TypeError or KeyError where the parts do not fit.
+        """
         ...

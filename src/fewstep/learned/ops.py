@@ -103,7 +103,8 @@ def on_multistep(
 def base_of(name: str | None) -> Base:
     """The base of a name; None is AMED-Solver itself.
 
-    Errors: ValueError where AMED-Plugin does not go with that solver.
+    Raises:
+        ValueError: AMED-Plugin does not go with that solver.
     """
     if name is None:
         return Base(amed, "eps", 1, restarts=True, states=1)

@@ -47,7 +47,8 @@ class Predictor:
     scale_dir, scale_time: how far c and a may be from 1, below 1; 0 fixes them
     weights: by name, see `shapes`
 
-    Errors: ValueError for a scale outside [0, 1) and for weights that do not fit.
+    Raises:
+        ValueError: for a scale outside [0, 1) and for weights that do not fit.
     """
 
     features: int
@@ -86,7 +87,8 @@ class Predictor:
     ) -> Values:
         """The step from cur to nxt, in float64 on `device`.
 
-        features: [b, features], or None for zeros, which give one value for all samples, [1]
+        Args:
+            features: [b, features], or None for zeros, which give one value for all samples, [1]
         """
         w = {name: value.to(device) for name, value in self.weights.items()}
         if features is None:
@@ -123,7 +125,8 @@ def feature_count(features: object) -> int:
 def read_features(seen: Seen, count: int) -> Tensor:
     """[b, count] from a reply: the channel mean of the network's map, flattened.
 
-    Errors: ValueError where the denoiser gave none, or of another size.
+    Raises:
+        ValueError: the denoiser gave none, or of another size.
     """
     if seen.features is None:
         raise ValueError(

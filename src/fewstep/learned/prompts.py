@@ -24,12 +24,14 @@ def prompted(
 ) -> Conditions:
     """Conditions for `train`, of texts.
 
-    model: a pipeline (`PipelineModel`); each text is encoded once, within a bound
-    texts: what is drawn from. Every tenth distinct one is for validation alone, where there are
-        ten or more.
-    negative, guidance: as in `model.denoiser`, the same for all
+    Args:
+        model: a pipeline (`PipelineModel`); each text is encoded once, within a bound
+        texts: what is drawn from. Every tenth distinct one is for validation alone, where there are
+            ten or more.
+        negative, guidance: as in `model.denoiser`, the same for all
 
-    Errors: ValueError where there is no text, and where the model takes none.
+    Raises:
+        ValueError: there is no text, and where the model takes none.
     """
     if not texts:
         raise ValueError("prompts must be at least one text")

@@ -1,59 +1,50 @@
-"""What is chosen for the training of a solver, and what follows from it before any work."""
+"""The settings of a solver's training. It imports no torch: the command reads its options."""
 
 from __future__ import annotations
 
-import inspect
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
-from fewstep.denoiser import Denoiser
-from fewstep.grid import GRIDS, check_grid, make_grid
-from fewstep.learned.grid_search import SEARCH
-from fewstep.learned.kinds import kind_of
-from fewstep.learned.method import Kind, Recipe
-from fewstep.learned.teacher import Teacher, check_teacher, fine_grid, whole_grid
-from fewstep.schedule import Schedule
-from fewstep.solver import end_at
-from fewstep.solving import DEFAULT_RANGE
-from fewstep.train.checkpoint import plain
-
-__all__ = ["REFERENCE", "TRAINING", "VALIDATION", "Choices", "Settings"]
+__all__ = ["TRAINING", "VALIDATION", "MethodOptions", "Settings"]
 
 TRAINING, VALIDATION = 2_000_000, 1_000_000  # first seeds; those below are for final tests
-# within 4e-4 of the exact solution on the built-in network
-REFERENCE, REFERENCE_INTERVALS = "deis-4", 40
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The choices of a training; what is None follows from the method and the network.
+    """What is chosen for a training; what is None follows from the method and the network.
 
-    method: "tuned", "amed" or "amed-plugin"; or "grid", which trains nothing and puts the base on
-        a grid that is searched for it
-    base: the solver that is improved on
-    nfe: the budget
-    trajectories, batch: how many starts the run sees, and how many at a time
-    grid: a name, or sigmas; "search" has it found, see `grid_search`
-    sigma_min, sigma_max: the denoiser's own, else 0.002 and 80
-    seed: decides the first weights and the noise
-    afs: the analytic first step: "none", "zero" as published, or "mean"
-    end: where a named grid ends: "sigma_min", or "zero", which tuned can reach
-    teacher, inner: the teacher, a deterministic solver's name, and how many points it adds inside
-        each interval ("heun" with 1 is AMED's), or on its whole way where the method looks at its
-        end alone
-    lr: of Adam; where the method has it decay, it rises over the first 20 updates and then falls
-        as a half cosine
-    validation: how many validation seeds
-    validate_every, checkpoint_every: in batches
-    checkpointed: of a loss that spans several calls of the denoiser, compute each call again for
-        its gradient, so that memory does not grow with nfe; without, the same numbers come sooner
-    options: of the method. amed and amed-plugin: scale_dir, scale_time, features; tuned: parts,
-        squared, shift
+    The command shows these lines as its help.
 
-    Errors: ValueError for a count that is no integer or too small, and an unknown method or option.
+    Attributes:
+        method: tuned, amed, amed-plugin or grid.
+        base: The solver that is improved on. Default: ipndm-4 for amed-plugin; else dpmpp-2m on
+            pipelines, ipndm-3 elsewhere, ipndm-2 up to 3 evaluations.
+        nfe: Network evaluations per picture.
+        trajectories: Length of the run in pictures.
+        batch: Pictures at a time.
+        grid: A grid's name, sigmas like 80,9,1,0.002, or search: find one. Default: search for
+            tuned and grid, time-uniform for amed, karras for amed-plugin; on pipelines trailing and
+            discrete.
+        sigma_min: Lowest level of the grid. Default: the network's.
+        sigma_max: Highest level of the grid. Default: the network's.
+        afs: Analytic first step, at no evaluation: none, zero or mean.
+        end: Where a named grid ends: sigma_min, or zero, for tuned and grid. Default: zero for
+            these on pipelines, else sigma_min.
+        teacher: A deterministic solver's name. Default: deis-3; for tuned deis-4.
+        inner: Points that the teacher adds inside each interval; for tuned, on the whole way.
+            Default: 2; for tuned 30.
+        lr: Learning rate of Adam. Default: 0.005; for tuned 0.02.
+        seed: Decides first weights and noise.
+        validation_seeds: Pictures compared with reference solves.
+        checkpoint_every: Batches between checkpoints.
+        validate_every: Batches between validations.
+        checkpointed: Compute tuned's gradients in the memory of one call, in half more of its time.
+        options: Options of the method, see `MethodOptions`.
+
+    Raises:
+        ValueError: a count is no integer, or too small.
     """
 
     method: str = "tuned"
@@ -64,15 +55,15 @@ class Settings:
     grid: str | Sequence[float] | None = None
     sigma_min: float | None = None
     sigma_max: float | None = None
-    seed: int = 0
     afs: str | None = None
     end: str | None = None
     teacher: str | None = None
     inner: int | None = None
     lr: float | None = None
-    validation: int = 64
-    validate_every: int = 10
+    seed: int = 0
+    validation_seeds: int = 64
     checkpoint_every: int = 5
+    validate_every: int = 10
     checkpointed: bool = True
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -81,7 +72,7 @@ class Settings:
             ("trajectories", 1),
             ("batch", 1),
             ("seed", 0),
-            ("validation", 1),
+            ("validation_seeds", 1),
             ("validate_every", 1),
             ("checkpoint_every", 1),
             ("nfe", 1),
@@ -103,154 +94,22 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Choices:
-    """Settings, and what follows from them for one denoiser.
+class MethodOptions:
+    """Options of single methods.
 
-    named: the grid by name; None where it was given as sigmas
-    sigmas: the levels; of a grid that is searched, only the ends hold
-    low, high: where named grids end and begin
-    schedule: the network's
+    Attributes:
+        scale_dir: amed, amed-plugin: how far c may be from 1. Default: 0.01.
+        scale_time: amed, amed-plugin: how far a may be from 1. Default: 0.
+        features: amed, amed-plugin: read the network's features. Without them the solver is a
+            table of numbers. Default: where there are any.
+        parts: tuned: what is learned. Default: times,told,weights.
+        squared: tuned: the loss is the squared distance, not the distance.
+        shift: tuned: weight of the shift that all ends share. Default: 2 in features, else 0.
     """
 
-    settings: Settings
-    kind: Kind
-    recipe: Recipe
-    named: str | None
-    sigmas: tuple[float, ...]
-    low: float
-    high: float
-    schedule: Schedule | None
-    lr: float
-    teacher: str
-    inner: int
-
-    @classmethod
-    def of(cls, settings: Settings, denoiser: Denoiser, in_features: bool) -> Choices:
-        """Errors: ValueError for what does not go together."""
-        grid, end = settings.grid, settings.end
-        kind, schedule = kind_of(settings.method), getattr(denoiser, "schedule", None)
-        if grid is not None and not isinstance(grid, str):
-            if (end, settings.sigma_min, settings.sigma_max) != (None, None, None):
-                raise ValueError(
-                    "sigmas have their own ends: leave out end, sigma_min and sigma_max"
-                )
-            grid = check_grid(grid)
-            end = "sigma_min" if grid[-1] > 0 else "zero"
-        own_time = schedule is not None and schedule.own_time
-        recipe = kind.recipe(settings.base, settings.nfe, settings.afs, end, own_time)
-        if in_features and not recipe.whole:
-            raise ValueError(
-                f"{settings.method} compares states step by step, in pixels: leave out "
-                "loss_features (--loss)"
-            )
-        lr = recipe.lr if settings.lr is None else settings.lr
-        if not 0 < lr < math.inf:
-            raise ValueError(f"lr must be positive, got {lr}")
-        low, high = (
-            getattr(denoiser, name, usual) if given is None else given
-            for name, usual, given in (
-                ("sigma_min", DEFAULT_RANGE[0], settings.sigma_min),
-                ("sigma_max", DEFAULT_RANGE[1], settings.sigma_max),
-            )
-        )
-        if isinstance(grid, tuple):
-            named, sigmas = None, _counted(grid, recipe.intervals, settings.nfe)
-        else:
-            named = recipe.grid if grid is None else str(grid)
-            usual = "karras" if named == SEARCH else named  # until it is found, for its ends
-            whole = make_grid(usual, recipe.intervals + 1, high, low, schedule)
-            sigmas = end_at(whole, recipe.end)
-        inner = recipe.inner if settings.inner is None else settings.inner
-        if inner < 0:
-            raise ValueError(f"inner must be at least 0, got {inner}")
-        teacher = settings.teacher or recipe.teacher
-        check_teacher(teacher)
-        _check_options(kind, settings.options)
-        return cls(settings, kind, recipe, named, sigmas, low, high, schedule, lr, teacher, inner)
-
-    @property
-    def searched(self) -> bool:
-        return self.named == SEARCH
-
-    @property
-    def middle(self) -> float:
-        """A level between the ends."""
-        return math.sqrt(self.sigmas[0] * (self.sigmas[-1] or self.sigmas[-2]))
-
-    def whole(self, intervals: int) -> tuple[float, ...]:
-        """A grid from end to end, for a solve that is nearly exact."""
-        first, last = self.sigmas[0], self.sigmas[-1]
-        low = last or min(self.low, self.sigmas[-2])
-        return whole_grid(intervals, first, low, last, self.schedule)
-
-    def rivals(self) -> dict[str, tuple[float, ...]]:
-        """The grids that go with these ends, by name."""
-        found, points = {}, self.recipe.intervals + 1
-        make = partial(make_grid, schedule=self.schedule)
-        for name in GRIDS:
-            try:
-                found[name] = end_at(make(name, points, self.high, self.low), self.recipe.end)
-            except ValueError:
-                continue  # one of the network's own time, and it has none
-        return found
-
-    def guide(self, sigmas: tuple[float, ...], features: bool) -> Teacher:
-        """The teacher on the levels that were found."""
-        if self.recipe.whole:  # on a grid of its own, from end to end
-            return Teacher(self.teacher, (sigmas[0], sigmas[-1]), self.whole(self.inner + 1))
-        by = None if self.searched else self.named
-        fine = fine_grid(by, sigmas, self.inner, self.schedule)
-        return Teacher(self.teacher, sigmas, fine, features)
-
-    def exact(self, sigmas: tuple[float, ...]) -> Teacher:
-        """What the validation seeds are solved with."""
-        ends = (sigmas[0], sigmas[-1])
-        return Teacher(REFERENCE, ends, self.whole(REFERENCE_INTERVALS))
-
-    def facts(
-        self, shape: Sequence[int], options: dict[str, Any], loss: str, model: dict[str, Any]
-    ) -> dict[str, Any]:
-        """What tells one run from another, as far as it is known before any work."""
-        chosen, recipe = self.settings, self.recipe
-        return {
-            "method": chosen.method,
-            "nfe": chosen.nfe,
-            "grid": self.named or "sigmas",
-            "afs": recipe.afs,
-            "seed": chosen.seed,
-            "trajectories": chosen.trajectories,
-            "batch": chosen.batch,
-            "lr": self.lr,
-            "loss": loss,
-            "options": plain(options),
-            "base": recipe.base,
-            "sigma_max": self.high,
-            "sigma_min": self.low,
-            "end": recipe.end,
-            "teacher": self.teacher,
-            "inner": self.inner,
-            "shape": list(shape),
-            "validation": chosen.validation,
-            "validate_every": chosen.validate_every,
-            "model": model,
-        }
-
-
-def _counted(sigmas: tuple[float, ...], intervals: int, nfe: int) -> tuple[float, ...]:
-    """Errors: ValueError where the budget is spent on another number of them."""
-    if len(sigmas) != intervals + 1:
-        raise ValueError(
-            f"nfe={nfe} is spent on {intervals + 1} sigmas here, got {len(sigmas)}; "
-            "give as many, or another nfe or afs"
-        )
-    return sigmas
-
-
-def _check_options(kind: Kind, options: dict[str, Any]) -> None:
-    parameters = inspect.signature(kind.fresh).parameters.values()
-    known = [one.name for one in parameters if one.kind is one.KEYWORD_ONLY]
-    for name in options:
-        if name not in known:
-            raise ValueError(
-                f"{kind.name} has no option {name!r}; it has: {', '.join(known) or 'none'}"
-            )
+    scale_dir: float | None = None
+    scale_time: float | None = None
+    features: bool | None = None
+    parts: tuple[str, ...] | None = None
+    squared: bool | None = None
+    shift: float | None = None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fewstep.denoiser import Denoiser
-from fewstep.files import check_writable, file_hash, write_json, write_whole
+from fewstep.files import file_hash, open_folder, write_json, write_whole
 from fewstep.grid import check_grid
 from fewstep.learned.kinds import KINDS
 from fewstep.learned.method import Method
@@ -99,10 +99,12 @@ class LearnedSolver:
         """The same as a static plan, every number in it; `fewstep.plan.levels(plan.ops)` are the
         sigmas at which the network is evaluated.
 
-        denoiser, x_T: where the numbers differ between samples, those of the plan are their means
-            over these samples, and it is the same solver only as far as they are alike
+        Args:
+            denoiser, x_T: where the numbers differ between samples, those of the plan are their
+                means over these samples, and it is the same solver only as far as they are alike
 
-        Errors: ValueError where they differ and no samples are given.
+        Raises:
+            ValueError: they differ and no samples are given.
         """
         program = self.method.program()
         if not program.adapts or denoiser is None or x_T is None:
@@ -110,9 +112,13 @@ class LearnedSolver:
         return averaged(program, denoiser, x_T)
 
     def save(self, folder: Path | str) -> None:
-        """Write the folder, weights first, each file whole. Errors: OSError where it cannot be."""
+        """Write the folder, weights first, each file whole.
+
+        Raises:
+            OSError: it cannot be.
+        """
         folder = Path(folder)
-        check_writable(folder)
+        open_folder(folder)
         if data := self._data():
             write_whole(folder / PREDICTOR_FILE, data)
         about = {name: getattr(self, name) for name in ("model", "training", "validation")}
@@ -121,7 +127,11 @@ class LearnedSolver:
     @classmethod
     def load(cls, folder: Path | str, nfe: int | None = None) -> LearnedSolver:
         """From a folder, or, given a budget, from one that has such a folder for each under its
-        number. Errors: ValueError where there is none, or it is damaged, or newer."""
+        number.
+
+        Raises:
+            ValueError: there is none, or it is damaged, or newer.
+        """
         folder = Path(folder)
         path = folder / SOLVER_FILE
         if not path.is_file() and (have := budgets(folder)):

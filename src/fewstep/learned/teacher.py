@@ -57,7 +57,8 @@ class Teacher:
     sigmas: the student's levels, each of which is in `fine` to the bit
     features: whether to look at the network's features at the student's levels
 
-    Errors: ValueError for a solver that draws noise or adapts.
+    Raises:
+        ValueError: for a solver that draws noise or adapts.
     """
 
     solver: str
@@ -128,7 +129,7 @@ class Kept:
 
 
 def check_teacher(name: str) -> None:
-    """Errors: ValueError for a name that is no deterministic solver's."""
+    """Raise ValueError for a name that is no deterministic solver's."""
     solver = get(name)
     if solver.stochastic or solver.adapts:
         raise ValueError(f"a teacher must be a deterministic solver, {name} is not")
@@ -142,7 +143,8 @@ def fine_grid(
 ) -> tuple[float, ...]:
     """The student's levels, and `inner` more in each interval.
 
-    grid: the name by which `sigmas` were made, or None
+    Args:
+        grid: the name by which `sigmas` were made, or None
     """
     each = inner + 1
     if grid is not None:
@@ -163,9 +165,11 @@ def whole_grid(
 ) -> tuple[float, ...]:
     """From end to end in steps of its own, for a solve that is nearly exact.
 
-    end: sigma_min, or 0: then the last interval goes from sigma_min to 0, and its D is the end
-    schedule: the network's; Karras, or uniform in log sigma where the network has a time of its
-        own, for there sigma_max may stand for infinity (flows), and a Karras grid hardly gets down
+    Args:
+        end: sigma_min, or 0: then the last interval goes from sigma_min to 0, and its D is the end
+        schedule: the network's; Karras, or uniform in log sigma where the network has a time of its
+            own, for there sigma_max may stand for infinity (flows), and a Karras grid hardly gets
+            down
     """
     own = schedule is not None and schedule.own_time
     points = intervals + (end > 0)

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from fewstep.denoiser import Denoiser
 from fewstep.grid import check_grid
+from fewstep.learned.choices import Choices
 from fewstep.learned.grid_search import FINE, SEARCHED, search_grid
 from fewstep.learned.method import Kind, Lesson, Method, Setup
 from fewstep.learned.rivals import best_rival, unbeaten
-from fewstep.learned.settings import VALIDATION, Choices, Settings
+from fewstep.learned.settings import VALIDATION, Settings
 from fewstep.learned.solver import PREDICTOR_FILE, SOLVER_FILE, LearnedSolver
 from fewstep.learned.teacher import Frozen, Kept
 from fewstep.learned.validation import (
@@ -142,7 +143,8 @@ class School:
     bound: from seeds to the denoiser with their conditions
     kept: the folder of the cache, or None
 
-    Errors: ValueError for a denoiser that cannot be learned on.
+    Raises:
+        ValueError: for a denoiser that cannot be learned on.
     """
 
     def __init__(
@@ -156,7 +158,7 @@ class School:
     ) -> None:
         self.chosen, self.bound, self.noise = chosen, bound, noise
         self.features, self.model, self.kept = features, model, kept
-        self.held_out = range(VALIDATION, VALIDATION + chosen.settings.validation)
+        self.held_out = range(VALIDATION, VALIDATION + chosen.settings.validation_seeds)
         x = noise(self.held_out[:1])
         self.size = count_features(bound(self.held_out[:1]), x, chosen.sigmas[0])
         if features is not None:
@@ -173,8 +175,9 @@ class School:
     def enrol(self, folder: Folder, note: Callable[[str], None]) -> tuple[SolverTraining, Method]:
         """The task, its grid found, and what it is measured against.
 
-        Errors: ValueError where the folder has another run or another solver; OSError where it
-        cannot be written.
+        Raises:
+            ValueError: the folder has another run or another solver.
+            OSError: it cannot be written.
         """
         chosen, sigmas = self.chosen, self.chosen.sigmas
         student = untrained = self.fresh(sigmas)

@@ -222,9 +222,17 @@ class TunedKind:
         squared: bool = False,
         shift: float | None = None,
     ) -> Method:
-        """parts: what learns, of times, told and weights; squared: the loss is the squared
-        distance, which a few samples decide; shift: weight of the distance of the batch's means,
-        SHIFT in features and 0 in pixels unless given."""
+        """A table that starts as its base.
+
+        Args:
+            parts: what learns, of times, told and weights
+            squared: the loss is the squared distance, which a few samples decide
+            shift: weight of the distance of the batch's means; SHIFT in features and 0 in pixels
+                unless given
+
+        Raises:
+            ValueError: for parts that are not these, and a shift below 0.
+        """
         if not parts or len(set(parts)) < len(parts) or not set(parts) <= set(PARTS):
             got = ", ".join(parts) or "none"
             raise ValueError(f"parts must be some of {', '.join(PARTS)}, each once, got {got}")

@@ -90,7 +90,11 @@ def split(seeds: range, size: int) -> list[range]:
 
 @torch.no_grad()
 def count_features(denoiser: Denoiser, x: Tensor, sigma: float) -> int:
-    """Evaluate once; how many features there are. Errors: ValueError for what is no denoiser."""
+    """Evaluate once; how many features there are.
+
+    Raises:
+        ValueError: for what is no denoiser.
+    """
     level, count = x.new_full((len(x),), sigma), 0
     with_features = getattr(denoiser, "with_features", None)
     if with_features is not None:
@@ -110,8 +114,11 @@ def count_features(denoiser: Denoiser, x: Tensor, sigma: float) -> int:
 
 @torch.enable_grad()
 def look_at(denoiser: Denoiser, x: Tensor, sigma: float, slope: bool) -> Tensor:
-    """D, in float32 on the CPU. slope: whether its gradient is needed. Errors: ValueError where no
-    gradient goes through."""
+    """D, in float32 on the CPU. slope: whether its gradient is needed.
+
+    Raises:
+        ValueError: no gradient goes through.
+    """
     x = x.detach().clone().requires_grad_(slope)
     denoised = denoiser(x, x.new_full((len(x),), sigma))
     if slope:

@@ -93,19 +93,21 @@ def load(
 ) -> Model:
     """Load a built-in model by name, a model folder by path, or a pipeline of diffusers.
 
-    name_or_path: for a pipeline, its folder, the .safetensors or .ckpt file of a Stable Diffusion,
-        or its name on the Hugging Face hub
-    device: a torch device
-    dtype: the network's arithmetic, float32, bfloat16 or float16, or torch's own (the sampled
-        state stays float32)
-    compile: torch.compile the network, worth it for many pictures
-    options: for pipelines: config, size, slicing, tiling; see `load_pipeline` in
-        `fewstep.models.formats.diffusers`
-
     Nothing in a folder is executed.
 
-    Errors: ValueError where there is no such model (with the nearest names), no such device, or its
-    files are damaged.
+    Args:
+        name_or_path: for a pipeline, its folder, the .safetensors or .ckpt file of a Stable
+            Diffusion, or its name on the Hugging Face hub
+        device: a torch device
+        dtype: the network's arithmetic, float32, bfloat16 or float16, or torch's own (the sampled
+            state stays float32)
+        compile: torch.compile the network, worth it for many pictures
+        options: for pipelines: config, size, slicing, tiling; see `load_pipeline` in
+            `fewstep.models.formats.diffusers`
+
+    Raises:
+        ValueError: there is no such model (with the nearest names), no such device, or its files
+            are damaged.
     """
     device, dtype = str(device), str(dtype).removeprefix("torch.")
     name = str(name_or_path)

@@ -140,7 +140,11 @@ class NetworkModel:
 
     @property
     def picture(self) -> tuple[int, int, int]:
-        """Shape of one picture, (h, w, c). Errors: ValueError where samples are no pictures."""
+        """Shape of one picture, (h, w, c).
+
+        Raises:
+            ValueError: samples are no pictures.
+        """
         if len(self.shape) != 3:
             raise ValueError(f"{self.card.name} has no pictures: its samples are {self.shape}")
         channels, height, width = self.shape
@@ -157,13 +161,17 @@ class NetworkModel:
         """D(x, sigma) for one label for all pictures, or one per picture; None is the network
         without class.
 
-        label: text that is a class's name means that class, other text of digits an index; a number
-            is always an index
-        guidance: scale of classifier-free guidance, >= 0, one or one per picture, needs a label;
-            None or 1 is none. A network that is told the scale takes it in, at no second pass.
+        Args:
+            label: text that is a class's name means that class, other text of digits an index; a
+                number is always an index
+            prompt, negative: for models with text, so not here
+            guidance: scale of classifier-free guidance, >= 0, one or one per picture, needs a
+                label; None or 1 is none. A network that is told the scale takes it in, at no second
+                pass.
 
-        Errors: ValueError for a text, an unknown label, a guidance that is negative or not finite,
-        guidance without a label, or one that a student was not distilled for.
+        Raises:
+            ValueError: for a text, an unknown label, a guidance that is negative or not finite,
+                guidance without a label, or one that a student was not distilled for.
         """
         for name, text in (("prompt", prompt), ("negative", negative)):
             if text is not None:
@@ -251,9 +259,15 @@ class NetworkModel:
     ) -> Tensor:
         """The start of sampling, float32 [n, c, h, w]: sigma_max z, z keyed by seed.
 
-        sigma: a lower level to carry it to along the flow of a Gaussian with the data's mean and
-        leading covariance (those of the label), in closed form and without an evaluation.
-        Errors: ValueError where the model has no such statistics.
+        Args:
+            seeds: one per picture
+            sigma: a lower level to carry it to along the flow of a Gaussian with the data's mean
+                and leading covariance (those of the label), in closed form and without an
+                evaluation
+            label: as in `denoiser`
+
+        Raises:
+            ValueError: the model has no such statistics.
         """
         x = self.card.sigma_max * normal(seeds, self.shape, "prior").to(self.device)
         if sigma is None:
@@ -279,7 +293,11 @@ class NetworkModel:
 
     def level(self, strength: float) -> float:
         """The noise level at which `start` puts a picture: strength is the share of the Karras grid
-        that is gone through again. Errors: ValueError where it is not in (0, 1]."""
+        that is gone through again.
+
+        Raises:
+            ValueError: it is not in (0, 1].
+        """
         if not 0 < strength <= 1:
             raise ValueError(f"strength must lie in (0, 1], got {strength}")
         low, high = self.card.sigma_min ** (1 / 7), self.card.sigma_max ** (1 / 7)

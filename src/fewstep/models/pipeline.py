@@ -130,16 +130,19 @@ class PipelineModel:
     ) -> Any:
         """D(x, sigma) with the prompt filled in; text is encoded here, once.
 
-        prompt: one text for all pictures, or one per picture; None is the empty text
-        guidance: scale of classifier-free guidance, one or one per picture, >= 0; None or 1 is none
-            and costs one network call, any other costs two. A network that takes the scale as an
-            input (LCM) is told it and costs one call.
-        negative: the negative prompt, in place of the empty text
-        original_size, crops_coords_top_left, target_size: the size conditioning of SDXL, (height,
-            width) each; the picture's own size, uncropped, where left out
-
         A prompt longer than the text encoder reads: a UserWarning with what was cut.
-        Errors: ValueError for what the model does not take, and for counts that do not agree.
+
+        Args:
+            prompt: one text for all pictures, or one per picture; None is the empty text
+            guidance: scale of classifier-free guidance, one or one per picture, >= 0; None or 1 is
+                none and costs one network call, any other costs two. A network that takes the scale
+                as an input (LCM) is told it and costs one call.
+            negative: the negative prompt, in place of the empty text
+            original_size, crops_coords_top_left, target_size: the size conditioning of SDXL,
+                (height, width) each; the picture's own size, uncropped, where left out
+
+        Raises:
+            ValueError: for what the model does not take, and for counts that do not agree.
         """
         if label is not None:
             raise ValueError(f"{self.card.name} has no classes; leave out label")
@@ -244,7 +247,9 @@ class PipelineModel:
 
         In EDM units that is z / alpha: sqrt(1 + sigma_max^2) z for VP, (1 + sigma_max) z for a flow
         at t = 1 - 1e-5.
-        Errors: ValueError for a lower sigma: a pipeline has no statistics for a head start.
+
+        Raises:
+            ValueError: for a lower sigma: a pipeline has no statistics for a head start.
         """
         if sigma is not None:
             raise ValueError(
@@ -257,11 +262,12 @@ class PipelineModel:
     ) -> tuple[Tensor, float]:
         """Where image-to-image starts: (x, sigma), the pictures with noise up to sigma.
 
-        images: uint8 [n, h, w, c] of the model's size, one for all seeds or one per seed
-        strength: in (0, 1]; the share of the network's own time that is gone through again, 1 keeps
-            nothing of the picture but what is left at sigma_max
-
         Solve on from there: `solve(denoiser, x, ..., sigma_max=sigma)`.
+
+        Args:
+            images: uint8 [n, h, w, c] of the model's size, one for all seeds or one per seed
+            strength: in (0, 1]; the share of the network's own time that is gone through again, 1
+                keeps nothing of the picture but what is left at sigma_max
         """
         sigma = self.level(strength)
         clean = self.encode(images)
@@ -272,8 +278,11 @@ class PipelineModel:
         return clean + sigma * self._noise(seeds), sigma
 
     def level(self, strength: float) -> float:
-        """The noise level at which `start` puts a picture. Errors: ValueError for a strength that
-        is not in (0, 1], or too small for the network's range."""
+        """The noise level at which `start` puts a picture.
+
+        Raises:
+            ValueError: for a strength that is not in (0, 1], or too small for the network's range.
+        """
         schedule = self.process.grid_schedule
         t = schedule.t_clean + strength * (schedule.t_max - schedule.t_clean)
         if not 0 < strength <= 1 or t <= schedule.t_min:
@@ -289,7 +298,9 @@ class PipelineModel:
         """Clean states x_0, float32 [n, c, h, w], of pictures uint8 [n, h, w, c].
 
         Latents are the mode of the autoencoder's posterior, so no noise is drawn.
-        Errors: ValueError where the pictures have another size.
+
+        Raises:
+            ValueError: the pictures have another size.
         """
         pictures = torch.as_tensor(images)
         vae, wanted = self.autoencoder, self.picture
@@ -319,7 +330,8 @@ class PipelineModel:
     def pictures(self, x: Tensor) -> Tensor:
         """Pictures float32 [n, c, h, w] in [-1, 1], but for what sticks out, from clean states.
 
-        Errors: FloatingPointError where the autoencoder returns NaN or infinity.
+        Raises:
+            FloatingPointError: the autoencoder returns NaN or infinity.
         """
         vae = self.autoencoder
         if vae is None:

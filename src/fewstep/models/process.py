@@ -143,12 +143,14 @@ def read_process(
 ) -> Process:
     """The process of a scheduler.
 
-    name: its class
-    config: its configuration
-    betas: its table, where it has one
-    tokens: how many tokens one sample has, for a dynamic shift
+    Args:
+        name: its class
+        config: its configuration
+        betas: its table, where it has one
+        tokens: how many tokens one sample has, for a dynamic shift
 
-    Errors: ValueError for a process that is neither VP nor a flow, or that cannot be sampled.
+    Raises:
+        ValueError: for a process that is neither VP nor a flow, or that cannot be sampled.
     """
     kind = str(config.get("prediction_type", "epsilon"))
     if name in FLOWS or config.get("use_flow_sigmas") or kind == "flow_prediction":

@@ -38,10 +38,11 @@ def data_statistics(images: Tensor, labels: Tensor, classes: int) -> dict[str, T
     """Mean, leading principal directions and variances of the data, for each class and for all
     together.
 
-    images: uint8 [n, c, h, w]
-    labels: [n]
-
     Keys mean, basis, variances, rest, as in the module's docstring.
+
+    Args:
+        images: uint8 [n, c, h, w]
+        labels: [n]
     """
     rows: dict[str, list[Tensor]] = {"mean": [], "basis": [], "variances": [], "rest": []}
     for row in range(classes + 1):

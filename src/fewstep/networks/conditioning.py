@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fewstep.networks.unet_config import TOLD
+
 __all__ = ["TOLD", "Told", "gamma_index", "guidance_embedding", "guidance_index", "indices"]
 
-TOLD = ("gamma", "guidance")
 FREQUENCIES = 16
 
 
@@ -49,8 +50,10 @@ def indices(names: Sequence[str], gamma: Tensor, guidance: Tensor) -> Tensor | N
 def guidance_embedding(index: Tensor, size: int = 256) -> Tensor:
     """The published sinusoidal embedding of an index, for networks that have an input for it.
 
-    index: [b]; the frequencies are 1000 * 10^(-4 k / (size/2 - 1)), sines first
     returns [b, size], float32
+
+    Args:
+        index: [b]; the frequencies are 1000 * 10^(-4 k / (size/2 - 1)), sines first
     """
     if size < 4 or size % 2:
         raise ValueError(f"size must be even and at least 4, got {size}")

@@ -10,8 +10,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def check_device(name: str | torch.device) -> torch.device:
-    """The device of that name, tried out. Errors: ValueError where it is unknown, absent, or holds
-    no numbers (meta)."""
+    """The device of that name, tried out.
+
+    Raises:
+        ValueError: it is unknown, absent, or holds no numbers (meta).
+    """
     try:
         device = torch.device(name)
         torch.ones(1, device=device).item()
@@ -23,7 +26,11 @@ def check_device(name: str | torch.device) -> torch.device:
 
 
 def check_dtype(name: str | torch.dtype) -> torch.dtype:
-    """The arithmetic of that name. Errors: ValueError for another than DTYPES."""
+    """The arithmetic of that name.
+
+    Raises:
+        ValueError: for another than DTYPES.
+    """
     text = str(name).removeprefix("torch.")
     if text not in DTYPES:
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {text!r}")

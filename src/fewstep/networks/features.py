@@ -149,10 +149,12 @@ TRUNKS: dict[str, Callable[..., Residual | Patches]] = {"residual": Residual, "p
 def make_trunk(network: dict[str, Any], conv: Conv = plain_conv) -> Residual | Patches:
     """h(x) of an architecture as a card describes it: `kind`, and that kind's options.
 
-    conv: makes the convolutions that training puts a batch norm behind, which export folds away
+    Args:
+        conv: makes the convolutions that training puts a batch norm behind, which export folds away
 
-    Errors: ValueError for an unknown kind, or sizes out of bounds; TypeError for options that do
-    not go with it.
+    Raises:
+        ValueError: for an unknown kind, or sizes out of bounds.
+        TypeError: for options that do not go with it.
     """
     options = dict(network)
     kind = options.pop("kind", None)
@@ -184,7 +186,11 @@ class FeatureCard:
 
     @classmethod
     def read(cls, path: Path) -> FeatureCard:
-        """From its file. Errors: ValueError where it is not one, or a newer one."""
+        """From its file.
+
+        Raises:
+            ValueError: it is not one, or a newer one.
+        """
         values = read_json(path, "a card of a feature network")
         if (found := values.pop("format", None)) != FORMAT:
             raise ValueError(
@@ -280,7 +286,8 @@ def feature_networks() -> list[str]:
 def load_feature_network(name: str, device: str | torch.device = "cpu") -> FeatureNetwork:
     """A built-in feature network, float32, in evaluation mode, without gradients of its own.
 
-    Errors: ValueError for an unknown name or a file that is not the one its card names.
+    Raises:
+        ValueError: for an unknown name or a file that is not the one its card names.
     """
     return load_feature_folder(_folder(name), device)
 
@@ -303,7 +310,8 @@ def load_feature_folder(folder: Path | str, device: str | torch.device = "cpu") 
 
     Nothing in it is executed: JSON and safetensors only.
 
-    Errors: ValueError where a file is missing, cut short, or does not go with the card.
+    Raises:
+        ValueError: a file is missing, cut short, or does not go with the card.
     """
     path, card = Path(folder) / WEIGHTS_FILE, FeatureCard.read(Path(folder) / CARD_FILE)
     place = check_device(device)

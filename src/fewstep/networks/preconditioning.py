@@ -29,10 +29,11 @@ def denoise(
 ) -> Tensor:
     """E[x_0 | x] by the network, net(c_in x, log(sigma) / 4, label).
 
-    x: noisy pictures in EDM units, [b, c, h, w]
-    sigma: [b], > 0
-    label: [b] class indices
-    dtype: the network's arithmetic, to which only its input is cast: the state keeps its own
+    Args:
+        x: noisy pictures in EDM units, [b, c, h, w]
+        sigma: [b], > 0
+        label: [b] class indices
+        dtype: the network's arithmetic, to which only its input is cast: the state keeps its own
     """
 
     sigma = sigma.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))

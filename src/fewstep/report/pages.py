@@ -147,5 +147,5 @@ def shown_pictures(pictures: np.ndarray) -> tuple[str, int, int, int]:
 
 
 def _image(picture: np.ndarray) -> Image.Image:
-    """picture: uint8 [h, w, c], c = 1 or 3"""
+    """Pillow's picture of uint8 [h, w, c], c = 1 or 3."""
     return Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)

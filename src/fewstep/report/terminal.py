@@ -103,7 +103,8 @@ def weights_line(plan: Plan) -> str:
 def sampling_line(made: int, result: FolderResult, what: dict[str, Any], seconds: float) -> str:
     """What a run has made and how, in one line; settings that were left alone are not named.
 
-    what: label, prompt, prompts and image, as the user gave them
+    Args:
+        what: label, prompt, prompts and image, as the user gave them
     """
     settings, skipped = result.settings, result.skipped
     kept = f", {skipped} {'was' if skipped == 1 else 'were'} there already" if skipped else ""

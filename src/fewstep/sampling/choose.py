@@ -77,7 +77,11 @@ def choose(model: Model, settings: Settings, start: float | None = None) -> Fill
 
 def locate(model: Model, solver: str | Path, nfe: int | None) -> Solver | Runnable:
     """A solver by name, or a learned one by its folder, or by the name under which it comes with
-    the model, which goes before a folder of that name. Errors: ValueError where there is none."""
+    the model, which goes before a folder of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
     comes = model.card.shipped(str(solver))
     if comes and is_folder(solver):
         warnings.warn(
@@ -186,7 +190,8 @@ def _known(card: Card, asked: Settings, top: bool) -> dict[str, Any]:
     """The card's entry for the budget, or for the next lower one that it has, where that fits what
     the caller has named.
 
-    top: whether the start is at sigma_max; below it, afs="mean" does not hold
+    Args:
+        top: whether the start is at sigma_max; below it, afs="mean" does not hold
     """
     sigmas = asked.grid if isinstance(asked.grid, tuple) else None
     nfe = asked.nfe or DEFAULT_NFE if sigmas is None else len(sigmas) - 1
@@ -244,7 +249,8 @@ def _check_weights(model: Model, program: Program) -> None:
 def _check_start(model: Model, sigma: float, start: float | None, own: bool = False) -> None:
     """Raises ValueError where a grid starts elsewhere than sampling does.
 
-    own: whether it is the solver's own grid, which cannot be moved
+    Args:
+        own: whether it is the solver's own grid, which cannot be moved
     """
     level = model.card.sigma_max if start is None else start
     if starts_at(sigma, level):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from fewstep.data.images import contact_sheet, read_metadata, read_png, write_png
-from fewstep.files import check_writable
+from fewstep.files import open_folder
 from fewstep.models import Model
 from fewstep.sampling.generate import Run, usual_batch
 from fewstep.sampling.request import Request
@@ -92,7 +92,7 @@ def sample_to_folder(
         own = {name: record[name][i] if name in run.each else record[name] for name in varying}
         return {**common, **own, "seed": seeds[i]}
 
-    check_writable(out)
+    open_folder(out)
     with claimed(out, common):
         there = _there(out, files, metadata, common)
         done = len(there)
@@ -207,7 +207,7 @@ def _others(out: Path, ours: Collection[Path]) -> list[tuple[Path, dict[str, Any
 
 
 def _check_alike(path: Path, found: dict[str, Any] | None, wanted: dict[str, Any]) -> None:
-    """Errors: ValueError for a picture that is there already and was made otherwise."""
+    """Raise ValueError for a picture that is there already and was made otherwise."""
     if found is None:
         how = "and was not made by fewstep"
     else:

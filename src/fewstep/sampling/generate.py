@@ -308,7 +308,9 @@ def usual_batch(model: Model) -> int:
 def load_images(image: Any, height: int, width: int, channels: int) -> np.ndarray:
     """Pictures of one size, uint8 [n, h, w, c], from files or arrays: one, or a sequence of them.
 
-    Errors: ValueError for what is neither; OSError where there is no such file.
+    Raises:
+        ValueError: for what is neither.
+        OSError: there is no such file.
     """
     if isinstance(image, str | Path):
         found = [read_picture(image)]

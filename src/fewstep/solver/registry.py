@@ -98,11 +98,19 @@ class Solver:
         return self.evaluations is not None
 
     def ops_on(self, sigmas: Sequence[float], afs: str = "none", final: bool = False) -> Ops:
-        """The operations on one grid, with an analytic first step and a last denoising step where
-        asked for.
+        """The operations on one grid.
 
-        Errors: ValueError for an unknown `afs`, for an analytic first step of a stochastic solver
-        and for a last denoising step where the grid already ends at 0.
+        Args:
+            sigmas: strictly decreasing
+            afs: the analytic first step, "none", "zero" or "mean"
+            final: whether a last denoising step is taken at the grid's end, for one evaluation
+
+        Returns:
+            A generator of `Eval` and `Combine`.
+
+        Raises:
+            ValueError: for an unknown `afs`, for an analytic first step of a stochastic solver and
+                for a last denoising step where the grid already ends at 0.
         """
         if afs not in AFS:
             raise ValueError(f"afs must be one of {', '.join(AFS)}, got {afs!r}")
@@ -126,7 +134,15 @@ class Solver:
         final: bool = False,
         grid: str = "custom",
     ) -> Plan:
-        """`ops_on`, drained. Errors: ValueError where the solver adapts to the network."""
+        """`ops_on`, drained.
+
+        Args:
+            sigmas, afs, final: as in `ops_on`
+            grid: the name of the grid, for the record
+
+        Raises:
+            ValueError: the solver adapts to the network.
+        """
         if self.adapts:
             raise ValueError(f"{self.name} adapts to the network's features, so it has no plan")
         # a solver of our own has no state, so its plans may be kept; others may hold anything
@@ -151,7 +167,14 @@ class Solver:
     def with_options(self, **values: float) -> Solver:
         """The same solver with other options.
 
-        Errors: ValueError where it has no such option, or where a value is out of its range.
+        Args:
+            values: by the names that `options` has
+
+        Returns:
+            A solver whose name says the options, as in "ddim-eta:eta=0.5".
+
+        Raises:
+            ValueError: it has no such option, or where a value is out of its range.
         """
         known, ranges = dict(self.options), dict(self.ranges)
         for name in values:
@@ -241,8 +264,11 @@ def _key(name: str) -> str:
 
 
 def register(solver: Solver) -> Solver:
-    """Add a solver under its name. Errors: ValueError where the name, or one that differs from it
-    in case and hyphens alone, is taken."""
+    """Add a solver under its name.
+
+    Raises:
+        ValueError: the name, or one that differs from it in case and hyphens alone, is taken.
+    """
     for taken in (*_REGISTRY, *ALIASES):
         if _key(taken) == _key(solver.name):
             raise ValueError(f"there is already a solver called {taken!r}")
@@ -253,7 +279,8 @@ def register(solver: Solver) -> Solver:
 def names(*, stochastic: bool | None = None, consistency: bool = False) -> list[str]:
     """Names of the registered solvers, all of them or only the (non-)stochastic ones.
 
-    consistency: those for consistency functions, instead of those for any denoiser
+    Args:
+        consistency: those for consistency functions, instead of those for any denoiser
     """
     return [
         s.name
@@ -266,7 +293,9 @@ def get(name: str) -> Solver:
     """The solver of a name, an alias, or a name with options: "ddim-eta:eta=0.5".
 
     Case, hyphens, underscores and spaces do not matter, and ++ is pp: "DPM++ 2M" is dpmpp-2m.
-    Errors: ValueError with the nearest names.
+
+    Raises:
+        ValueError: with the nearest names.
     """
     if name in _REGISTRY:
         return _REGISTRY[name]
@@ -307,7 +336,9 @@ def end_at(sigmas: tuple[float, ...], end: str) -> tuple[float, ...]:
     """A named grid that ends at sigma_min, as it comes, or with its last point moved to 0.
 
     Into 0 every exponential rule is of order 1 (x = D), as public implementations end.
-    Errors: ValueError for another `end`.
+
+    Raises:
+        ValueError: for another `end`.
     """
     if end not in ENDS:
         raise ValueError(f"end must be one of {', '.join(ENDS)}, got {end!r}")
@@ -329,7 +360,14 @@ def intervals_for(
 ) -> int:
     """How many intervals spend exactly `budget` evaluations.
 
-    Errors: ValueError that names the nearest budgets that the solver can spend.
+    Args:
+        solver: whose steps may cost one evaluation or more
+        budget: network evaluations, nfe
+        afs, final: as in `Solver.ops_on`
+        end: "sigma_min" or "zero", where the grid ends
+
+    Raises:
+        ValueError: it names the nearest budgets that the solver can spend.
     """
     budget = _whole("nfe", budget)
     if not 1 <= budget <= MOST_EVALUATIONS:

@@ -45,8 +45,10 @@ def churn(
 
     As `heun`, it takes the step in a flow's time where the grid starts at pure noise.
 
-    churn, low, high, noise: S_churn, S_tmin, S_tmax, S_noise of the paper, whose ImageNet 64 values
-    they have.
+    Args:
+        sigmas: strictly decreasing
+        churn, low, high, noise: S_churn, S_tmin, S_tmax, S_noise of the paper, whose ImageNet 64
+            values they have
     """
     gamma = min(churn / (len(sigmas) - 1), math.sqrt(2) - 1)
     for cur, nxt in pairwise(sigmas):

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from fewstep.files import check_writable, sweep
+from fewstep.files import open_folder, sweep
 from fewstep.train.checkpoint import CHECKPOINT, Head, read_head, restore, save
 from fewstep.train.interrupts import Stopped, between_steps
 from fewstep.train.log import LOG, Log
@@ -141,7 +141,7 @@ class Folder:
         """
         if self.path is None:
             return
-        check_writable(self.path)
+        open_folder(self.path)
         for name in self.inner:
             sweep(self.path / name)
         others = [name for name in self.results if (self.path / name).exists()]

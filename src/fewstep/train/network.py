@@ -21,7 +21,7 @@ import copy
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,76 +34,20 @@ from fewstep.models.formats.native import save_folder
 from fewstep.models.statistics import data_statistics, far_means
 from fewstep.networks.device import check_device
 from fewstep.networks.preconditioning import denoise
-from fewstep.networks.unet import UNet, UNetConfig
+from fewstep.networks.unet import UNet
 from fewstep.noise import generator
 from fewstep.provenance import VERSION
 from fewstep.train.average import Average
 from fewstep.train.loop import Folder, Progress, Schedule, Step, train
 from fewstep.train.optimiser import Adam, check_finite
 from fewstep.train.order import batch_indices
+from fewstep.train.recipe import Recipe
 from fewstep.train.run import Identity, Run
 
-__all__ = ["Recipe", "Training", "check_names", "export_network", "train_network"]
+__all__ = ["Training", "check_names", "export_network", "train_network"]
 
 P_MEAN, P_STD = -1.2, 1.2  # the log-normal of EDM, its table 1
 RESULTS = (CARD_FILE, WEIGHTS_FILE)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What decides the trained weights, to the bit, on one kind of machine.
-
-    pictures: length of the run, rounded up to whole batches
-    warmup: pictures until the learning rate is reached
-    cooldown: the last share of the run, over which it falls to zero
-    dtype: the network's arithmetic
-
-    Errors: ValueError for a number outside its range.
-    """
-
-    pictures: int = 1_500_000
-    batch: int = 128
-    lr: float = 1e-3
-    warmup: int = 20_000
-    cooldown: float = 0.3
-    label_dropout: float = 0.2
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    sigma_data: float = 0.5
-    dtype: str = "bfloat16"
-    seed: int = 0
-    network: UNetConfig = UNetConfig()
-
-    def __post_init__(self) -> None:
-        if self.pictures < 1 or self.batch < 2 or self.batch % 2:
-            raise ValueError(
-                "pictures must be positive and batch even, "
-                f"got pictures={self.pictures}, batch={self.batch}"
-            )
-        if self.dtype not in ("bfloat16", "float32"):
-            raise ValueError(f"dtype must be bfloat16 or float32, got {self.dtype}")
-        for name, fine, rule in (
-            ("lr", 0 < self.lr < math.inf, "positive"),
-            ("warmup", self.warmup >= 0, "at least 0"),
-            ("cooldown", 0 <= self.cooldown <= 1, "between 0 and 1"),
-            ("label_dropout", 0 <= self.label_dropout <= 1, "between 0 and 1"),
-            ("sigma_min", 0 < self.sigma_min < self.sigma_max, "positive and below sigma_max"),
-            ("sigma_max", self.sigma_max < math.inf, "finite"),
-            ("sigma_data", 0 < self.sigma_data < math.inf, "positive"),
-            ("seed", -(2**63) <= self.seed < 2**63, "a 64-bit integer"),
-        ):
-            if not fine:
-                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)}")
-
-    @property
-    def total_steps(self) -> int:
-        return math.ceil(self.pictures / self.batch)
-
-    def lr_at(self, step: int) -> float:
-        """Learning rate of the update after `step` earlier ones."""
-        rise = (step + 1) * self.batch / self.warmup if self.warmup else 1.0
-        fall = (self.total_steps - step) / (self.cooldown * self.total_steps + 1)
-        return self.lr * min(1.0, rise, fall)
 
 
 def noise_levels(recipe: Recipe, gen: torch.Generator) -> Tensor:
@@ -226,24 +170,28 @@ def train_network(
 ) -> UNet:
     """Train to the end of the recipe, resuming from a checkpoint in `out` where there is one.
 
-    images: uint8 [n, c, h, w]
-    labels: int64 [n]
-    held_out: the same, for validation
-    checkpoint_every, validate_every: in steps
-    report: called after every step
-    resumed: called once, with the step, where there was a checkpoint
-
-    Returns the network with averaged weights, float32. `out` receives checkpoint.safetensors and
-    log.jsonl (one line per validation).
-
     Resuming takes exactly the path of an undisturbed run of the same `pictures`. More pictures than
     the checkpoint's run had, even one that was finished, are allowed: see the module's docstring.
     On Ctrl-C and SIGTERM the step is finished and a checkpoint saved before `Stopped` is raised.
 
-    Errors, all before the first step: ValueError for data that do not go with the recipe, a device
-    that is not available, a checkpoint of another recipe or other data, or an `out` that holds
-    another model; OSError where `out` cannot be written. Later, FloatingPointError where the loss
-    is not finite (the last checkpoint stays).
+    Args:
+        images: uint8 [n, c, h, w]
+        labels: int64 [n]
+        held_out: the same, for validation
+        checkpoint_every, validate_every: in steps
+        report: called after every step
+        resumed: called once, with the step, where there was a checkpoint
+
+    Returns:
+        The network with averaged weights, float32. `out` receives checkpoint.safetensors and
+        log.jsonl (one line per validation).
+
+    Raises:
+        ValueError: before the first step, for data that do not go with the recipe, a device that is
+            not available, a checkpoint of another recipe or other data, or an `out` that holds
+            another model.
+        OSError: before the first step, `out` cannot be written.
+        FloatingPointError: the loss is not finite. The last checkpoint stays.
     """
     plan = Schedule(recipe.total_steps, recipe.batch, checkpoint_every, validate_every)
     place = check_device(device)
@@ -272,11 +220,13 @@ def export_network(
     """Write a model folder from a trained network: float16 weights, statistics of the data, the
     card.
 
-    images, labels: the training data, for its statistics
-    classes: names, indices where left out
-    about: more facts for the card, which says the recipe and the version of fewstep in any case
+    Args:
+        images, labels: the training data, for its statistics
+        classes: names, indices where left out
+        about: more facts for the card, which says the recipe and the version of fewstep in any case
 
-    Errors: ValueError for names that do not go with the recipe, or where `out` holds another model.
+    Raises:
+        ValueError: for names that do not go with the recipe, or where `out` holds another model.
     """
     out, count = Path(out), recipe.network.classes
     names = check_names(tuple(classes) or tuple(map(str, range(count))), count)
@@ -298,8 +248,11 @@ def export_network(
 
 
 def check_names(names: Sequence[str], classes: int) -> tuple[str, ...]:
-    """The names of classes. Errors: ValueError where there are too few or too many, or one is empty
-    or given twice."""
+    """The names of classes.
+
+    Raises:
+        ValueError: there are too few or too many, or one is empty or given twice.
+    """
     if len(names) != classes:
         raise ValueError(f"classes must name {classes} classes, got {len(names)}")
     if not all(names) or len(set(names)) != len(names):
@@ -310,7 +263,7 @@ def check_names(names: Sequence[str], classes: int) -> tuple[str, ...]:
 def check_data(
     images: Tensor, labels: Tensor, held_out: tuple[Tensor, Tensor], recipe: Recipe
 ) -> None:
-    """Errors: ValueError where pictures or labels do not go with the recipe, or with each other."""
+    """Raise ValueError where pictures or labels do not go with the recipe, or with each other."""
     config = recipe.network
     shape = (config.channels, config.size, config.size)
     for what, pictures, theirs in (("training", images, labels), ("held-out", *held_out)):

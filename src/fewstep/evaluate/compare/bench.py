@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import time
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from fewstep.data.archives import read_arrays
 from fewstep.evaluate.compare.design import Design
 from fewstep.evaluate.memo import Memo, Remembering
 from fewstep.evaluate.references import CHUNK, References
@@ -159,7 +159,11 @@ class Workbench:
     def _batch(
         self, denoiser: Any, program: Program, seeds: tuple[int, ...]
     ) -> tuple[torch.Tensor, np.ndarray]:
-        """Endpoints and their pictures. Errors: FloatingPointError, naming the seed."""
+        """Endpoints and their pictures.
+
+        Raises:
+            FloatingPointError: naming the seed.
+        """
         x = finish(program, denoiser, self.model.prior(seeds), seeds)
         finite = torch.isfinite(x).flatten(1).all(1)
         if not finite.all():
@@ -231,10 +235,10 @@ def _digest(value: Any) -> str:
 def _read(path: Path, names: Sequence[str]) -> dict[str, np.ndarray] | None:
     """Arrays of a file, or None where it is not there or not whole."""
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in names}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        found = read_arrays(path, names)
+    except (OSError, ValueError):
         return None
+    return found if set(found) == set(names) else None
 
 
 def _write(path: Path, arrays: dict[str, Any]) -> None:

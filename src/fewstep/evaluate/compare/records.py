@@ -133,8 +133,9 @@ def protocol(workbench: Workbench, design: Design, judges: Sequence[Judge]) -> d
 def check_protocol(record: dict[str, Any], other: dict[str, Any]) -> None:
     """Numbers of different protocols do not stand in one table.
 
-    Errors: ValueError, with what differs, unless model, condition, seeds, references, feature
-    networks and, where both chose settings, the choice are the same.
+    Raises:
+        ValueError: with what differs, unless model, condition, seeds, references, feature networks
+            and, where both chose settings, the choice are the same.
     """
     for name in ("format", "model", "condition", "seeds", "references", "features", "screen"):
         ours, theirs = record.get(name), other.get(name)

@@ -80,7 +80,7 @@ def all_candidates(
 
 
 def check_solvers(model: Model, design: Design, students: Collection[str] = ()) -> None:
-    """Errors: ValueError for a solver that is not there for any of the budgets."""
+    """Raise ValueError for a solver that is not there for any of the budgets."""
     for solver in set(design.solvers) - {"auto", *students}:
         problems = []
         for nfe in design.budgets:

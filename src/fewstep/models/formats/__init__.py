@@ -34,7 +34,11 @@ class Format:
     options: tuple[str, ...] = ()
 
     def load(self, path: Path | str, device: str, dtype: str, compile: bool, **options: Any) -> Any:
-        """The model. Errors: ValueError for options that the format does not have."""
+        """The model.
+
+        Raises:
+            ValueError: for options that the format does not have.
+        """
         if unknown := [name for name in options if name not in self.options]:
             have = f"it has {', '.join(self.options)}" if self.options else "leave them out"
             raise ValueError(f"{', '.join(unknown)}: {self.name} has no such options; {have}")

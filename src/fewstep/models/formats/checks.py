@@ -59,7 +59,7 @@ def check_part(folder: Path) -> None:
 
 
 def check_pickle(path: Path) -> None:
-    """Errors: ValueError where a file of torch.save is damaged, or has more than tensors in it."""
+    """Raise ValueError where a file of torch.save is damaged, or has more than tensors in it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # pickles of another protocol
@@ -105,7 +105,7 @@ def _entries(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _check_size(path: Path, name: str, value: int, shapes: list[tuple[int, ...]]) -> None:
-    """Errors: ValueError for a number that the weights cannot have, or that no picture has."""
+    """Raise ValueError for a number that the weights cannot have, or that no picture has."""
     most = None
     if name == "sample_size" or name == "image_size":
         most = LARGEST_SIDE

@@ -90,16 +90,18 @@ def load_pipeline(
 ) -> PipelineModel:
     """Load a pipeline of diffusers, recognised by what it holds.
 
-    name_or_path: a folder with model_index.json, a .safetensors or .ckpt file with all of a Stable
-        Diffusion, or a name on the Hugging Face hub
-    device, dtype, compile: as in `fewstep.load`
-    config: for a single file, a folder with the configurations and tokenizers of its class: a
-        diffusers folder of the same class, its weights not needed
-    size: (height, width) of the pictures in pixels; the size of training where left out
-    slicing, tiling: decode one picture at a time, or each in overlapping tiles: less memory
+    Args:
+        name_or_path: a folder with model_index.json, a .safetensors or .ckpt file with all of a
+            Stable Diffusion, or a name on the Hugging Face hub
+        device, dtype, compile: as in `fewstep.load`
+        config: for a single file, a folder with the configurations and tokenizers of its class: a
+            diffusers folder of the same class, its weights not needed
+        size: (height, width) of the pictures in pixels; the size of training where left out
+        slicing, tiling: decode one picture at a time, or each in overlapping tiles: less memory
 
-    Errors: ValueError for what is not a pipeline, classes and processes that fewstep does not run,
-    missing components, damaged files, and pickles with anything but tensors in them.
+    Raises:
+        ValueError: for what is not a pipeline, classes and processes that fewstep does not run,
+            missing components, damaged files, and pickles with anything but tensors in them.
     """
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
@@ -128,14 +130,17 @@ def load_pipeline(
 def from_pipe(pipe: Any, *, size: Size | None = None, compile: bool = False) -> PipelineModel:
     """The model of a pipeline that is in memory; its parts are shared, and left as they are.
 
-    pipe: of one of the classes that `load_pipeline` reads; what was changed on it (adapters,
-        device, dtype, slicing) holds
-    size, compile: as in `load_pipeline`
-
     Texts are encoded anew at each call, since the text encoders may change between two. The card
     has a hash of the weights only where adapters were added, so that a solver for the plain ones
     is not taken for theirs.
-    Errors: ValueError for other classes, and processes that fewstep does not run.
+
+    Args:
+        pipe: of one of the classes that `load_pipeline` reads; what was changed on it (adapters,
+            device, dtype, slicing) holds
+        size, compile: as in `load_pipeline`
+
+    Raises:
+        ValueError: for other classes, and processes that fewstep does not run.
     """
     kind = type(pipe).__name__
     if kind not in FAMILIES:
@@ -182,8 +187,9 @@ def find_source(name_or_path: str | Path, config: str | Path | None) -> Source:
 def read_index(source: Source) -> tuple[dict[str, Any], Family]:
     """The model_index.json and the family of its class.
 
-    Errors: ValueError where it is missing or damaged, of an unknown class, or wants code that is
-    not diffusers' or transformers'.
+    Raises:
+        ValueError: it is missing or damaged, of an unknown class, or wants code that is not
+            diffusers' or transformers'.
     """
     path = source.folder / INDEX_FILE
     if not path.is_file():
@@ -213,7 +219,7 @@ def read_index(source: Source) -> tuple[dict[str, Any], Family]:
 
 
 def check_components(source: Source, index: dict[str, Any], family: Family) -> None:
-    """Errors: ValueError that names the component that the index or the folder lacks."""
+    """Raise ValueError that names the component that the index or the folder lacks."""
     there = _components(index)
     for part in (*family.needs, "scheduler"):
         home = source.folder / part
@@ -262,7 +268,7 @@ def _fetch(name: str) -> Path:
 
 
 def _check_single(path: Path) -> None:
-    """Errors: ValueError where the file is damaged, of another kind, or a pickle of more than
+    """Raise ValueError where the file is damaged, of another kind, or a pickle of more than
     tensors."""
     kind, contents = recognise(path)
     if kind is not None and kind.advice:
@@ -277,9 +283,11 @@ def _check_single(path: Path) -> None:
 def _apply_marks(pipe: Any, source: Source, given: bool) -> None:
     """Set the scheduler to what a single file says of itself by its keys.
 
-    given: whether the configuration is one that the caller named
-    Errors: ValueError where the two contradict each other, and for a process that fewstep does not
-    run.
+    Args:
+        given: whether the configuration is one that the caller named
+
+    Raises:
+        ValueError: the two contradict each other, and for a process that fewstep does not run.
     """
     assert source.single is not None
     names = tensor_names(source.single).names
@@ -418,7 +426,7 @@ def _dtype_key() -> str:
 
 
 def check_network(where: str | Path, net: Any) -> None:
-    """Errors: ValueError for a network that wants more than x_t, t and text."""
+    """Raise ValueError for a network that wants more than x_t, t and text."""
     config = net.config
     if config.get("num_class_embeds") or config.get("class_embed_type"):
         raise ValueError(

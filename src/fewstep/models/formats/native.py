@@ -26,7 +26,8 @@ from fewstep.models.card import CARD_FILE, WEIGHTS_FILE, Card
 from fewstep.models.network import NetworkModel
 from fewstep.networks.device import check_device, check_dtype
 from fewstep.networks.taps import has_module
-from fewstep.networks.unet import UNet, UNetConfig
+from fewstep.networks.unet import UNet
+from fewstep.networks.unet_config import UNetConfig
 from fewstep.tensors import Entry, load_tensors, read_header
 
 __all__ = ["load_folder", "save_folder"]
@@ -98,8 +99,11 @@ def save_folder(folder: Path, card: Card, net: UNet, stats: Mapping[str, Tensor]
 
 
 def _network(card: Card, header: Mapping[str, Entry]) -> UNet:
-    """The network that the card describes, without memory. Errors: ValueError where the weights
-    file does not hold what it needs."""
+    """The network that the card describes, without memory.
+
+    Raises:
+        ValueError: the weights file does not hold what it needs.
+    """
     config = UNetConfig(**card.network)
     if 2 * TENSORS * config.blocks * len(config.widths) > len(header):
         raise ValueError(
@@ -126,7 +130,7 @@ def _check_shapes(
 
 
 def _check_statistics(header: Mapping[str, Entry], config: UNetConfig) -> None:
-    """Errors: ValueError where a tensor named stats.* is missing or of another shape than the
+    """Raise ValueError where a tensor named stats.* is missing or of another shape than the
     module's docstring says."""
     found = {name: entry.shape for name, entry in header.items() if name.startswith("stats.")}
     rows, picture = config.classes + 1, (config.channels, config.size, config.size)

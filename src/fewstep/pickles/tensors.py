@@ -1,0 +1,117 @@
+"""The tensors of what was read: their names, and their numbers when they are asked for."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from fewstep.data.bounds import check_room
+from fewstep.pickles.files import Pickled
+from fewstep.pickles.records import Record, Tensor
+from fewstep.text import clean
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["load", "module_tensors", "stream", "tensors"]
+
+DEEPEST = 64
+SMALL = 64 * 2**20
+PLAIN = ("state_dict", "model", "ema", "network")  # these say what, and are no part of a name
+
+
+def tensors(root: Any) -> dict[str, Tensor]:
+    """The tensors in nested tables and modules, by dotted name; those of a state dict as they
+    stand."""
+    found: dict[str, Tensor] = {}
+    level: list[tuple[str, Any]] = [("", root)]
+    seen: set[int] = set()
+    for _ in range(DEEPEST):
+        inner: list[tuple[str, Any]] = []
+        for prefix, node in level:
+            if isinstance(node, Tensor):
+                found.setdefault(prefix, node)
+            elif isinstance(node, Record):
+                dotted = f"{prefix}." if prefix not in ("", *PLAIN) else ""
+                if id(node) not in seen:
+                    found |= {dotted + name: t for name, t in module_tensors(node).items()}
+            elif isinstance(node, dict) and id(node) not in seen:
+                named = prefix if prefix not in PLAIN else ""
+                for key, value in node.items():
+                    inner.append((f"{named}.{key}" if named else str(key), value))
+            seen.add(id(node))
+        level = inner
+    return found
+
+
+def module_tensors(module: Record) -> dict[str, Tensor]:
+    """Parameters and buffers of a module that lies in a pickle as its state.
+
+    Raises:
+        ValueError: where its modules are nested deeper than any network's.
+    """
+    found: dict[str, Tensor] = {}
+    level = [("", module)]
+    for _ in range(DEEPEST):
+        inner: list[tuple[str, Record]] = []
+        for prefix, one in level:
+            for part in ("_parameters", "_buffers"):
+                values = one.get(part)
+                for name, value in values.items() if isinstance(values, dict) else ():
+                    if isinstance(value, Tensor):
+                        found[f"{prefix}{name}"] = value
+            children = one.get("_modules")
+            for name, child in children.items() if isinstance(children, dict) else ():
+                if isinstance(child, Record):
+                    inner.append((f"{prefix}{name}.", child))
+        if len(inner) > 100_000:
+            break
+        level = inner
+        if not level:
+            return found
+    raise ValueError(f"{clean(module.kind, 80)} has modules nested more than {DEEPEST} deep")
+
+
+def load(pickled: Pickled, chosen: Mapping[str, Tensor]) -> dict[str, torch.Tensor]:
+    """The numbers of some tensors, on the CPU, each in memory of its own.
+
+    Raises:
+        OSError: where the file cannot be read.
+        ValueError: where it was cut since, or the tensors do not fit into free memory.
+    """
+    return dict(stream(pickled, chosen))
+
+
+def stream(pickled: Pickled, chosen: Mapping[str, Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The numbers of some tensors, one after the other. Raises: as `load`."""
+    total = sum(tensor.nbytes for tensor in chosen.values())
+    if total > pickled.nbytes + SMALL:
+        raise ValueError(
+            f"{clean(pickled.path)} declares {total} bytes of tensors and has {pickled.nbytes}; "
+            "fetch it again"
+        )
+    check_room(total, clean(pickled.path))
+    with open(pickled.path, "rb") as file:
+        for name, tensor in chosen.items():
+            yield name, _numbers(file, pickled.path, tensor)
+
+
+def _numbers(file: BinaryIO, path: Path, tensor: Tensor) -> torch.Tensor:
+    """The numbers of one tensor: its part of the storage, in the tensor's order."""
+    import torch
+
+    size, shape = tensor.storage.size, tensor.shape
+    dtype: torch.dtype = getattr(torch, tensor.dtype)
+    if not tensor.numel:
+        return torch.empty(shape, dtype=dtype)
+    count = 1 + sum((n - 1) * step for n, step in zip(shape, tensor.stride, strict=True))
+    raw = torch.empty(count * size, dtype=torch.uint8)
+    file.seek(tensor.storage.start + tensor.offset * size)
+    if file.readinto(memoryview(raw.numpy())) != len(raw):  # type: ignore[attr-defined]
+        raise ValueError(f"{clean(path)} was cut short while it was read; fetch it again")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        flat = raw.view(dtype)
+    return flat.as_strided(shape, tensor.stride).contiguous()
