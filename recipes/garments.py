@@ -1,10 +1,10 @@
 """Train `garments`, a small Stable Diffusion in the format of diffusers, and write its folder.
 
-    python recipes/garments.py autoencoder --data FOLDER --out RUN
-    python recipes/garments.py latents --data FOLDER --out RUN
-    python recipes/garments.py decoder --data FOLDER --out RUN
-    python recipes/garments.py unet --out RUN
-    python recipes/garments.py export --out RUN --to FOLDER
+    python -m recipes.garments autoencoder --data FOLDER --out RUN
+    python -m recipes.garments latents --data FOLDER --out RUN
+    python -m recipes.garments decoder --data FOLDER --out RUN
+    python -m recipes.garments unet --out RUN
+    python -m recipes.garments export --out RUN --to FOLDER
 
 autoencoder  AutoencoderKL, 32x32 pixels to 4 channels of 8x8: the mean of absolute and squared
              errors, and a small KL term
@@ -26,11 +26,11 @@ arXiv:2312.02696.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +39,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewstep.data.garments import (
-    BACKGROUNDS,
-    COLOURS,
-    KINDS,
-    SIZE,
-    WORDS,
-    Garments,
-    caption,
-)
+from fewstep.data.garments import Garments, caption
 from fewstep.data.idx import to_unit
-from fewstep.files import file_hash, write_whole
+from fewstep.files import check_writable, file_hash, write_whole
 from fewstep.noise import generator
+from fewstep.provenance import VERSION
 from fewstep.tensors import load_tensors, read_metadata
 from fewstep.train import loop
 from fewstep.train.average import Average
@@ -60,47 +53,27 @@ from fewstep.train.loop import Folder, Progress, Schedule, Step
 from fewstep.train.optimiser import Adam, check_finite
 from fewstep.train.order import batch_indices
 from fewstep.train.run import Identity, Run
+from recipes.garments_parts import (
+    AUTOENCODER,
+    BETA_FIRST,
+    BETA_LAST,
+    TEXT,
+    TIMES,
+    UNET,
+    Conditioned,
+    Decoder,
+    averaged_autoencoder,
+    fast,
+    make_autoencoder,
+    make_tokenizer,
+    tokens_of,
+    with_averages,
+    write_pipeline,
+)
 
-START, END = "<|startoftext|>", "<|endoftext|>"
-LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789,.-'!?&"
-EXTRA = "a an and on in of to by two one photo picture image side next each other front wall "
-EXTRA += "background plain"
-TIMES, BETA_FIRST, BETA_LAST = 1000, 0.00085, 0.012  # of Stable Diffusion's schedule
+TRAINED = ("autoencoder", "decoder", "unet")
 PARTS = ("autoencoder", "latents", "decoder", "unet", "export")
 LATENTS = "latents.safetensors"
-
-AUTOENCODER: dict[str, Any] = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "down_block_types": ["DownEncoderBlock2D"] * 3,
-    "up_block_types": ["UpDecoderBlock2D"] * 3,
-    "block_out_channels": [16, 32, 64],
-    "layers_per_block": 1,
-    "latent_channels": 4,
-    "norm_num_groups": 8,
-    "sample_size": SIZE,
-    "mid_block_add_attention": False,
-}
-TEXT: dict[str, Any] = {
-    "hidden_size": 128,
-    "intermediate_size": 512,
-    "projection_dim": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": WORDS,
-}
-UNET: dict[str, Any] = {
-    "sample_size": 8,
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": [64, 128],
-    "layers_per_block": 1,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["UpBlock2D", "UpBlock2D"],
-    "attention_head_dim": 4,
-    "cross_attention_dim": 128,
-    "norm_num_groups": 16,
-}
 
 
 @dataclass(frozen=True)
@@ -157,83 +130,6 @@ UNET_RECIPE = Recipe(
 )
 
 
-def merges() -> list[tuple[str, str]]:
-    """Byte-pair merges after which every word of the captions is one token.
-
-    The most frequent pair of neighbours is joined everywhere, until no word has two parts; so the
-    merges are in an order in which no word is led astray by those of another.
-    """
-    names = [name for kind in KINDS.values() for pair in kind.names for name in pair]
-    names += [name for table in (COLOURS, BACKGROUNDS) for c in table.values() for name in c.names]
-    names.append(EXTRA)
-    words = {word for name in names for word in name.replace("-", " - ").split()}
-    parts = {word: [*word[:-1], f"{word[-1]}</w>"] for word in sorted(words)}
-    made: list[tuple[str, str]] = []
-    while True:
-        count: dict[tuple[str, str], int] = {}
-        for some in parts.values():
-            for two in pairwise(some):
-                count[two] = count.get(two, 0) + 1
-        if not count:
-            return made
-        best = min(count, key=lambda two: (-count[two], two))
-        made.append(best)
-        for word, some in parts.items():
-            joined: list[str] = []
-            for part in some:
-                if joined and (joined[-1], part) == best:
-                    joined[-1] += part
-                else:
-                    joined.append(part)
-            parts[word] = joined
-
-
-def make_tokenizer() -> Any:
-    """A CLIPTokenizer whose words are those of the captions; others fall into pieces."""
-    from transformers import CLIPTokenizer
-
-    pairs = merges()
-    tokens = [*LETTERS, *(f"{c}</w>" for c in LETTERS), *(a + b for a, b in pairs)]
-    vocab = {token: i for i, token in enumerate([*tokens, START, END])}
-    return CLIPTokenizer(vocab=vocab, merges=pairs, model_max_length=WORDS)
-
-
-def tokens_of(tokenizer: Any, texts: Sequence[str]) -> Tensor:
-    """int64 [n, WORDS], as the pipeline makes them."""
-    padded = tokenizer(list(texts), padding="max_length", truncation=True, max_length=WORDS)
-    return torch.tensor(padded.input_ids)
-
-
-def make_autoencoder(config: Mapping[str, Any]) -> Any:
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(**config).to(memory_format=torch.channels_last)
-
-
-class Conditioned(nn.Module):
-    """The U-Net and its text encoder, trained together."""
-
-    def __init__(self, config: Mapping[str, Any], tokenizer: Any) -> None:
-        super().__init__()
-        from diffusers import UNet2DConditionModel
-        from transformers import CLIPTextConfig, CLIPTextModel
-
-        start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-        text = CLIPTextConfig(
-            **config["text"],
-            vocab_size=len(tokenizer),
-            bos_token_id=start,
-            eos_token_id=end,
-            pad_token_id=end,
-        )
-        self.text = CLIPTextModel(text)
-        self.unet = UNet2DConditionModel(**config["unet"]).to(memory_format=torch.channels_last)
-
-    def forward(self, x_t: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
-        words = self.text(tokens).last_hidden_state
-        return self.unet(x_t, t, words).sample
-
-
 class Training:
     """Of one of the networks: AdamW on its loss, and the average of the weights.
 
@@ -272,26 +168,6 @@ class Training:
         return self.average.of(self.net)
 
 
-def averaged_autoencoder(folder: Path, config: Mapping[str, Any]) -> Any:
-    """From the checkpoint of its run. Raises: ValueError, OSError."""
-    net = make_autoencoder(config)
-    return with_averages(net, folder / CHECKPOINT)
-
-
-def with_averages(net: Any, checkpoint: Path) -> Any:
-    """A network with the averaged weights of a run's checkpoint. Raises: ValueError, OSError."""
-    if not checkpoint.is_file():
-        raise ValueError(f"{checkpoint} is missing; run the part before this one first")
-    tensors = load_tensors(checkpoint)
-    averages = {n.removeprefix("ema."): w for n, w in tensors.items() if n.startswith("ema.")}
-    net.load_state_dict(averages, strict=False)
-    return net.eval().requires_grad_(False)
-
-
-def fast(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
-
 def autoencoder_training(recipe: Recipe, data: Path) -> Training:
     """Of the autoencoder, on pictures made as they are needed."""
     pictures = Garments(data)
@@ -328,17 +204,6 @@ def decoder_training(recipe: Recipe, data: Path, net: Any, latents: Path) -> Tra
 
     inputs = {"pictures": pictures.digest(), "latents": file_hash(latents)}
     return Training("the decoder's training", recipe, part, inputs, loss)
-
-
-class Decoder(nn.Module):
-    """The half of an autoencoder that makes pictures."""
-
-    def __init__(self, net: Any) -> None:
-        super().__init__()
-        self.post_quant_conv, self.decoder = net.post_quant_conv, net.decoder
-
-    def forward(self, z: Tensor) -> Tensor:
-        return self.decoder(self.post_quant_conv(z))
 
 
 def latent_factor(path: Path) -> float:
@@ -440,6 +305,35 @@ def write_latents(net: Any, data: Path, scenes: int, out: Path) -> float:
     return factor
 
 
+def export(out: Path, to: Path) -> None:
+    """Write the averaged weights of a run as they are. Raises: ValueError, OSError."""
+    heads = {part: read_about(out / part / CHECKPOINT) for part in TRAINED}
+    networks = with_averages(
+        Conditioned(UNET_RECIPE.network, make_tokenizer()), out / "unet" / CHECKPOINT
+    )
+    autoencoder = averaged_autoencoder(out / "autoencoder", AUTOENCODER)
+    with_averages(Decoder(autoencoder), out / "decoder" / CHECKPOINT)
+    about = {
+        "recipe": heads,
+        "command": "python -m recipes.garments PART --data DATA --out RUN, with the parts in turn",
+        "fewstep": VERSION,
+        "torch": torch.__version__,
+        "data": "scenes of fewstep.data.garments, from Fashion-MNIST (Xiao, Rasul and Vollgraf "
+        "2017, arXiv:1708.07747)",
+        "licence": "weights Apache-2.0; data MIT, Copyright (c) 2017 Zalando SE",
+    }
+    write_pipeline(networks, autoencoder, latent_factor(out / LATENTS), to, about)
+
+
+def read_about(checkpoint: Path) -> dict[str, Any]:
+    """The settings of a run and how far it came. Raises: ValueError, OSError."""
+    if not checkpoint.is_file():
+        raise ValueError(f"{checkpoint} is missing; run that part first")
+    head = json.loads(read_metadata(checkpoint)["fewstep"])
+    steps = head["state"]["step"]
+    return {**head["settings"], "steps": steps, "pictures": steps * head["settings"]["batch"]}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Train garments, a small Stable Diffusion.")
     parser.add_argument("part", choices=PARTS)
@@ -484,6 +378,11 @@ def run(options: argparse.Namespace, given: dict[str, int]) -> None:
     elif options.part == "unet":
         task = unet_training(second, out / LATENTS)
         train(task, out / "unet", options.checkpoint_every)
+    else:
+        if options.to is None:
+            raise ValueError("--to is missing: the folder to write the pipeline to")
+        check_writable(options.to)
+        export(out, options.to)
 
 
 if __name__ == "__main__":
