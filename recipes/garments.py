@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from fewstep.data.garments import Garments, caption
 from fewstep.data.idx import to_unit
-from fewstep.files import check_writable, file_hash, write_whole
+from fewstep.files import file_hash, open_folder, write_whole
 from fewstep.noise import generator
 from fewstep.provenance import VERSION
 from fewstep.tensors import load_tensors, read_metadata
@@ -124,7 +124,7 @@ class Recipe:
 
 
 AUTOENCODER_RECIPE = Recipe(AUTOENCODER, pictures=80_000, scenes=240_000, lr=2e-3, kl=2e-4)
-DECODER_RECIPE = Recipe(AUTOENCODER, lr=1e-3, noise=0.03)
+DECODER_RECIPE = Recipe(AUTOENCODER, pictures=120_000, lr=1e-3, noise=0.03)
 UNET_RECIPE = Recipe(
     {"unet": UNET, "text": TEXT}, pictures=400_000, batch=32, warmup=10_000, dropout=0.1
 )
@@ -381,7 +381,7 @@ def run(options: argparse.Namespace, given: dict[str, int]) -> None:
     else:
         if options.to is None:
             raise ValueError("--to is missing: the folder to write the pipeline to")
-        check_writable(options.to)
+        open_folder(options.to)
         export(out, options.to)
 
 

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from fewstep.data.garments import Garments, scene
 from fewstep.data.idx import to_unit
 from fewstep.evaluate.agreement import HEADS, targets
-from fewstep.files import check_writable, file_hash, write_json, write_whole
+from fewstep.files import file_hash, open_folder, write_json, write_whole
 from fewstep.networks.features import (
     CARD_FILE,
     FORMAT,
@@ -63,7 +63,7 @@ SIZES = [len(names) for names in HEADS.values()]
 RECIPES = {
     "a": Recipe(
         {"kind": "residual", "widths": [32, 64, 128], "blocks": 1, "inputs": 3, "dim": 128},
-        pictures=400_000,
+        pictures=256_000,
     ),
     "b": Recipe(
         {
@@ -76,7 +76,7 @@ RECIPES = {
             "inputs": 3,
         },
         labels=False,
-        pictures=250_000,
+        pictures=150_000,
         weight_decay=0.01,
     ),
 }
@@ -300,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         test = Garments(options.data, "test") if options.export else None
         task = train(recipe, Garments(options.data), options.out, options.checkpoint_every)
         if test:
-            check_writable(options.export)
+            open_folder(options.export)
             command = f"python -m recipes.garments_features --data DATA --network {options.network}"
             command += "".join(f" --{name} {value}" for name, value in given.items())
             name = f"garments-{options.network}"

@@ -6,6 +6,7 @@ Stable Diffusion's: DDIM, 1000 times, beta linear in its root.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -205,6 +206,10 @@ def write_pipeline(
             requires_safety_checker=False,
         )
         pipe.save_pretrained(out)
+    path = out / "text_encoder" / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["dtype"] = "float32"  # else transformers keeps the file's, and diffusers does not
+    write_json(path, config)
     parts = {"unet": pipe.unet, "vae": pipe.vae, "text_encoder": pipe.text_encoder}
     card = Card(
         name="garments",
