@@ -63,7 +63,9 @@ SIZES = [len(names) for names in HEADS.values()]
 RECIPES = {
     "a": Recipe(
         {"kind": "residual", "widths": [32, 64, 128], "blocks": 1, "inputs": 3, "dim": 128},
-        pictures=256_000,
+        pictures=600_000,
+        batch=128,
+        weight_decay=0.02,
     ),
     "b": Recipe(
         {
