@@ -6,6 +6,7 @@ Stable Diffusion's: DDIM, 1000 times, beta linear in its root.
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -62,6 +63,11 @@ UNET: dict[str, Any] = {
 }
 
 
+def library(name: str) -> Any:
+    """diffusers or transformers, whose names are not typed for use outside."""
+    return importlib.import_module(name)
+
+
 def merges() -> list[tuple[str, str]]:
     """Byte-pair merges after which every word of the captions is one token.
 
@@ -95,12 +101,10 @@ def merges() -> list[tuple[str, str]]:
 
 def make_tokenizer() -> Any:
     """A CLIPTokenizer whose words are those of the captions; others fall into pieces."""
-    from transformers import CLIPTokenizer
-
     pairs = merges()
     tokens = [*LETTERS, *(f"{c}</w>" for c in LETTERS), *(a + b for a, b in pairs)]
     vocab = {token: i for i, token in enumerate([*tokens, START, END])}
-    return CLIPTokenizer(vocab=vocab, merges=pairs, model_max_length=WORDS)
+    return library("transformers").CLIPTokenizer(vocab=vocab, merges=pairs, model_max_length=WORDS)
 
 
 def tokens_of(tokenizer: Any, texts: Sequence[str]) -> Tensor:
@@ -110,9 +114,7 @@ def tokens_of(tokenizer: Any, texts: Sequence[str]) -> Tensor:
 
 
 def make_autoencoder(config: Mapping[str, Any]) -> Any:
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(**config).to(memory_format=torch.channels_last)
+    return library("diffusers").AutoencoderKL(**config).to(memory_format=torch.channels_last)
 
 
 class Conditioned(nn.Module):
@@ -120,19 +122,18 @@ class Conditioned(nn.Module):
 
     def __init__(self, config: Mapping[str, Any], tokenizer: Any) -> None:
         super().__init__()
-        from diffusers import UNet2DConditionModel
-        from transformers import CLIPTextConfig, CLIPTextModel
-
+        transformers = library("transformers")
         start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-        text = CLIPTextConfig(
+        text = transformers.CLIPTextConfig(
             **config["text"],
             vocab_size=len(tokenizer),
             bos_token_id=start,
             eos_token_id=end,
             pad_token_id=end,
         )
-        self.text = CLIPTextModel(text)
-        self.unet = UNet2DConditionModel(**config["unet"]).to(memory_format=torch.channels_last)
+        self.text: Any = transformers.CLIPTextModel(text)
+        unet: Any = library("diffusers").UNet2DConditionModel(**config["unet"])
+        self.unet: Any = unet.to(memory_format=torch.channels_last)
 
     def forward(self, x_t: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
         words = self.text(tokens).last_hidden_state
@@ -182,9 +183,8 @@ def write_pipeline(
     factor: of the latents
     about: recipe, data and licence
     """
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
-
-    scheduler = DDIMScheduler(
+    diffusers = library("diffusers")
+    scheduler = diffusers.DDIMScheduler(
         num_train_timesteps=TIMES,
         beta_start=BETA_FIRST,
         beta_end=BETA_LAST,
@@ -195,7 +195,7 @@ def write_pipeline(
     )
     autoencoder.register_to_config(scaling_factor=factor)
     with quiet():
-        pipe = StableDiffusionPipeline(
+        pipe = diffusers.StableDiffusionPipeline(
             vae=autoencoder.half(),
             text_encoder=networks.text.half(),
             tokenizer=make_tokenizer(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 import fewstep
 from fewstep.data.garments import WORDS, caption
 from recipes import garments, garments_features
-from recipes.garments_parts import make_tokenizer, merges, tokens_of
+from recipes.garments_parts import library, make_tokenizer, merges, tokens_of
 from tests.support.clothes import write_clothes
 
 SMALL = ["--batch", "4", "--scenes", "24", "--checkpoint-every", "1"]
@@ -83,15 +84,13 @@ def test_the_folder_that_it_writes_is_a_pipeline(data, encoded, tmp_path):
     to = tmp_path / "garments"
     run("export", "--out", encoded, "--to", to)
     assert sum(path.stat().st_size for path in to.rglob("*") if path.is_file()) < 12e6
-    model = fewstep.load(to)
+    model: Any = fewstep.load(to)
     assert (model.card.name, model.shape, model.picture) == ("garments", (4, 8, 8), (32, 32, 3))
     assert model.card.about["recipe"]["unet"]["steps"] == 1
     made = fewstep.sample(model, prompt="a red dress", guidance=2.0, nfe=2, seeds=[0, 1])
     assert made.images.shape == (2, 32, 32, 3)
 
-    from diffusers import StableDiffusionPipeline
-
-    pipe = StableDiffusionPipeline.from_pretrained(to)
+    pipe: Any = library("diffusers").StableDiffusionPipeline.from_pretrained(to)
     pipe.set_progress_bar_config(disable=True)
     theirs = pipe("a red dress", num_inference_steps=2, output_type="np").images
     assert theirs.shape == (1, 32, 32, 3)

@@ -125,12 +125,20 @@ def agreement(images: np.ndarray, asked: Sequence[Prompt]) -> Agreement:
     if len(images) != len(asked) or not len(asked):
         raise ValueError(f"there must be a picture per prompt, got {len(images)} of {len(asked)}")
     right = told_right(answers(load_feature_network(JUDGE), images), asked)
-    whole = right.all(axis=1)
+    whole = np.all(right, axis=1)
     paired = np.array([len(one.scene.garments) == 2 for one in asked])
-    share = float(whole.mean())
-    parts = [
-        float(whole[chosen].mean()) if chosen.any() else float("nan")
-        for chosen in (~paired, paired)
-    ]
-    error = float(np.sqrt(share * (1 - share) / len(asked)))
-    return Agreement(share, error, *map(float, right.mean(axis=0)), *parts, len(asked))
+    return Agreement(
+        all=share(whole),
+        error=float(np.sqrt(share(whole) * (1 - share(whole)) / len(asked))),
+        garment=share(right[:, 0]),
+        colour=share(right[:, 1]),
+        background=share(right[:, 2]),
+        single=share(whole[~paired]),
+        pair=share(whole[paired]),
+        count=len(asked),
+    )
+
+
+def share(values: np.ndarray) -> float:
+    """Of those that are true; NaN where there are none."""
+    return float(values.mean()) if len(values) else float("nan")
