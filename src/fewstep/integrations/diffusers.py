@@ -180,7 +180,7 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
     from the pipeline's generator; per-seed generators keep each picture to its own.
     """
 
-    # whose configurations may come here, with fields that are of no use here
+    # whose configurations may come here, with fields that have no effect here
     _compatibles = [*(kind.name for kind in KarrasDiffusionSchedulers), *FLOWS]  # noqa: RUF012
 
     @register_to_config
@@ -327,7 +327,7 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         return end_at(make_grid(self.config["grid"], intervals + 1, *ends, schedule), self._end)
 
     def _probe(self) -> tuple[float, ...]:
-        """Levels that any table has room for; speaks up about a grid that is not to be had."""
+        """Levels that any table has room for; raises for a grid that is not available."""
         schedule = self.process.grid_schedule
         self._grid(1, schedule)
         levels = make_grid("log-snr", 9, schedule.sigma_max, schedule.sigma_min)

@@ -164,7 +164,7 @@ class School:
         self.size = count_features(bound(self.held_out[:1]), x, chosen.sigmas[0])
         if features is not None:
             with torch.no_grad():
-                features(x)  # speaks up now about a shape that it does not take
+                features(x)  # raises now for a shape that it does not take
 
     def fresh(self, sigmas: tuple[float, ...]) -> Method:
         """Before training."""

@@ -2,7 +2,7 @@
 
 What a folder holds is read from its model_index.json. Nothing in it is executed: classes come from
 diffusers and transformers alone, weights from safetensors, or from pickles that hold nothing but
-tensors (`weights_only`), with no way round. `checks` looks through a folder before either library
+tensors (`weights_only`), always. `checks` looks through a folder before either library
 opens it, and `contents` tells from its keys what a single file is.
 """
 
