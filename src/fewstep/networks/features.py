@@ -15,8 +15,8 @@ picture's features are not normalised. The two of a pair differ in kind:
                 background (`fewstep.evaluate.agreement`)
     garments-b  as fashion-b
 
-so a result that holds in both is not a habit of one network. The first can be used as a
-training loss; the second is the judge. recipes/fashion_features.py and recipes/garments_features.py train
+so a result that holds in both is not a habit of one network. The first can be used as a training
+loss; the second is the judge. recipes/fashion_features.py and recipes/garments_features.py train
 them, docs/feature-networks.md says what they see.
 
 Sources: He et al. 2016, arXiv:1512.03385 (residual blocks); Bardes et al. 2022, arXiv:2105.04906
