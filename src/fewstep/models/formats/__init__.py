@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.models.card import CARD_FILE
+from fewstep.models.formats.papers import OPTIONS, is_network
 
 __all__ = ["FORMATS", "Format", "format_of"]
 
@@ -61,6 +62,12 @@ FORMATS = (
         lambda path: path.is_dir() and (path / "model_index.json").is_file(),
         PIPELINE,
         PIPELINE_OPTIONS,
+    ),
+    Format(
+        "a network of a paper",
+        is_network,
+        "fewstep.models.formats.papers:load_file",
+        OPTIONS,
     ),
     Format("a single file", lambda path: path.is_file(), PIPELINE, PIPELINE_OPTIONS),
 )
