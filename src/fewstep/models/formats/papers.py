@@ -172,5 +172,3 @@ def open_source(
 
 def _is_buffer(name: str) -> bool:
     return name.endswith(("resample_filter", "freqs", "phases"))
-
-

@@ -33,14 +33,16 @@ def read_autoencoder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         )
     check_part(place)
     try:
-        from diffusers import AutoencoderKL
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     except ImportError as error:
         raise ValueError(f"vae needs diffusers: {error}") from None
     try:
         net: Any = AutoencoderKL.from_pretrained(place, local_files_only=True)
     except Exception as error:  # of many libraries
         reason = clean(" ".join(str(error).split()), 200)
-        raise ValueError(f"{clean(place)} is no autoencoder of Stable Diffusion: {reason}") from None
+        raise ValueError(
+            f"{clean(place)} is no autoencoder of Stable Diffusion: {reason}"
+        ) from None
     config = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in net.config.items()
