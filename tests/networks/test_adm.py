@@ -97,7 +97,7 @@ def test_convolutions_instead_of_blocks_halve_and_double():
 def test_the_classifier_pools_by_attention():
     s = {**SMALL, "legacy": True, "pooled": 5, "image_size": 8, "num_res_blocks": 2}
     weights, (x, t, _) = tensors(s), drawn(s)
-    config = {"num_head_channels": 16, "noise_schedule": "linear"}
+    config = {"classifier_num_head_channels": 16}
     classifier = adm.read_classifier(weights, "c.pt", config=config)
     assert classifier.net.config.blocks == 2
     assert gap(classifier.net(x, t), forward(weights, s, x, t)) < 2e-5
@@ -106,7 +106,7 @@ def test_the_classifier_pools_by_attention():
 def test_the_gradient_of_the_classifier_is_that_of_log_p_in_edm_units():
     s = {**SMALL, "legacy": True, "pooled": 5, "image_size": 8, "num_res_blocks": 2}
     weights = tensors(s)
-    config = {"num_head_channels": 16, "noise_schedule": "linear"}
+    config = {"classifier_num_head_channels": 16}
     classifier = adm.read_classifier(weights, "c.pt", config=config)
     x, label = 2 * drawn(s)[0], torch.tensor([0, 1, 4])
     sigma = torch.tensor([0.5, 3.0, 20.0])

@@ -21,6 +21,7 @@ from fewstep.cli import (  # noqa: F401  (each registers its commands)
     models,
     plan,
     sample,
+    serve,
     train,
     train_solver,
 )

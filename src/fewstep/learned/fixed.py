@@ -1,4 +1,4 @@
-"""A method whose numbers are a plan that was learned elsewhere; it is not trained here.
+"""A method whose numbers are a plan that was learned elsewhere: it samples, but is not trained.
 
 The folder keeps the plan itself, so that what runs is what was read, to the bit.
 """

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -28,15 +28,16 @@ from fewstep.denoiser import PREDICTIONS, per_sample
 from fewstep.models.card import Card, Choice
 from fewstep.models.network import NetworkModel, Precondition
 from fewstep.networks.adm import ADM, ADMConfig, Encoder, cast_torso
-from fewstep.networks.autoencoder import Autoencoder
+from fewstep.networks.autoencoder import Autoencoder, AutoencoderConfig
 from fewstep.networks.preconditioning import denoise
-from fewstep.records import Int, Real, Slug, as_slug, record
+from fewstep.records import Int, Real, Slug, Text, as_slug, record, shown
 from fewstep.schedule import VP
 
-__all__ = ["Classifier", "Network", "Spec", "as_model", "card_of", "schedule_of"]
+__all__ = ["Classifier", "Network", "Spec", "as_model", "card_of", "schedule_of", "spec_of"]
 
 TIME_SCALE = 1000.0  # consistency models are told 1000 log(sigma) / 4
 NULL_CLASS = 1001  # rows of a class embedding whose last one stands for no class
+ROLES = {"eps": "eps prediction", "edm": "EDM's process", "consistency": "a consistency model"}
 RHO, POINTS, INDICES = 7, 40, (0, 22, 39)  # of the published sampling of consistency models
 
 
@@ -50,6 +51,8 @@ class Spec:
         ("betas", ...); empty for networks of EDM's process
     clip: D is held in [-clip, clip]; None where it is free
     scale: a state is `scale` times the first stage's latents
+    first_stage: of a latent diffusion
+    how: where the settings that shapes do not say are from
     points, indices: of a consistency model: the Karras grid of so many points, and where on it the
         published sampling stands
     """
@@ -62,38 +65,45 @@ class Spec:
     sigma_max: Real = 80.0
     clip: Real | None = None
     scale: Real = 1.0
+    first_stage: AutoencoderConfig | None = None
+    how: Text = ""
     points: Int = POINTS
     indices: tuple[Int, ...] = INDICES
 
-
-@dataclass(frozen=True, eq=False)
-class Network:
-    """What a file of the family holds.
-
-    first_stage: of a latent diffusion
-    embedder: rows for each class, the context of a class-conditional latent diffusion
-    how: where the settings that shapes do not say are from
-    """
-
-    spec: Spec
-    net: ADM = field(repr=False)
-    first_stage: Autoencoder | None = field(default=None, repr=False)
-    embedder: Tensor | None = field(default=None, repr=False)
-    how: str = ""
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_min < self.sigma_max:
+            raise ValueError(
+                f"need 0 < sigma_min < sigma_max, got {self.sigma_min}, {self.sigma_max}"
+            )
+        if not self.scale > 0:
+            raise ValueError(f"scale must be positive, got {self.scale}")
+        if (self.role == "eps") != bool(self.schedule):
+            raise ValueError(f"a schedule goes with role eps, got {self.role!r}")
+        rising = all(a < b for a, b in pairwise(self.indices))
+        if not (rising and self.points >= 2 and self.indices[0] >= 0):
+            raise ValueError(f"indices must rise from 0, got {self.indices} of {self.points}")
+        if not len(self.indices) >= 2 or self.indices[-1] >= self.points:
+            raise ValueError(f"indices must be below {self.points}, got {self.indices}")
 
     @property
     def classes(self) -> int:
         """How many classes it knows, no class not counted."""
-        if self.embedder is not None:
-            return len(self.embedder) - (len(self.embedder) == NULL_CLASS)
-        return self.spec.unet.classes
+        rows = self.unet.context_rows
+        return rows - (rows == NULL_CLASS) if rows else self.unet.classes
 
     @property
-    def has_null(self) -> bool:
-        """Whether it can be used without a class."""
-        if self.embedder is not None:
-            return len(self.embedder) == NULL_CLASS
-        return self.spec.unet.classes == 0
+    def needs_label(self) -> bool:
+        """Whether it cannot be used without a class."""
+        return self.classes > 0 and self.unet.context_rows != NULL_CLASS
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """What a file of the family holds."""
+
+    spec: Spec
+    net: ADM = field(repr=False)
+    first_stage: Autoencoder | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,23 +198,21 @@ def preconditions(spec: Spec) -> Precondition:
     return lambda *args: plain(*args).clamp(-spec.clip, spec.clip)  # type: ignore[operator]
 
 
-def card_of(network: Network, name: str, weights_sha256: str = "", **about: Any) -> Card:
+def card_of(spec: Spec, name: str, weights_sha256: str = "", **about: Any) -> Card:
     """The card of such a model."""
-    spec, schedule = network.spec, schedule_of(network.spec.schedule)
-    stage = network.first_stage
-    side = spec.unet.size * (stage.config.factor if stage else 1)
-    channels = stage.config.channels if stage else spec.unet.channels
+    schedule, stage = schedule_of(spec.schedule), spec.first_stage
     low, high = spec.sigma_min, spec.sigma_max
     if schedule is not None:
         low, high = schedule.sigma_min, schedule.sigma_max
-    values = asdict(spec)
-    first = {"first_stage": asdict(stage.config)} if stage else {}
-    rows = {"embedder": list(network.embedder.shape)} if network.embedder is not None else {}
+    picture = {
+        "size": spec.unet.size * (stage.factor if stage else 1),
+        "channels": stage.channels if stage else spec.unet.channels,
+    }
     card = Card(
         name=as_slug(name),
-        network={"size": side, "channels": channels, **values, **first, **rows},
-        summary=f"{spec.kind.replace('-', ' ')}, {spec.role}, {network.how}",
-        classes=tuple(map(str, range(network.classes))),
+        network={**picture, **asdict(spec)},
+        summary=f"{spec.kind.replace('-', ' ')}, {ROLES[spec.role]}; settings: {spec.how}",
+        classes=tuple(map(str, range(spec.classes))),
         sigma_min=low,
         sigma_max=high,
         sigma_data=1.0 if stage else 0.5,
@@ -216,6 +224,24 @@ def card_of(network: Network, name: str, weights_sha256: str = "", **about: Any)
         kind="adm",
     )
     return replace(card, **_as_published(spec)) if spec.role == "consistency" else card
+
+
+def spec_of(card: Card) -> Spec:
+    """What the card of such a model says of it.
+
+    Raises:
+        ValueError: that names the field, where it is none of this kind.
+    """
+    values = dict(card.network)
+    picture = {name: values.pop(name, None) for name in ("size", "channels")}
+    try:
+        spec = Spec(**values)
+        schedule_of(spec.schedule)
+    except TypeError as error:
+        raise ValueError(f"network: {error}") from None
+    if {name: card_of(spec, "x").network[name] for name in picture} != picture:
+        raise ValueError(f"size and channels do not go with the network, got {shown(picture)}")
+    return spec
 
 
 def _as_published(spec: Spec) -> dict[str, Any]:
@@ -238,45 +264,21 @@ def as_model(
     stats: Mapping[str, Tensor] | None = None,
 ) -> NetworkModel:
     """The model that samples; the network is moved and cast in place."""
-    spec, net = network.spec, network.net.to(device)
-    net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    spec, unet = network.spec, network.spec.unet
+    net = network.net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if dtype is not torch.float32:
         cast_torso(net, dtype)
-    forward: Callable[..., Tensor] = partial(_plain, net)
-    called = torch.compile(net) if compile else None
-    compiled = None if called is None else partial(_plain, called)
-    if network.embedder is not None:
-        table = network.embedder.to(device)
-        forward = partial(_in_context, net, table)
-        compiled = None if called is None else partial(_in_context, called, table)
-    elif spec.unet.classes:
-        forward, compiled = net, called
-    latents = None
-    if (stage := network.first_stage) is not None:
-        latents = Latents(stage.to(device), spec.scale)
-    unet = spec.unet
+    stage = network.first_stage
     return NetworkModel(
         card,
         net,
         dict(stats or {}),
-        forward,
+        net,
         (unet.channels, unet.size, unet.size),
         preconditions(spec),
-        compiled,
+        torch.compile(net) if compile else None,
         schedule=schedule_of(spec.schedule),
-        first_stage=latents,
-        needs_label=not network.has_null,
+        first_stage=None if stage is None else Latents(stage.to(device), spec.scale),
+        needs_label=spec.needs_label,
         classifier=classifier,
     )
-
-
-def _plain(net: Callable[..., Tensor], x: Tensor, t: Tensor, label: Tensor) -> Tensor:
-    """A network without classes."""
-    return net(x, t)
-
-
-def _in_context(
-    net: Callable[..., Tensor], table: Tensor, x: Tensor, t: Tensor, label: Tensor
-) -> Tensor:
-    """A network whose context is one token, the row of the class."""
-    return net(x, t, None, table[label][:, None])

@@ -41,6 +41,7 @@ LIMITS = {
     "head_width": (0, 8192),
     "classes": (0, 1_000_000),
     "context": (0, 65_536),
+    "context_rows": (0, 1_000_000),
     "depth": (1, 64),
 }
 MOST_LEVELS, WIDEST = 12, 16_384
@@ -59,6 +60,7 @@ class ADMConfig:
     classes: rows of the class embedding, 0 for none
     scale_shift, resample_blocks: see the module's docstring
     context, depth: width of the context that is attended to, 0 for none; blocks per transformer
+    context_rows: rows of the table in which each class has its context; 0: the caller gives it
 
     Errors: ValueError for what no network can have.
     """
@@ -77,6 +79,7 @@ class ADMConfig:
     resample_blocks: bool = True
     context: Int = 0
     depth: Int = 1
+    context_rows: Int = 0
 
     def __post_init__(self) -> None:
         for name, (low, high) in LIMITS.items():
@@ -308,8 +311,8 @@ class ADM(nn.Module):
 
     x: [b, c, h, w], cast to the torso's dtype
     t: the time that the network is told, [b], any real number
-    label: rows of the class embedding, [b], where there are classes
-    context: [b, m, d], where there is one
+    label: rows of the class embedding, or of the table of contexts, [b], where there are any
+    context: [b, m, d], where there is one without such a table
 
     Returns float32 [b, outputs, h, w]. The output of `middle_block` is that of the lowest level.
     """
@@ -327,6 +330,8 @@ class ADM(nn.Module):
         )
         if config.classes:
             self.label_emb = nn.Embedding(config.classes, emb)
+        if config.context_rows:
+            self.contexts = nn.Embedding(config.context_rows, config.context)
         head = nn.Conv2d(config.widths[0], config.outputs, 3, padding=1)
         self.out = nn.Sequential(Norm(config.widths[0]), nn.SiLU(), head)
 
@@ -340,6 +345,8 @@ class ADM(nn.Module):
         emb = self.time_embed(time_waves(t, self.config.width))
         if self.config.classes:
             emb = emb + self.label_emb(label)
+        if self.config.context_rows:
+            context = self.contexts(label)[:, None]  # [b, 1, d]
         emb = F.silu(emb)
         h = x.to(next(self.input_blocks.parameters()).dtype)
         skips = []

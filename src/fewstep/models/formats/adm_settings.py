@@ -115,11 +115,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-# published name -> ours, and the type of its value
+# published name -> ours; those of a classifier stand beside the network's, with a prefix
 RENAMED = {"model_channels": "num_channels", "timesteps": "diffusion_steps"}
-RENAMED |= {"classifier_width": "num_channels", "classifier_depth": "num_res_blocks"}
-RENAMED |= {f"classifier_{n}": n for n in ("resblock_updown", "use_scale_shift_norm")}
-RENAMED["classifier_attention_resolutions"] = "attention_resolutions"
+OF_CLASSIFIER = "classifier_"
+RENAMED_THERE = {"width": "num_channels", "depth": "num_res_blocks", "use_fp16": "use_fp16"}
 KNOWN: dict[str, type | tuple[type, ...]] = {
     "kind": str,
     "image_size": int,
@@ -150,6 +149,8 @@ KNOWN: dict[str, type | tuple[type, ...]] = {
     "sigma_min": float,
     "sigma_max": float,
     "clip_denoised": bool,
+    "steps": int,
+    "ts": (str, list, tuple),
 }
 # settings of the published commands that say nothing of a trained network's answer
 WITHOUT_EFFECT = {
@@ -164,10 +165,8 @@ WITHOUT_EFFECT = {
     "legacy",
     "dims",
     "conv_resample",
-    "classifier_use_fp16",
-    "classifier_pool",
 }
-FIXED = {"predict_xstart": False, "rescale_timesteps": False, "classifier_pool": "attention"}
+FIXED = {"predict_xstart": False, "rescale_timesteps": False, "pool": "attention"}
 FIXED |= {"dims": 2, "conv_resample": True, "timestep_respacing": ""}
 
 
@@ -179,9 +178,15 @@ def preset(name: str) -> dict[str, Any]:
     return dict(PRESETS[name])
 
 
-def read_config(config: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
+def read_config(
+    config: str | Path | Mapping[str, Any] | None, classifier: bool = False
+) -> dict[str, Any]:
     """Settings of a mapping, or of a JSON or YAML file; of a configuration of latent diffusion, the
     network's and the schedule's part.
+
+    Args:
+        config: the mapping, or the file
+        classifier: those of a classifier beside the network, whose names begin so
 
     Raises:
         OSError: where the file cannot be read.
@@ -195,7 +200,11 @@ def read_config(config: str | Path | Mapping[str, Any] | None) -> dict[str, Any]
         unet = _table(_table(params, "unet_config"), "params")
         taken = ("linear_start", "linear_end", "timesteps", "scale_factor", "use_ema")
         values = {**unet, **{name: params[name] for name in taken if name in params}}
-    return settings(values)
+    its = {n: v for n, v in values.items() if str(n).startswith(OF_CLASSIFIER)}
+    if not classifier:
+        return settings({n: v for n, v in values.items() if n not in its})
+    plain = {n.removeprefix(OF_CLASSIFIER): v for n, v in its.items() if n != "classifier_scale"}
+    return settings({RENAMED_THERE.get(n, n): v for n, v in plain.items()})
 
 
 def settings(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -228,8 +237,10 @@ def of_shapes(shapes: Shapes) -> dict[str, Any]:
     """
     try:
         return _of_shapes(shapes)
-    except (KeyError, IndexError) as error:
-        raise ValueError(f"it is no ADM network: it lacks {error}") from None
+    except KeyError as error:
+        raise ValueError(f"it lacks {error}") from None
+    except IndexError:
+        raise ValueError("its tensors have too few dimensions") from None
 
 
 def _of_shapes(shapes: Shapes) -> dict[str, Any]:

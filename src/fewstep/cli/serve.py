@@ -1,0 +1,173 @@
+"""fewstep serve."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Group, Parameter
+
+from fewstep.cli.app import app
+from fewstep.cli.options import MACHINE, Machine, Take, command, flag, option
+from fewstep.cli.parsing import parse_size
+from fewstep.extras import needs
+from fewstep.serve.limits import Limits
+
+SERVICE, LIMITS = Group("Service", sort_key=2), Group("Limits", sort_key=6)
+DEFAULTS = ("garments", "fashion-mnist")  # the first that comes with this version
+LIMIT_OPTIONS = {
+    "images": "most-images",
+    "evaluations": "most-evaluations",
+    "waiting": "most-waiting",
+    "streams": "most-streams",
+}
+
+
+@command(
+    app,
+    "serve",
+    Take(
+        Machine,
+        MACHINE,
+        without=("batch",),
+    ),
+)
+def serve_command(
+    model: Annotated[
+        list[str] | None,
+        Parameter(
+            help="Models: built-in names, folders, pipelines. The first is the default. Left out: "
+            "a built-in one."
+        ),
+    ] = None,
+    /,
+    *,
+    host: Annotated[
+        str, option("The address to listen on; others than loopback need --keys.", SERVICE)
+    ] = "127.0.0.1",
+    port: Annotated[int, option("0 takes a free one.", SERVICE, least=0)] = 8000,
+    keys: Annotated[
+        Path | None, option("A TOML file of keys; see docs/serving.md.", SERVICE)
+    ] = None,
+    cors: Annotated[
+        str | None,
+        option("Pages of these hosts may ask, with commas; * for all. Default: none.", SERVICE),
+    ] = None,
+    size: Annotated[
+        str | None,
+        option("A pipeline's pictures in pixels, HEIGHTxWIDTH. Default: as it was trained."),
+    ] = None,
+    batch: Annotated[
+        int | None,
+        option("Rows of one evaluation. Default: 16 on a CPU, else 64.", MACHINE, least=1),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        option("Threads that evaluate. Default: 2 on a CPU, else 1.", MACHINE, least=1),
+    ] = None,
+    grace: Annotated[
+        int, option("Seconds in which running pictures end at a stop.", SERVICE, least=0)
+    ] = 30,
+    most_images: Annotated[int, option("Pictures of a request.", LIMITS, least=1)] = Limits.images,
+    most_evaluations: Annotated[
+        int, option("Evaluations of a picture.", LIMITS, least=1)
+    ] = Limits.evaluations,
+    most_waiting: Annotated[
+        int, option("Pictures in the queue.", LIMITS, least=1)
+    ] = Limits.waiting,
+    most_streams: Annotated[
+        int, option("Requests of a client at a time.", LIMITS, least=1)
+    ] = Limits.streams,
+    log_prompts: Annotated[bool, flag("Write prompts into the log.")] = False,
+    quiet: Annotated[bool, flag("Log warnings only.")] = False,
+    **given: Any,
+) -> None:
+    """Serve pictures over HTTP: OpenAI's Images API, previews and refinement, and a page.
+
+    It listens on this machine alone unless told otherwise. Ctrl-C or SIGTERM stops it once what
+    runs is finished.
+    """
+    with needs("serve", "fewstep serve"):
+        import fastapi  # noqa: F401
+        import multipart  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    from fewstep.serve.keys import read_keys
+    from fewstep.serve.run import is_loopback
+
+    known = () if keys is None else read_keys(keys)
+    local = is_loopback(host)
+    if not local and not known:
+        raise ValueError(f"host {host} is reached from other machines: give keys too, with --keys")
+    if port > 65_535:
+        raise ValueError(f"port must be at most 65535, got {port}")
+    limits = Limits(
+        images=most_images,
+        evaluations=most_evaluations,
+        waiting=most_waiting,
+        streams=most_streams,
+    )
+    if size:
+        given["size"] = parse_size(size)
+    models = _loaded(model or [_default()], given)
+    _serve(models, limits, known, host, port, cors, batch, workers, grace, quiet, log_prompts)
+
+
+def _default() -> str:
+    from fewstep.models import builtin
+
+    there = builtin()
+    return next(name for name in (*DEFAULTS, *there) if name in there)
+
+
+def _loaded(names: list[str], given: dict[str, Any]) -> dict[str, Any]:
+    """Models by their names; the options of pipelines are left out where they were not given."""
+    from fewstep.models import load
+
+    plain = {field.name: field.default for field in fields(Machine)}
+    chosen = {name: value for name, value in given.items() if value != plain.get(name)}
+    models: dict[str, Any] = {}
+    for name in names:
+        loaded = load(name, **chosen)
+        if not hasattr(loaded, "picture"):
+            raise ValueError(f"{name} makes no pictures")
+        if loaded.card.name in models:
+            raise ValueError(f"two models are called {loaded.card.name}; serve one of them")
+        models[loaded.card.name] = loaded
+    return models
+
+
+def _serve(
+    models: dict[str, Any],
+    limits: Limits,
+    keys: Any,
+    host: str,
+    port: int,
+    cors: str | None,
+    batch: int | None,
+    workers: int | None,
+    grace: int,
+    quiet: bool,
+    log_prompts: bool,
+) -> None:
+    from fewstep.cli.parsing import words
+    from fewstep.serve.app import create_app
+    from fewstep.serve.run import Server, is_loopback, make_service, start_log
+
+    start_log("warning" if quiet else "info")
+    service = make_service(models, limits, batch=batch, workers=workers)
+    origins = () if cors is None else words(cors, "--cors")
+    application = create_app(
+        service, keys=keys, local=is_loopback(host), origins=origins, log_prompts=log_prompts
+    )
+
+    def started(address: str) -> None:
+        print(f"fewstep serves {', '.join(models)} on {address}", flush=True)
+
+    server = Server(application, service, host, port, grace, started)
+    server.run()
+    service.close(0)
+    if not server.started:
+        sys.exit(2)

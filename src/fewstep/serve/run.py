@@ -1,0 +1,166 @@
+"""Starting and stopping the service."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import json
+import logging
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import uvicorn
+
+from fewstep.models import Model
+from fewstep.serve.engine import Engine
+from fewstep.serve.limits import Limits
+from fewstep.serve.service import Service
+
+__all__ = ["Server", "faster", "is_loopback", "make_service", "start_log"]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address to listen on is reached from this machine alone."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def make_service(
+    models: Mapping[str, Model],
+    limits: Limits,
+    *,
+    batch: int | None = None,
+    workers: int | None = None,
+    threads: int | None = None,
+) -> Service:
+    """A service of loaded models.
+
+    Args:
+        models: by name
+        limits: bounds
+        batch: rows of the network's batch; 16 on a CPU, 64 elsewhere
+        workers: threads that evaluate; two on a CPU with more than one thread, else one
+        threads: of torch in each worker; on a CPU its share of all
+    """
+    import torch
+
+    cpu = torch.device("cpu")
+    on_cpu = all(getattr(model, "device", cpu).type == "cpu" for model in models.values())
+    total = torch.get_num_threads()
+    if workers is None:
+        workers = 2 if on_cpu and total > 1 else 1
+    if threads is None and on_cpu:
+        threads = max(1, total // workers)
+    rows = batch or (16 if on_cpu else 64)
+    engine = Engine(rows=rows, workers=workers, threads=threads, most_waiting=limits.waiting)
+    return Service({name: faster(model) for name, model in models.items()}, engine, limits)
+
+
+def faster(model: Model) -> Model:
+    """The same model with its convolutions' weights laid out channels last, which is faster on
+    most machines. Pictures change by rounding only."""
+    import torch
+
+    network = getattr(model, "net", None)
+    if isinstance(network, torch.nn.Module):
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
+
+
+class Facts(logging.Formatter):
+    """One JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        facts: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+            **getattr(record, "facts", {}),
+        }
+        if record.exc_info and record.exc_info[1] is not None:
+            facts["error"] = f"{type(record.exc_info[1]).__name__}: {record.exc_info[1]!s:.300}"
+        return json.dumps(facts)
+
+
+def start_log(level: str = "info") -> None:
+    """Logs to standard error, as JSON."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Facts())
+    for name in ("fewstep.serve", "uvicorn.error"):
+        one = logging.getLogger(name)
+        one.handlers, one.propagate = [handler], False
+        one.setLevel(level.upper() if name == "fewstep.serve" else logging.WARNING)
+
+
+class Server(uvicorn.Server):
+    """uvicorn that stops gracefully: at a signal no new work is taken, and what runs ends within a
+    limit."""
+
+    def __init__(
+        self,
+        app: Any,
+        service: Service,
+        host: str,
+        port: int,
+        seconds: int,
+        started: Callable[[str], None] = lambda address: None,
+    ) -> None:
+        config = uvicorn.Config(
+            app,
+            host=host,
+            port=port,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=seconds + 5,
+            timeout_keep_alive=30,
+            h11_max_incomplete_event_size=65_536,
+            limit_concurrency=2000,
+            backlog=512,
+        )
+        super().__init__(config)
+        self._service, self._seconds, self._told = service, seconds, started
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Ours in place of uvicorn's, which raises the signal again when all is done."""
+        loop = asyncio.get_running_loop()
+        known = (signal.SIGINT, signal.SIGTERM)
+        try:
+            for one in known:
+                loop.add_signal_handler(one, self.end)
+        except (NotImplementedError, RuntimeError, ValueError):  # not in the main thread
+            yield
+            return
+        try:
+            yield
+        finally:
+            for one in known:
+                loop.remove_signal_handler(one)
+
+    def end(self) -> None:
+        """Stop; the second time at once."""
+        if self.should_exit:
+            self.force_exit = True
+            return
+        self._service.engine.refuse()
+        self.should_exit = True
+        loop = asyncio.get_running_loop()
+        # what still runs after the limit fails, and its connections end
+        self._limit = loop.run_in_executor(None, self._service.close, self._seconds)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started and self.servers:
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            shown = f"[{host}]" if ":" in host else host
+            self._told(f"http://{shown}:{port}")
