@@ -6,6 +6,7 @@ in the file until the network takes them, one tensor at a time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from fewstep.files import file_hash
 from fewstep.models.card import Card
-from fewstep.models.formats.nvlabs import network_of, preset_of, read
-from fewstep.pickles import Pickled, Tensor, is_pickle, stream
+from fewstep.models.edm_spec import card_of
+from fewstep.models.formats.contents import recognise
+from fewstep.models.formats.nvlabs import preset_of, read
+from fewstep.pickles import Pickled, Tensor, stream
 from fewstep.pickles import read as read_pickle
 from fewstep.text import clean
 
@@ -23,10 +26,10 @@ if TYPE_CHECKING:
 
     from fewstep.models.network import NetworkModel
 
-__all__ = ["OPTIONS", "Source", "describe", "is_network", "load_file", "open_source"]
+__all__ = ["Source", "describe", "load_file", "open_source"]
 
-OPTIONS = ("preset", "vae", "guide")
 GUIDE, VAE = "guide.", "vae."
+BUFFERS = ("resample_filter", "freqs", "phases")
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +47,16 @@ class Source:
     preset: str | None
     shapes: dict[str, tuple[int, ...]] = field(repr=False)
     values: Callable[[], Iterable[tuple[str, torch.Tensor]]] = field(repr=False)
+
+    @property
+    def parameters(self) -> int:
+        """How many the network itself has."""
+        others = (GUIDE, VAE, "classifier.", "first_stage.")
+        return sum(
+            math.prod(shape)
+            for name, shape in self.shapes.items()
+            if not name.startswith(others) and not name.endswith(BUFFERS)
+        )
 
     def model(
         self, device: str = "cpu", dtype: str = "float32", compile: bool = False
@@ -66,19 +79,6 @@ class Source:
             raise ValueError(f"{clean(self.path)}: {reason}") from None
         native.fill(parts, {name: value.float() for name, value in self.values()})
         return kind.model(self.card, parts, {}, place, arithmetic, compile)
-
-
-def is_network(path: Path) -> bool:
-    """Whether a file holds one of these networks.
-
-    Raises:
-        ValueError: where it is a pickle that is damaged, or asks for more than data.
-    """
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        start = file.read(16)
-    return is_pickle(start) and network_of(read_pickle(path).root) is not None
 
 
 def load_file(
@@ -112,30 +112,53 @@ def describe(path: Path | str) -> tuple[Card, dict[str, Any]]:
         ValueError: where it holds none of these networks.
     """
     source = open_source(path)
-    known = {"kind": source.card.kind, "preset": source.preset, "file": str(path)}
-    known["parameters"] = source.card.about["parameters"]
-    return source.card, known
+    known = {"file": str(path), "kind": source.card.kind, "preset": source.preset}
+    return source.card, {**known, "parameters": source.parameters}
 
 
-def open_source(
-    path: Path | str,
-    preset: str | None = None,
-    vae: Path | str | None = None,
-    guide: Path | str | None = None,
-) -> Source:
+def open_source(path: Path | str, **options: Any) -> Source:
     """Read what a file holds.
 
     Args:
         path: of the file
-        preset: the name of published settings that it must have
-        vae: a folder of diffusers with Stable Diffusion's autoencoder, for states that are latents
-        guide: a file with the second network of guidance
+        options: preset, the name of published settings that it must have; vae, a folder of
+            diffusers with Stable Diffusion's autoencoder, for states that are latents; guide, a
+            file with the second network of guidance; config and classifier, as of
+            `fewstep.models.formats.adm.load_file`
 
     Raises:
         OSError: where a file cannot be read.
-        ValueError: where a file holds none of these networks, or contradicts what it is said to be.
+        ValueError: where a file holds none of these networks, contradicts what it is said to be, or
+            has no such option.
     """
     path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{clean(path)} is no file; give a network file of a paper")
+    kind, _ = recognise(path)
+    home = kind.home.partition(":")[0].rpartition(".")[2] if kind else ""
+    if kind is None or home not in READERS:
+        what = f"is {kind.name}" if kind else "is no network that fewstep knows"
+        raise ValueError(f"{clean(path)} {what}; a network file of a paper is meant here")
+    if unknown := [name for name in options if name not in kind.options]:
+        have = ", ".join(kind.options)
+        raise ValueError(f"{', '.join(unknown)}: {kind.name} has no such options; it has {have}")
+    return READERS[home](path, **options)
+
+
+def _adm(path: Path, **options: Any) -> Source:
+    from fewstep.models.formats.adm import open_parts
+
+    card, shapes, values = open_parts(path, **options)
+    words = card.summary.rpartition("preset ")[2].partition(",")[0]
+    return Source(path, card, words if "preset " in card.summary else None, shapes, values)
+
+
+def _nvlabs(
+    path: Path,
+    preset: str | None = None,
+    vae: Path | str | None = None,
+    guide: Path | str | None = None,
+) -> Source:
     file = read_pickle(path)
     spec, tensors = read(file, preset)
     named: list[tuple[Pickled, dict[str, Tensor]]] = [(file, tensors)]
@@ -161,14 +184,8 @@ def open_source(
             yield from stream(one, part)
         yield from extra.items()
 
-    from fewstep.models.edm_spec import card_of
-
-    count = sum(one.numel for name, one in tensors.items() if not _is_buffer(name))
-    digest = file_hash(path)
-    about = {"source": path.name, "source_sha256": digest, "parameters": count}
-    card = card_of(spec, path.stem, digest, **about)
+    card = card_of(spec, path.stem, file_hash(path), source=path.name)
     return Source(path, card, preset_of(spec), shapes, values)
 
 
-def _is_buffer(name: str) -> bool:
-    return name.endswith(("resample_filter", "freqs", "phases"))
+READERS: dict[str, Callable[..., Source]] = {"papers": _nvlabs, "adm": _adm}
