@@ -1,7 +1,7 @@
-"""Scenes of garments, or pictures that a model of them makes, as one sheet.
+"""Draw scenes of garments, or pictures that a model of them makes, as one sheet.
 
-    python -m studies.garments_sheet --data FOLDER --out docs/garments-data.png
-    python -m studies.garments_sheet --model garments --guidance 3 --out docs/garments.png
+Scenes: python -m studies.garments_sheet --data FOLDER --out docs/garments-data.png
+A model: python -m studies.garments_sheet --model garments --guidance 3 --out docs/garments.png
 """
 
 from __future__ import annotations
