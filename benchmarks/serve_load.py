@@ -242,20 +242,27 @@ def p95(taken: Sequence[float]) -> float:
 
 async def measure(args: argparse.Namespace, service: Service) -> dict[str, Any]:
     client, seconds = Client(service.port), args.seconds
+
+    def note(text: str) -> None:
+        print(f"{time.perf_counter() - service.begun:7.1f} s  {text}", file=sys.stderr, flush=True)
+
     found: dict[str, Any] = {"machine": machine_line(), "load_before": os.getloadavg()[0]}
     found["start_seconds"] = service.seconds
     await closed(client, 1, 4)
     best, saturated = 0.0, 0.0
+    note("saturation")
     for batch in args.batches:  # by turns, since a machine has other work to do
         taken = bare(seconds / len(args.batches), batch)
         best = max(best, batch * NFE / statistics.median(taken))
         rate, _ = await closed(client, seconds / len(args.batches), args.clients)
         saturated = max(saturated, rate)
     found |= {"bare_best": best, "saturated": saturated, "saturation": saturated / best}
+    note("naive, mixed budgets")
     for pictures in (1, PICTURES):
         found[f"naive_{pictures}"] = naive(seconds, pictures)
     mixed, _ = await closed(client, seconds, 3 * args.clients, mixed=True)
     found |= {"mixed": mixed, "mixed_over_naive": mixed / found["naive_1"]}
+    note("latency")
     capacity = saturated / (PICTURES * NFE)
     alone = bare(seconds, PICTURES)
     latencies = {}
@@ -266,10 +273,13 @@ async def measure(args: argparse.Namespace, service: Service) -> dict[str, Any]:
     for clients, (load, value) in latencies.items():
         found[f"load_{clients}"], found[f"p95_{clients}"] = load, value
         found[f"p95_{clients}_over_bare"] = value / p95(alone)
+    note("previews")
     shares = await previews(client, 20)
     found |= {"first_preview": statistics.median(shares), "first_preview_p95": p95(shares)}
+    note("clients that go away")
     found["vanished"] = await vanish(client, 10)
     if args.overload:
+        note("overload")
         before, _ = await closed(client, 3, args.clients)
         answers, without, memory, longest = await overload(
             client, service, args.overload, 10 * capacity
