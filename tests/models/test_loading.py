@@ -105,7 +105,7 @@ def test_a_hostile_checkpoint_runs_nothing(tmp_path, sd_folder):
     mark = tmp_path / "mark"
     file = tmp_path / "hostile.ckpt"
     torch.save({"state_dict": {"weight": Hostile(mark)}}, file)
-    assert "holds more than tensors" in refused(file, config=sd_folder)
+    assert "is no data and is never run" in refused(file, config=sd_folder)
     file.write_bytes(pickle.dumps(Hostile(mark)))
     assert str(file) in refused(file, config=sd_folder)
     assert not mark.exists()
@@ -183,7 +183,7 @@ def test_a_single_file_without_a_configuration_says_how_to_give_one(tmp_path):
     safetensors.torch.save_file(pipelines.original_keys(pipelines.sd()), file)
     assert "config=FOLDER" in refused(file)
     (tmp_path / "model.txt").write_text("?")
-    assert "is not a file of weights" in refused(tmp_path / "model.txt")
+    assert "neither safetensors, nor of torch.save" in refused(tmp_path / "model.txt")
 
 
 @pytest.mark.parametrize(

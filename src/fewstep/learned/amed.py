@@ -100,7 +100,9 @@ class Amed:
         return self.predictor.weights
 
     def settings(self) -> dict[str, Any]:
-        return {name: getattr(self.predictor, name) for name in SETTINGS}
+        embedding = self.predictor.embedding
+        special = {} if embedding == "log" else {"embedding": embedding}
+        return {name: getattr(self.predictor, name) for name in SETTINGS} | special
 
     def options(self) -> dict[str, Any]:
         return self.settings()

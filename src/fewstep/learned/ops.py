@@ -25,7 +25,7 @@ from fewstep.learned.predictor import Values
 from fewstep.plan import Combine, Eval, Level, Ops, Prediction, Seen
 from fewstep.solver import get, names
 from fewstep.solver.multistep import linear_multistep
-from fewstep.solver.rules import Weights
+from fewstep.solver.rules import Weights, expm1, log
 
 __all__ = ["Base", "base_of", "bases", "check_slope"]
 
@@ -100,6 +100,89 @@ def on_multistep(
         past = [_detached(level) for level in past] if detach else past
 
 
+def on_dpm_multistep(
+    sigmas: Sequence[float],
+    values: Source,
+    afs: str,
+    features: bool,
+    detach: bool = False,
+    *,
+    order: int,
+    final: bool,
+    eps: bool,
+) -> Ops:
+    """AMED-Plugin on the published multistep DPM-Solver, on eps or on D.
+
+    final: the order falls towards the end (lower_order_final), so that the last step has order 1
+    """
+    past: list[Level] = []
+    total = 2 * (len(sigmas) - 1)
+
+    def order_of(step: int) -> int:
+        """Of the step that is the step-th, from 1 on."""
+        return step if step < order else min(order, total + 1 - step if final else order)
+
+    for i, (start, cur, nxt) in enumerate(_intervals(sigmas, afs, features)):
+        r, c, a = values(i, (yield start))
+        mid = nxt**r * cur ** (1 - r)
+        past = [cur, *past[: order - 1]]
+        keep, b = dpm_multistep(past, mid, order_of(2 * i + 1), eps)
+        yield Combine(b, mid, keep)
+        yield Eval(mid, cond=a * mid)
+        past = [mid, *past[: order - 1]]
+        keep, b = dpm_multistep(past, nxt, order_of(2 * i + 2), eps)
+        yield Combine(tuple(c * weight for weight in b), nxt, keep)
+        past = [_detached(level) for level in past] if detach else past
+
+
+def dpm_multistep(past: Sequence[Level], nxt: Level, order: int, eps: bool) -> Weights:
+    """A step of multistep DPM-Solver, with its Taylor terms in h as published.
+
+    With h = log(past[0] / nxt), slopes D1, D2 of the outputs in log SNR, scaled by h, and
+    phi_1 = e^h - 1 on eps and e^-h - 1 on D:
+
+        order 2    phi_1 (y_0 + D1 / 2)      order 3    phi_1 y_0 + phi_2 D1 + phi_3 D2
+
+    Source: Lu et al. 2022 (DPM-Solver++), arXiv:2211.01095.
+    """
+    sign = 1.0 if eps else -1.0
+    h = log(past[0] / nxt)
+    scale = -nxt if eps else -1.0
+    keep = 1.0 if eps else nxt / past[0]
+    phi_1 = expm1(sign * h)
+    if order == 1:
+        return keep, (scale * phi_1,)
+    r0 = log(past[1] / past[0]) / h
+    if order == 2:
+        half = phi_1 / (2 * r0)
+        return keep, (scale * (phi_1 + half), -scale * half)
+    r1 = log(past[2] / past[1]) / h
+    phi_2 = phi_1 / h - sign
+    phi_3 = phi_2 / h - 0.5
+    # D1 = (1 + q) E - q F, D2 = (E - F) / (r0 + r1), E = (y0 - y1) / r0, F = (y1 - y2) / r1
+    q, s2 = r0 / (r0 + r1), 1 / (r0 + r1)
+    on_d1 = sign * phi_2
+    e, f = on_d1 * (1 + q) + phi_3 * s2, on_d1 * -q - phi_3 * s2
+    weights = (phi_1 + e / r0, -e / r0 + f / r1, -f / r1)
+    return keep, tuple(scale * weight for weight in weights)
+
+
+# The published multistep DPM-Solver as bases: on eps (dpm) or D (dpmpp), by the highest order, and
+# whether the order falls at the end.
+PUBLISHED: dict[str, Base] = {
+    f"{kind}-{order}-multistep{'-final' if final else ''}": Base(
+        partial(on_dpm_multistep, order=order, final=final, eps=kind == "dpm"),
+        "eps" if kind == "dpm" else "x0",
+        order,
+        restarts=False,
+        states=2,
+    )
+    for kind in ("dpm", "dpmpp")
+    for order in (1, 2, 3)
+    for final in (False, True)
+}
+
+
 def base_of(name: str | None) -> Base:
     """The base of a name; None is AMED-Solver itself.
 
@@ -108,6 +191,8 @@ def base_of(name: str | None) -> Base:
     """
     if name is None:
         return Base(amed, "eps", 1, restarts=True, states=1)
+    if name in PUBLISHED:
+        return PUBLISHED[name]
     solver = get(name)
     if solver.name == "dpm-solver-2":
         return Base(on_dpm_solver_2, "eps", 2, restarts=True, states=1)
@@ -127,7 +212,7 @@ def check_slope(name: str | None) -> None:
     Raises:
         ValueError: Where they differ, or the rule takes no tensors.
     """
-    ops = None if name is None else get(name).ops
+    ops = None if name is None or name in PUBLISHED else get(name).ops
     if not isinstance(ops, partial) or ops.func is not linear_multistep:
         return
     rule, order = ops.keywords["rule"], ops.keywords["order"]

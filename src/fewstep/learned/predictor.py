@@ -9,8 +9,8 @@ units to 4, and join two 8-dimensional embeddings of the levels; one linear head
 About 9,000 parameters for a map of 8 x 8. The heads start at zero, so that training starts from
 r = 1/2, c = a = 1, which is DPM-Solver-2's midpoint.
 
-Source: Zhou et al. 2023 (AMED-Solver), arXiv:2312.00094. Theirs embeds sigma itself; ours embeds
-log(sigma) / 4, which tells low levels apart as well as high ones.
+Source: Zhou et al. 2023 (AMED-Solver), arXiv:2312.00094. Theirs embeds sigma itself, which is
+`embedding="sigma"`; ours embeds log(sigma) / 4, which tells low levels apart as well as high ones.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from fewstep.plan import Level, Seen
 __all__ = ["Predictor", "Values", "feature_count", "read_features"]
 
 HIDDEN, CODE, EMBEDDING = 128, 4, 8
+EMBEDDINGS = ("log", "sigma")
 
 
 class Values(NamedTuple):
@@ -46,6 +47,7 @@ class Predictor:
     features: how many numbers it reads; 0 where it reads none, and every sample has the same values
     scale_dir, scale_time: how far c and a may be from 1, below 1; 0 fixes them
     weights: by name, see `shapes`
+    embedding: what is embedded of a level, "log" or, as published, "sigma"
 
     Raises:
         ValueError: for a scale outside [0, 1) and for weights that do not fit.
@@ -55,8 +57,13 @@ class Predictor:
     scale_dir: float
     scale_time: float
     weights: dict[str, Tensor]
+    embedding: str = "log"
 
     def __post_init__(self) -> None:
+        if self.embedding not in EMBEDDINGS:
+            raise ValueError(
+                f"embedding must be one of {', '.join(EMBEDDINGS)}, got {self.embedding!r:.40}"
+            )
         if not isinstance(self.features, int) or self.features < 0:
             raise ValueError(f"features must be an integer >= 0, got {self.features!r}")
         for name in ("scale_dir", "scale_time"):
@@ -98,7 +105,8 @@ class Predictor:
             return F.linear(x, w[f"{layer}.weight"], w[f"{layer}.bias"])
 
         code = linear("code", F.silu(linear("hidden", features.to(w["hidden.weight"]))))
-        levels = torch.stack([_embed(cur), _embed(nxt)]).to(code)
+        embed = _embed if self.embedding == "log" else _embed_sigma
+        levels = torch.stack([embed(cur), embed(nxt)]).to(code)
         levels = F.silu(linear("level", levels)).flatten()  # [16]
         out = linear("head", torch.cat((code, levels.expand(len(code), -1)), dim=1)).double()
         r, c, a = torch.sigmoid(out).unbind(1)
@@ -154,6 +162,13 @@ def _embed(sigma: float) -> Tensor:
     rates = 2.0 ** torch.arange(EMBEDDING // 2, dtype=torch.float64)
     angles = rates * (math.log(sigma) / 4)
     return torch.cat((angles.cos(), angles.sin()))
+
+
+def _embed_sigma(sigma: float) -> Tensor:
+    """As published: rates from 1 down to 1e-4, sines first."""
+    half = EMBEDDING // 2
+    rates = 1e-4 ** (torch.arange(half, dtype=torch.float64) / (half - 1))
+    return torch.cat(((rates * sigma).sin(), (rates * sigma).cos()))
 
 
 def _around_one(share: Tensor, scale: float) -> Level:

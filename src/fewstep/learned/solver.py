@@ -19,7 +19,7 @@ from torch import Tensor
 from fewstep.denoiser import Denoiser
 from fewstep.files import file_hash, open_folder, write_json, write_whole
 from fewstep.grid import check_grid
-from fewstep.learned.kinds import KINDS
+from fewstep.learned.kinds import READABLE
 from fewstep.learned.method import Method
 from fewstep.loop import finish
 from fewstep.plan import Eval, Op, Ops, Plan, Program, in_numbers
@@ -145,16 +145,16 @@ class LearnedSolver:
             raise ValueError(f"{folder} is not a learned solver: {what}")
         values = read_json(path, "a learned solver of fewstep, or was cut short")
         found, kind = values.pop("format", None), values.get("method")
-        if found != FORMAT or kind not in tuple(KINDS):
+        if found != FORMAT or kind not in tuple(READABLE):
             what = f"format {shown(found)} and method {shown(kind)}"
             raise ValueError(
-                f"{path} has {what}, this version reads {FORMAT!r} with {', '.join(KINDS)}; "
+                f"{path} has {what}, this version reads {FORMAT!r} with {', '.join(READABLE)}; "
                 "update fewstep"
             )
         try:
             facts = Facts(**values)
             tensors = _read(folder / PREDICTOR_FILE, facts.predictor_sha256)
-            method = KINDS[facts.method].read(
+            method = READABLE[facts.method].read(
                 facts.base, check_grid(facts.sigmas), facts.afs, facts.settings, tensors
             )
             solver = cls(method, facts.model, facts.training, facts.validation)

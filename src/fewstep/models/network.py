@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fewstep.data.idx import to_pixels, to_unit
-from fewstep.denoiser import Bound, Guided, Wrapper
+from fewstep.denoiser import Bound, Evaluation, Guided, Wrapper, calls_per_eval, per_sample
 from fewstep.models.card import Card
 from fewstep.models.exact import gaussian_flow
 from fewstep.networks.conditioning import indices
@@ -27,7 +27,9 @@ from fewstep.networks.taps import as_map, hear
 from fewstep.noise import normal
 from fewstep.schedule import Schedule
 
-__all__ = ["Conditional", "NetworkModel", "Precondition"]
+__all__ = ["Conditional", "FirstStage", "NetworkModel", "Precondition"]
+
+DECODED = 8  # states that a first stage decodes at a time
 
 Label = int | np.integer | str | Sequence[Any] | Tensor | np.ndarray | None
 
@@ -50,6 +52,54 @@ class Precondition(Protocol):
         dtype: torch.dtype,
         /,
     ) -> Tensor: ...
+
+
+class FirstStage(Protocol):
+    """Makes pictures of states: [b, c, h, w] in about [-1, 1], and back.
+
+    picture: shape of one picture, (h, w, c), of a state's height and width
+    """
+
+    def picture(self, height: int, width: int) -> tuple[int, int, int]: ...
+    def encode(self, pictures: Tensor) -> Tensor: ...
+    def decode(self, x: Tensor) -> Tensor: ...
+
+
+class ClassGradient(Protocol):
+    """grad_x log p(label | x, sigma) by a classifier of noisy states."""
+
+    def gradient(self, x: Tensor, sigma: Tensor, label: Tensor, /) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class ClassGuided(Wrapper):
+    """D + scale sigma^2 grad_x log p(label | x, sigma), which asks the classifier at each call.
+
+    Attributes:
+        scale: a float, or one number per sample, [b]
+        label: [b], or [1] for all
+    """
+
+    denoiser: Any
+    classifier: ClassGradient
+    scale: float | Tensor
+    label: Tensor
+
+    @property
+    def calls_per_eval(self) -> int:
+        return 1 + calls_per_eval(self.denoiser)
+
+    @property
+    def far_mean(self) -> None:
+        return None
+
+    def evaluate(
+        self, inner: Evaluation, x: Tensor, sigma: Tensor, *conditions: Any
+    ) -> tuple[Tensor, Any]:
+        denoised, features = inner(x, sigma, *conditions)
+        slope = self.classifier.gradient(x, sigma, self.label.expand(len(x)))
+        level = per_sample(sigma, x) ** 2 * per_sample(self.scale, x)
+        return denoised + level * slope.to(denoised), features
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +168,9 @@ class NetworkModel:
     compiled: `forward`, compiled
     features: (x, sigma, label) -> (D, features), where the network has a way of its own
     schedule: the network's own, for grids that are uniform in its time; None where it has none
+    first_stage: makes pictures of states; None where states are pictures
+    needs_label: whether the network has no row for "no class"
+    classifier: of noisy states, by which guidance goes then
     """
 
     card: Card
@@ -129,6 +182,9 @@ class NetworkModel:
     compiled: Callable[..., Any] | None = field(default=None, repr=False)
     features: Callable[..., tuple[Tensor, Tensor]] | None = field(default=None, repr=False)
     schedule: Schedule | None = None
+    first_stage: FirstStage | None = field(default=None, repr=False)
+    needs_label: bool = False
+    classifier: ClassGradient | None = field(default=None, repr=False)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -148,6 +204,8 @@ class NetworkModel:
         if len(self.shape) != 3:
             raise ValueError(f"{self.card.name} has no pictures: its samples are {self.shape}")
         channels, height, width = self.shape
+        if self.first_stage is not None:
+            return self.first_stage.picture(height, width)
         return height, width, channels
 
     def denoiser(
@@ -186,7 +244,16 @@ class NetworkModel:
                 f"{self.card.name} has guidance {self.card.built_in_guidance:g} built in, in one "
                 "pass; leave guidance out"
             )
+        if label is None and self.needs_label:
+            raise ValueError(
+                f"{self.card.name} always wants a class; give label, from 0 to "
+                f"{len(self.card.classes) - 1}"
+            )
         rows = self._rows(label)
+        if self.classifier is not None and label is not None:
+            by = 1.0 if guidance is None else scale.item() if scale.ndim == 0 else scale
+            base = Bound(self.conditional(), rows, self._far(rows))
+            return base if by == 0.0 else ClassGuided(base, self.classifier, by, rows)
         if "guidance" in self.card.told:
             return self._told(rows, label, guidance, scale)
         base = self.conditional()
@@ -194,6 +261,11 @@ class NetworkModel:
             return Bound(base, rows, self._far(rows))
         if label is None:
             raise ValueError("guidance needs a label to guide towards; give label too")
+        if self.needs_label:
+            raise ValueError(
+                f"{self.card.name} cannot be used without a class, which guidance away from none "
+                "needs; leave guidance out, or give a classifier"
+            )
         none = torch.full_like(rows, len(self.card.classes))
         strength = scale.item() if scale.ndim == 0 else scale.float().to(self.device)
         means = self._far(rows), self._far(none)
@@ -310,10 +382,16 @@ class NetworkModel:
         or one per seed, with noise up to sigma."""
         sigma = self.level(strength)
         clean = to_unit(torch.as_tensor(images).permute(0, 3, 1, 2))
+        if self.first_stage is not None:
+            with torch.no_grad():
+                clean = self.first_stage.encode(clean.to(self.device)).cpu()
         return (clean + sigma * normal(seeds, self.shape, "prior")).to(self.device), sigma
 
     def decode(self, x: Tensor) -> np.ndarray:
         """Pictures uint8 [n, h, w, c] from clean states in [-1, 1]. Errors: as `picture`."""
+        if self.first_stage is not None:
+            with torch.no_grad():
+                x = torch.cat([self.first_stage.decode(one) for one in x.float().split(DECODED)])
         height, width, channels = self.picture
         x = x.reshape(-1, channels, height, width)
         return to_pixels(x).permute(0, 2, 3, 1).cpu().numpy()

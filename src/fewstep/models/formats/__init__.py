@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.models.card import CARD_FILE
+from fewstep.models.formats.contents import recognise
 
-__all__ = ["FORMATS", "Format", "format_of"]
+__all__ = ["FORMATS", "Format", "format_of", "load_single"]
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,29 @@ FORMATS = (
         PIPELINE,
         PIPELINE_OPTIONS,
     ),
-    Format("a single file", lambda path: path.is_file(), PIPELINE, PIPELINE_OPTIONS),
+    Format(
+        "a single file",
+        lambda path: path.is_file(),
+        "fewstep.models.formats:load_single",
+        (*PIPELINE_OPTIONS, "preset", "classifier"),
+    ),
 )
+
+
+def load_single(path: Path, device: str, dtype: str, compile: bool, **options: Any) -> Any:
+    """The model in a file, by the reader of its kind; a pipeline's where none has one.
+
+    Raises:
+        OSError: where it cannot be read.
+        ValueError: where it is damaged, or of a kind that nothing here reads, and for options that
+            its reader does not have.
+    """
+    kind, _ = recognise(path)
+    if kind is None or kind.advice or not kind.home:
+        whole = Format("a pipeline in one file", Path.is_file, PIPELINE, PIPELINE_OPTIONS)
+    else:
+        whole = Format(kind.name, Path.is_file, kind.home, kind.options)
+    return whole.load(path, device, dtype, compile, **options)
 
 
 def format_of(path: Path) -> Format | None:

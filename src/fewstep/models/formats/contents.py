@@ -44,11 +44,15 @@ class Kind:
     name: in a message, after "is"
     is_it: told from the contents; the first of `KINDS` that fits is meant
     advice: what to do instead, where fewstep has no reader for it
+    home: module and function that load it, "module:function"; that of pipelines where left out
+    options: the names of further options
     """
 
     name: str
     is_it: Callable[[Contents], bool]
     advice: str = ""
+    home: str = ""
+    options: tuple[str, ...] = ()
 
 
 def _sd(parts: Iterable[str]) -> Callable[[Contents], bool]:
@@ -56,6 +60,9 @@ def _sd(parts: Iterable[str]) -> Callable[[Contents], bool]:
 
 
 ALONE = "it lacks {}; load the whole model, a folder of diffusers or a file with all its parts"
+UNET, QUANTISER = "model.diffusion_model.", "first_stage_model.quantize."
+EMBEDDER = "cond_stage_model.embedding.weight"  # of a class-conditional latent diffusion
+ADM, ADM_OPTIONS = "fewstep.models.formats.adm:load_file", ("preset", "config", "classifier")
 KINDS: tuple[Kind, ...] = (
     Kind(
         "a LoRA",
@@ -77,16 +84,20 @@ KINDS: tuple[Kind, ...] = (
         lambda c: c.has("model.diffusion_model.joint_blocks."),
     ),
     Kind(
+        "a latent diffusion of CompVis",
+        lambda c: (
+            c.has("model.diffusion_model.", "first_stage_model.")
+            and any(map(c.has, (f"{UNET}middle_block.1.qkv.", EMBEDDER, QUANTISER)))
+        ),
+        home=ADM,
+        options=ADM_OPTIONS[:2],
+    ),
+    Kind(
         "a Stable Diffusion in one file",
         lambda c: (
             c.has("model.diffusion_model.", "first_stage_model.")
             and (c.has("cond_stage_model.") or c.has("conditioner."))
         ),
-    ),
-    Kind(
-        "a latent diffusion of CompVis",
-        lambda c: c.has("model.diffusion_model.", "first_stage_model.quantize."),
-        "fewstep does not read this format; convert it to a folder of diffusers",
     ),
     Kind(
         "a Stable Diffusion without its text encoder",
@@ -109,7 +120,8 @@ KINDS: tuple[Kind, ...] = (
     Kind(
         "a state dict of openai/guided-diffusion or consistency_models",
         lambda c: c.has("input_blocks.0.0.", "time_embed.0."),
-        "fewstep does not read this format; convert it to a folder of diffusers",
+        home=ADM,
+        options=ADM_OPTIONS,
     ),
     Kind(
         "one component in diffusers' names",
