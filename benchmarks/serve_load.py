@@ -33,6 +33,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
 import fewstep
@@ -116,8 +117,22 @@ def request(draw: random.Random, n: int = PICTURES, nfe: int = NFE, **more: Any)
     return {"prompt": LABEL, "n": n, "nfe": nfe, "seed": draw.randrange(10**6), **more}
 
 
+def threads() -> tuple[int, ...]:
+    """Numbers of threads at which the bare sampler and naive serving are shown: the best counts."""
+    return tuple(sorted({1, torch.get_num_threads()}))
+
+
 def bare(seconds: float, batch: int, nfe: int = NFE) -> list[float]:
-    """Seconds of each call of the sampler."""
+    """Seconds of each call of the sampler, with the number of threads that suits it best."""
+    found, total = [], torch.get_num_threads()
+    for count in threads():
+        torch.set_num_threads(count)
+        found.append(calls(seconds / len(threads()), batch, nfe))
+    torch.set_num_threads(total)
+    return min(found, key=statistics.median)
+
+
+def calls(seconds: float, batch: int, nfe: int) -> list[float]:
     model = fewstep.load(MODEL)
     taken: list[float] = []
     fewstep.sample(model, seeds=range(batch), nfe=nfe, label=LABEL, batch=batch)
@@ -130,7 +145,17 @@ def bare(seconds: float, batch: int, nfe: int = NFE) -> list[float]:
 
 
 def naive(seconds: float, pictures: int) -> float:
-    """Evaluations a second of one request after the other, with budgets from 1 to 8."""
+    """Evaluations a second of one request after the other, with budgets from 1 to 8, with the
+    number of threads that suits it best."""
+    found, total = [], torch.get_num_threads()
+    for count in threads():
+        torch.set_num_threads(count)
+        found.append(one_by_one(seconds / len(threads()), pictures))
+    torch.set_num_threads(total)
+    return max(found)
+
+
+def one_by_one(seconds: float, pictures: int) -> float:
     model, draw, spent = fewstep.load(MODEL), random.Random(0), 0
     begun = time.perf_counter()
     while time.perf_counter() < begun + seconds:
@@ -262,11 +287,12 @@ async def measure(args: argparse.Namespace, service: Service) -> dict[str, Any]:
         found[f"naive_{pictures}"] = naive(seconds, pictures)
     mixed, _ = await closed(client, seconds, 3 * args.clients, mixed=True)
     found |= {"mixed": mixed, "mixed_over_naive": mixed / found["naive_1"]}
+    found["saturated_over_naive_4"] = saturated / found["naive_4"]
     note("latency")
     capacity = saturated / (PICTURES * NFE)
     alone = bare(seconds, PICTURES)
     latencies = {}
-    for clients in (1, 2):
+    for clients in (2, 3, 4):
         rate, taken = await closed(client, seconds, clients, 0.8 * capacity)
         latencies[clients] = (rate / saturated, p95(taken))
     found["bare_p50"], found["bare_p95"] = statistics.median(alone), p95(alone)
