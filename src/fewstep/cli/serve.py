@@ -81,8 +81,8 @@ def serve_command(
     """
     with needs("serve", "fewstep serve"):
         import fastapi  # noqa: F401
-        import multipart  # noqa: F401
         import prometheus_client  # noqa: F401
+        import python_multipart  # noqa: F401
         import uvicorn  # noqa: F401
     from fewstep.serve.keys import read_keys
     from fewstep.serve.run import is_loopback
