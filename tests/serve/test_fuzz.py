@@ -25,7 +25,7 @@ EXAMPLES = 5 if SECONDS < 60 else 25
 @pytest.mark.slow
 def test_no_request_is_a_fault_of_the_service():
     schemathesis = pytest.importorskip("schemathesis")
-    limits = Limits(images=2, evaluations=4, upload_bytes=200_000, upload_pixels=10_000)
+    limits = Limits(most_images=2, most_evaluations=4, upload_bytes=200_000, upload_pixels=10_000)
     answers: Counter[int] = Counter()
 
     def check(case):

@@ -48,7 +48,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def server():
-    with running(Limits(images=8, evaluations=30)) as found:
+    with running(Limits(most_images=8, most_evaluations=30)) as found:
         yield found
 
 
