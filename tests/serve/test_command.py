@@ -56,7 +56,7 @@ def test_a_stop_finishes_what_runs_and_ends_well(served):
         (("no-such-model",), "there is no model called"),
         (("--port", "70000"), "at most 65535"),
         (("--keys", "missing.toml"), "No such file"),
-        (("--most-images", "0"), "at least 1"),
+        (("--most-images", "0"), "whole number from 1"),
         (("fashion-mnist", "fashion-mnist"), "two models are called"),
     ],
 )
