@@ -286,3 +286,13 @@ def test_checksums_compare_over_casts_to_what_is_narrower():
     assert differ(known, half.bfloat16(), torch.bfloat16) is None
     assert differ(None, net, torch.float32) is None
     assert checksums(torch.nn.Linear(8, 8, device="meta"), torch.float32) == {}
+
+
+@pytest.mark.parametrize("name", ["fashion-mnist"])
+def test_a_model_that_ships_has_an_identity(name):
+    model: Any = fewstep.load(name)
+    assert set(model.components()["components"]) == {"network"}
+    assert model.differs(model.checksums()) is False
+    half: Any = fewstep.load(name, dtype="float16")
+    assert half.differs(model.checksums()) is False
+    assert model.facts() == half.facts()

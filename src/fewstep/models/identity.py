@@ -88,9 +88,10 @@ def of_component(part: Any) -> str:
     """16 hexadecimal digits of a component of a pipeline: configuration and weights of a network,
     vocabulary of a tokenizer."""
     if isinstance(part, nn.Module):
-        config = getattr(part, "config", {})
-        values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-        return digest_of([_plain(values), checksum(part)])
+        config = getattr(part, "config", None)
+        values = config.to_dict() if hasattr(config, "to_dict") else config  # type: ignore[union-attr]
+        known = _plain(values) if isinstance(values, Mapping) else {}
+        return digest_of([known, checksum(part)])
     if hasattr(part, "get_vocab"):
         fast = getattr(part, "backend_tokenizer", None)
         words = part.get_vocab() if fast is None else fast.to_str()
