@@ -17,12 +17,6 @@ from fewstep.serve.limits import Limits
 
 SERVICE, LIMITS = Group("Service", sort_key=2), Group("Limits", sort_key=6)
 DEFAULTS = ("garments", "fashion-mnist")  # the first that comes with this version
-LIMIT_OPTIONS = {
-    "images": "most-images",
-    "evaluations": "most-evaluations",
-    "waiting": "most-waiting",
-    "streams": "most-streams",
-}
 
 
 @command(
