@@ -448,3 +448,21 @@ def test_a_key_file_that_is_none_is_refused_without_its_keys(tmp_path, text, mat
     with pytest.raises(ValueError, match=match) as error:
         read_keys(path)
     assert KEY not in str(error.value)
+
+
+def test_an_error_in_the_middle_of_a_stream_is_raised_by_the_client():
+    with (
+        running() as (address, service),
+        openai.OpenAI(base_url=f"{address}/v1", api_key="x", max_retries=0) as client,
+    ):
+        given = {"nfe": 40, "solver": "ddim", "progress": True}
+        stream = client.images.generate(prompt="bag", stream=True, extra_body=given)
+        assert next(iter(stream)).b64_json
+        service.engine.stop(0)
+        with pytest.raises(openai.APIError, match="stopping") as error:
+            list(stream)
+        assert error.value.code == "stopping"
+        assert httpx.get(f"{address}/readyz").status_code == 503
+        refused = httpx.post(f"{address}/v1/images/generations", json={"prompt": "bag"})
+        assert refused.status_code == 503
+        assert int(refused.headers["retry-after"]) >= 1
