@@ -28,7 +28,7 @@ def test_the_most_telling_cases_come_first_and_none_twice() -> None:
 @pytest.mark.slow
 def test_the_sweep_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "speed.json"
-    small = "--device cpu --networks tiny --batches 2 --rounds 1".split()
+    small = ["--device", "cpu", "--networks", "tiny", "--batches", "2", "--rounds", "1"]
     gpu.main([*small, "--out", str(out)])
     record = json.loads(out.read_text())
     assert record["failed"] == record["left_out"] == []
