@@ -155,6 +155,34 @@ class Heard(Wrapper):
 
 
 @dataclass(frozen=True, eq=False)
+class ByNetwork(Wrapper):
+    """Guidance by a second network: ref + scale (D - ref), ref what the second one says.
+
+    Attributes:
+        denoiser: D(x, sigma)
+        guide: the second network's, which has its condition bound
+        scale: a float, or one number per sample, [b]
+    """
+
+    denoiser: Any
+    guide: Any
+    scale: float | Tensor
+
+    @property
+    def calls_per_eval(self) -> int:
+        return calls_per_eval(self.denoiser) + calls_per_eval(self.guide)
+
+    @property
+    def far_mean(self) -> None:
+        return None
+
+    def evaluate(self, inner: Evaluation, x: Tensor, sigma: Tensor) -> tuple[Tensor, Any]:
+        denoised, features = inner(x, sigma)
+        ref = self.guide(x, sigma)
+        return ref + per_sample(self.scale, x) * (denoised - ref), features
+
+
+@dataclass(frozen=True, eq=False)
 class NetworkModel:
     """A trained network with its card and statistics: everything from noise to pixels but the
     solver.
@@ -188,7 +216,9 @@ class NetworkModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        return next((p.dtype for p in self.net.parameters()), torch.float32)
+        """Of the arithmetic: the narrowest that there is, since some layers may stay float32."""
+        kinds = {p.dtype for p in self.net.parameters()}
+        return min(kinds, key=lambda kind: kind.itemsize, default=torch.float32)
 
     @property
     def device(self) -> torch.device:
