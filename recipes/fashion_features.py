@@ -286,18 +286,18 @@ def train(
     if len(images) < recipe.batch:
         raise ValueError(f"batch must be at most the {len(images)} pictures, got {recipe.batch}")
     plan = Schedule(recipe.total_steps, recipe.batch, checkpoint_every, None)
-    folder = Folder(out)
-    folder.check()
-    task = Training(recipe, images, labels)
-    folder.resume(task.run, recipe.total_steps)
-    task.net.train()
 
     def show(progress: Progress) -> None:
         if plan.saves(progress.step):
             speed = f"{progress.per_second:.0f} pictures/s"
             print(f"{progress.step}/{progress.total_steps} loss {progress.loss:.4f}, {speed}")
 
-    loop.train(task, folder, plan, report or show)
+    with Folder(out) as folder:
+        folder.check()
+        task = Training(recipe, images, labels)
+        folder.resume(task.run, recipe.total_steps)
+        task.net.train()
+        loop.train(task, folder, plan, report or show)
     return task
 
 

@@ -16,7 +16,7 @@ import torch
 
 from fewstep import cache, files
 from fewstep.cache import cache_folder, recall
-from fewstep.files import open_folder, sweep, write_whole
+from fewstep.files import alone, open_folder, sweep, write_whole
 
 KILLED = (
     "import os, signal, sys; from fewstep.files import write_whole;"
@@ -142,3 +142,18 @@ def test_the_cache_is_where_the_user_says(monkeypatch, tmp_path):
     assert cache_folder() == tmp_path / "fewstep"
     monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "mine"))
     assert cache_folder() == tmp_path / "mine"
+
+
+def test_a_folder_is_free_again_when_its_process_was_killed(tmp_path):
+    code = "import sys, time\nfrom fewstep.files import alone\n"
+    code += "with alone(sys.argv[1]):\n    print('in', flush=True)\n    time.sleep(60)"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "in\n"
+        with pytest.raises(ValueError, match="another process is writing to"), alone(tmp_path):
+            pass
+        holder.kill()
+    with alone(tmp_path):
+        assert (tmp_path / ".lock").exists()
+    assert not list(tmp_path.iterdir())

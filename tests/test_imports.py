@@ -22,7 +22,7 @@ MODULES = {
 # has another place than the rest stands by its own name. Rooms in one line do not import each
 # other.
 ORDER = [
-    ("_lazy", "text", "sampling.settings"),
+    ("_lazy", "extras", "text", "sampling.settings"),
     ("files", "provenance"),
     ("data.bounds",),
     ("records", "cache"),

@@ -10,7 +10,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ except ImportError:  # Windows
     fcntl = None
 
 __all__ = [
-    "open_folder",
+    "alone",
     "file_hash",
+    "open_folder",
     "sweep",
     "write_json",
     "write_whole",
@@ -29,6 +30,7 @@ __all__ = [
 
 PARTIAL = ".partial"
 OURS = re.compile(rf"\..+\.[a-z0-9_]{{8}}{re.escape(PARTIAL)}")
+LOCK = ".lock"
 STALE = 600.0  # seconds; where files cannot be locked, an older temporary has no living writer
 TRIES = 3
 
@@ -128,3 +130,34 @@ def open_folder(folder: Path | str) -> None:
         raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(folder)) from None
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(folder)) from None
+
+
+@contextlib.contextmanager
+def alone(folder: Path | str) -> Iterator[None]:
+    """Inside, no other process is in this block with this folder, which is there.
+
+    The lock ends with the process, however that ends. Where the file system has no locks, nothing
+    is locked.
+
+    Raises:
+        ValueError: another process is there.
+    """
+    path = Path(folder) / LOCK
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        free = _lock(handle)
+        if free is False:
+            os.close(handle)
+            raise ValueError(
+                f"another process is writing to {folder}; wait until it has ended, or give another "
+                "folder"
+            )
+        with contextlib.suppress(FileNotFoundError):
+            if free is None or os.path.samestat(os.fstat(handle), os.stat(path)):
+                break
+        os.close(handle)  # its holder was done and took it away
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)

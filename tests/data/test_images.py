@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fewstep.data.images import FORMATS, SUFFIXES, decode, read_picture
+from fewstep.data.images import (
+    FORMATS,
+    SUFFIXES,
+    contact_sheet,
+    decode,
+    read_picture,
+    read_png,
+    write_png,
+)
 from fewstep.data.sources import open_images, picture_shape, told
 from fewstep.data.training import Pictures, read_data
 from tests.distillation.test_distill import tiny_model
@@ -193,3 +201,22 @@ def test_pictures_of_an_archive_can_be_read_after_their_stream_is_gone(tmp_path)
     entry = next(open_images(path).stream())
     assert np.array_equal(entry.read()[..., 0], SQUARES)
     assert picture_shape(open_images(path)) == (16, 24, 1)
+
+
+def test_a_contact_sheet_holds_every_picture_in_place() -> None:
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (32, 32, 1), dtype=np.uint8) for _ in range(5)]
+    sheet = contact_sheet(images, columns=3, gap=2)
+    assert sheet.shape == (2 * 66 + 2, 3 * 66 + 2, 1)
+    for i, image in enumerate(images):
+        top, left = 2 + (i // 3) * 66, 2 + (i % 3) * 66
+        np.testing.assert_array_equal(sheet[top : top + 64 : 2, left : left + 64 : 2], image)
+
+
+def test_png_metadata_round_trips_and_pictures_open_elsewhere(tmp_path: Path) -> None:
+    colour = np.random.default_rng(0).integers(0, 256, (8, 6, 3), dtype=np.uint8)
+    write_png(tmp_path / "a.png", colour, {"seed": 1, "grid": [80.0, 0.002]})
+    image, metadata = read_png(tmp_path / "a.png")
+    np.testing.assert_array_equal(image, colour)
+    assert metadata == {"seed": 1, "grid": [80.0, 0.002]}
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a.png")), colour)

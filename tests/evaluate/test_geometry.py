@@ -6,7 +6,6 @@ import base64
 import json
 import math
 import re
-import sys
 import xml.etree.ElementTree as ElementTree
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +17,6 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fewstep.cli import main
 from fewstep.data.images import read_png
 from fewstep.evaluate.curves import measure, trace
 from fewstep.evaluate.geometry import run_geometry
@@ -404,15 +402,3 @@ def test_what_is_degenerate_is_drawn_all_the_same(tmp_path, bed):
     json.dumps(result.to_dict(), allow_nan=False)
     assert len(result.files) == 4
     assert "1 trajectory" in result.files[3].read_text()
-
-
-def test_the_command(tmp_path, monkeypatch, capsys):
-    given = ("geometry", "--out", tmp_path, "--seeds", "0-1", "--points", 5, "--no-plots", "--json")
-    monkeypatch.setattr(sys, "argv", ["fewstep", *map(str, given)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert not ended.value.code
-    numbers = json.loads(capsys.readouterr().out)
-    assert numbers["protocol"]["command"].startswith("fewstep geometry --out")
-    assert numbers["x"]["cumulative_share"]["1"]["mean"] > 0.99
-    assert numbers == json.loads((tmp_path / "geometry.json").read_text())

@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
+from fewstep.files import alone
 from fewstep.train.checkpoint import CHECKPOINT, read_head, restore, save
 from fewstep.train.interrupts import Stopped
 from fewstep.train.run import Identity, Run
@@ -47,6 +48,17 @@ def hashes(*folders: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+@every
+def test_a_second_process_in_the_same_folder_is_refused(name, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    with alone(out), pytest.raises(ValueError, match="another process is writing to"):
+        run(name, out)
+    assert not list(out.iterdir())
+    run(name, out)
+    assert not (out / ".lock").exists()
 
 
 # --- Kills and interrupts ---------------------------------------------------------------------

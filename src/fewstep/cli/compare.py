@@ -127,9 +127,9 @@ def compare_command(
         design = replace(design, choose_by=judges[0].label)
     students = load_students(loaded, design.solvers, **machine)
     check_solvers(loaded, design, students)
-    open_folder(out)
     references = References(exact, fine, folder=cache, batch=batch, **about)
     with resumable(out), Progress(as_json) as bar:
+        open_folder(out)
         bench = Workbench(loaded, references, out, batch, bar, students)
         result = compare_beside(
             bench, design, judges, earlier, command=command_line(), note=bar.say

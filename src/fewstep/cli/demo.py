@@ -28,8 +28,8 @@ def demo_command(
     from fewstep.report.terminal import Progress, demo_table
 
     chosen = parse_seeds(seeds)
-    open_folder(out)
     with tidy(out), Progress() as bar:
+        open_folder(out)
         result = run_demo(model, nfe=nfe, seeds=chosen, command=command_line(), report=bar)
         result = write_demo(result, out)
     Console().print(demo_table(result))

@@ -12,10 +12,10 @@ from cyclopts import Group, Parameter
 from fewstep.cli.app import app
 from fewstep.cli.options import MACHINE, Machine, Take, command, flag, option
 from fewstep.cli.parsing import parse_size
+from fewstep.extras import needs
 from fewstep.serve.limits import Limits
 
 SERVICE, LIMITS = Group("Service", sort_key=2), Group("Limits", sort_key=6)
-NEEDS = "fewstep serve needs: pip install 'fewstep[serve]'"
 DEFAULTS = ("garments", "fashion-mnist")  # the first that comes with this version
 LIMIT_OPTIONS = {
     "images": "most-images",
@@ -89,13 +89,11 @@ def serve_command(
     It listens on this machine alone unless told otherwise. Ctrl-C or SIGTERM stops it once what
     runs is finished.
     """
-    try:
+    with needs("serve", "fewstep serve"):
         import fastapi  # noqa: F401
         import multipart  # noqa: F401
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{NEEDS} ({error.name} is missing)") from None
     from fewstep.serve.keys import read_keys
     from fewstep.serve.run import is_loopback
 

@@ -196,9 +196,11 @@ def distill(
         validate_every if validation_seeds else None,
     )
     device = next(known.student.parameters()).device
-    with team(device) as together:
+    with (
+        team(device) as together,
+        Folder(place if together.leads else None, RESULTS, (SHEETS,)) as folder,
+    ):
         with together.led(device):
-            folder = Folder(place if together.leads else None, RESULTS, (SHEETS,))
             folder.check()
         task = Distillation(recipe, known, step, pictures, inputs, together)
         task.resume(folder)

@@ -17,6 +17,7 @@ from PIL import Image
 
 from fewstep.data.bounds import read_bytes
 from fewstep.evaluate.features import quiet
+from fewstep.extras import needs
 from fewstep.networks.device import check_device
 from fewstep.text import clean
 
@@ -74,12 +75,8 @@ def load_clip(name: Path | str, device: str | torch.device = "cpu") -> ClipScore
     """
     place = check_device(device)
     _refuse_code(Path(name))
-    try:
+    with needs("evaluate", "the CLIP score"):
         from transformers import CLIPModel, CLIPProcessor
-    except ImportError:
-        raise ValueError(
-            "the CLIP score needs transformers: pip install 'fewstep[evaluate]'"
-        ) from None
     try:
         with quiet():
             model: Any = CLIPModel.from_pretrained(

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from fewstep.denoiser import PREDICTIONS
+from fewstep.extras import needs
 from fewstep.grid import check_grid, make_grid
 from fewstep.loop import Stepper
 from fewstep.models.process import FLOWS, Process, Shifted, read_process
@@ -36,16 +37,12 @@ from fewstep.plan import Combine, Eval, Op, Ops, Plan, Program
 from fewstep.solver import Solver, end_at, get
 from fewstep.solving import Runnable, find
 
-try:
+with needs("diffusers", __name__):
     from diffusers.configuration_utils import ConfigMixin, register_to_config
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
     from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
     from diffusers.utils.outputs import BaseOutput
     from diffusers.utils.torch_utils import randn_tensor
-except ImportError as error:
-    raise ImportError(
-        f"this module needs diffusers ({error}): pip install 'fewstep[diffusers]'"
-    ) from None
 
 from fewstep.integrations.pipeline import FewstepPipeline
 

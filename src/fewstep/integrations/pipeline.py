@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fewstep.denoiser import Denoiser, per_sample
+from fewstep.extras import needs
 from fewstep.loop import starts_at
 from fewstep.models.formats.diffusers import from_pipe
 from fewstep.models.pipeline import PipelineModel
@@ -28,14 +29,10 @@ from fewstep.plan import Program
 from fewstep.solver import Solver
 from fewstep.solving import Runnable, find, iterate
 
-try:
+with needs("diffusers", __name__):
     from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
     from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
     from diffusers.utils.torch_utils import randn_tensor
-except ImportError as error:
-    raise ImportError(
-        f"this module needs diffusers ({error}): pip install 'fewstep[diffusers]'"
-    ) from None
 
 __all__ = ["FewstepPipeline"]
 

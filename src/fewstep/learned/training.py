@@ -111,23 +111,24 @@ def train(
         None if cache is None else Path(cache) / "teachers",
     )
     folder = Folder(None if out is None else Path(out), (SOLVER_FILE, PREDICTOR_FILE))
-    task, untrained = school.enrol(folder, note)
-    plan = task.plan
-    folder.resume(task.run, plan.total_steps)
-    if task.run.step < plan.total_steps or not task.measured:
-        step = task.run.step
-        on = f"going on from batch {step} of {plan.total_steps}, " if step else ""
-        note(f"{on}solving the validation seeds finely")
-        school.open(task)
-        if not task.measured:
-            task.begin(untrained, folder)
-        loop.train(task, folder, plan, report)
-    if line := unbeaten(chosen.settings.method, task.measured):
-        note(line)
-    solver = task.solver(chosen.kind)
-    if folder.path is not None:
-        solver.save(folder.path)
-    return solver
+    with folder:
+        task, untrained = school.enrol(folder, note)
+        plan = task.plan
+        folder.resume(task.run, plan.total_steps)
+        if task.run.step < plan.total_steps or not task.measured:
+            step = task.run.step
+            on = f"going on from batch {step} of {plan.total_steps}, " if step else ""
+            note(f"{on}solving the validation seeds finely")
+            school.open(task)
+            if not task.measured:
+                task.begin(untrained, folder)
+            loop.train(task, folder, plan, report)
+        if line := unbeaten(chosen.settings.method, task.measured):
+            note(line)
+        solver = task.solver(chosen.kind)
+        if folder.path is not None:
+            solver.save(folder.path)
+        return solver
 
 
 def _facts_of(model: Model | dict[str, Any] | None) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def parts(card: Card, tensors: int) -> dict[str, nn.Module]:
     spec = spec_of(card)
     if len(card.classes) != spec.unet.label_dim:
         raise ValueError(f"{len(card.classes)} class names for {spec.unet.label_dim} classes")
-    made = {"": _net(spec)}
+    made: dict[str, nn.Module] = {"": _net(spec)}
     if spec.guide is not None:
         made["guide."] = _net(guide_of(spec))
     if spec.vae is not None:
@@ -83,7 +83,7 @@ def _net(spec: Spec) -> EDMUNet | EDM2UNet:
 
 def _autoencoder(config: Mapping[str, Any]) -> nn.Module:
     try:
-        from diffusers import AutoencoderKL
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     except ImportError as error:
         raise ValueError(f"an autoencoder needs diffusers: {error}") from None
     with torch.device("meta"):

@@ -199,6 +199,7 @@ class NetworkModel:
     first_stage: makes pictures of states; None where states are pictures
     needs_label: whether the network has no row for "no class"
     classifier: of noisy states, by which guidance goes then
+    guide: a second network, by which guidance goes then
     """
 
     card: Card
@@ -213,6 +214,7 @@ class NetworkModel:
     first_stage: FirstStage | None = field(default=None, repr=False)
     needs_label: bool = False
     classifier: ClassGradient | None = field(default=None, repr=False)
+    guide: NetworkModel | None = field(default=None, repr=False)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -284,6 +286,11 @@ class NetworkModel:
             by = 1.0 if guidance is None else scale.item() if scale.ndim == 0 else scale
             base = Bound(self.conditional(), rows, self._far(rows))
             return base if by == 0.0 else ClassGuided(base, self.classifier, by, rows)
+        if self.guide is not None:
+            by = 1.0 if guidance is None else scale.item() if scale.ndim == 0 else scale
+            base = Bound(self.conditional(), rows, self._far(rows))
+            theirs = self.guide.denoiser(label if self.guide.card.classes else None)
+            return base if by == 1.0 else ByNetwork(base, theirs, by)
         if "guidance" in self.card.told:
             return self._told(rows, label, guidance, scale)
         base = self.conditional()

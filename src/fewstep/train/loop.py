@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 
-from fewstep.files import open_folder, sweep
+from fewstep.files import alone, open_folder, sweep
 from fewstep.train.checkpoint import CHECKPOINT, Head, read_head, restore, save
 from fewstep.train.interrupts import Stopped, between_steps
 from fewstep.train.log import LOG, Log
@@ -119,6 +120,8 @@ def check_every(**counts: object) -> None:
 class Folder:
     """The files of a run in its folder; without one, everything stays in memory.
 
+    Used as a context manager. Inside, from `check` on, no other process has the folder.
+
     Args:
         path: of the folder, or None.
         results: the names of what comes out of such a training. Where one is there and no
@@ -131,17 +134,25 @@ class Folder:
     ) -> None:
         self.path, self.results, self.inner = path, results, inner
         self.log = Log(None if path is None else path / LOG)
+        self.held = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.held.close()
 
     def check(self) -> None:
         """Make and sweep it, before any work.
 
         Raises:
             OSError: where it cannot be written.
-            ValueError: where it holds the result of something else.
+            ValueError: where it holds the result of something else, or another process has it.
         """
         if self.path is None:
             return
         open_folder(self.path)
+        self.held.enter_context(alone(self.path))
         for name in self.inner:
             sweep(self.path / name)
         others = [name for name in self.results if (self.path / name).exists()]

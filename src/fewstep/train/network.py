@@ -196,12 +196,12 @@ def train_network(
     plan = Schedule(recipe.total_steps, recipe.batch, checkpoint_every, validate_every)
     place = check_device(device)
     check_data(images, labels, held_out, recipe)
-    folder = Folder(Path(out), RESULTS)
-    folder.check()
-    task = Training(recipe, place, images, labels, held_out)
-    if folder.resume(task.run, recipe.total_steps):
-        resumed(task.run.step)
-    train(task, folder, plan, report)
+    with Folder(Path(out), RESULTS) as folder:
+        folder.check()
+        task = Training(recipe, place, images, labels, held_out)
+        if folder.resume(task.run, recipe.total_steps):
+            resumed(task.run.step)
+        train(task, folder, plan, report)
     return task.averaged()
 
 
@@ -230,7 +230,8 @@ def export_network(
     """
     out, count = Path(out), recipe.network.classes
     names = check_names(tuple(classes) or tuple(map(str, range(count))), count)
-    Folder(out, RESULTS).check()
+    with Folder(out, RESULTS) as folder:
+        folder.check()
     stats = data_statistics(images, labels, count)
     rounded = copy.deepcopy(net).half().float()  # what will be loaded
     stats["far_mean"] = far_means(rounded, recipe.sigma_max, recipe.sigma_data)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from fewstep.extras import needs
 from fewstep.files import file_hash
 from fewstep.models.card import Card, Choice
 from fewstep.models.components import pixels_per_latent, quiet, sample_sides
@@ -242,15 +243,11 @@ def _components(index: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def _import_diffusers(name_or_path: str | Path) -> None:
-    try:
+    there = Path(name_or_path).exists()
+    absent = "" if there else f"there is no folder {str(name_or_path)!r}, and "
+    with needs("diffusers", f"{absent}a pipeline"):
         import diffusers  # noqa: F401
         import transformers  # noqa: F401
-    except ImportError as error:
-        what = "" if Path(name_or_path).exists() else f"there is no folder {str(name_or_path)!r}; "
-        raise ValueError(
-            f"{what}pipelines need diffusers and transformers ({error}): "
-            "pip install 'fewstep[diffusers]'"
-        ) from None
 
 
 def _fetch(name: str) -> Path:

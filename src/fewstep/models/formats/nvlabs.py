@@ -172,10 +172,12 @@ def _edm(outer: Record, file: Pickled) -> tuple[Spec, dict[str, Tensor]]:
             raise ValueError(f"{name} is {shown(given[name])} and {shown(own[name])} in one file")
     channels = given.get("img_channels")
     values = {**(DHARIWAL if kind == "DhariwalUNet" else {}), **own, **given}
-    values.setdefault("out_channels", channels)
+    twice = 2 if what == "iddpm" else 1
+    if type(channels) is int:
+        values.setdefault("out_channels", twice * channels)
     known = _taken(values, EDMConfig)
     unet = EDMConfig(**known)
-    wanted = unet.img_channels * (2 if what == "iddpm" else 1)
+    wanted = twice * unet.img_channels
     if unet.out_channels != wanted or own.get("in_channels", channels) != channels:
         raise ValueError(f"a network with {what} writes {wanted} channels, not {unet.out_channels}")
     process = _process(values, VE_RANGE if what == "ve" else {})

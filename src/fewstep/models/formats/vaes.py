@@ -33,7 +33,7 @@ def read_autoencoder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         )
     check_part(place)
     try:
-        from diffusers import AutoencoderKL
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     except ImportError as error:
         raise ValueError(f"vae needs diffusers: {error}") from None
     try:
