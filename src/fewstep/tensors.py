@@ -12,22 +12,22 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
-import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from fewstep.data.bounds import check_room
 from fewstep.files import write_whole
 from fewstep.records import LARGEST, parse, shown
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 __all__ = ["Entry", "load_tensors", "read_header", "read_metadata", "write_tensors"]
 
 BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2}
 BYTES |= {"I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8}
-DTYPES = {"F32": torch.float32, "F16": torch.float16}  # that files are written in
+DTYPES = {"F32": "float32", "F16": "float16"}  # that files are written in
 FETCH = "fetch it again"  # what to do about a file that cannot be read
 
 
@@ -65,6 +65,8 @@ def load_tensors(path: Path | str, advice: str = FETCH) -> dict[str, Tensor]:
         OSError: where the file cannot be read.
         ValueError: as `read_header`, and where the tensors do not fit into free memory.
     """
+    import safetensors.torch
+
     check_room(sum(entry.nbytes for entry in read_header(path, advice).values()), str(path))
     try:
         # in memory of their own: a mapped file may start anywhere, which moves the last bits of
@@ -90,6 +92,8 @@ def write_tensors(
         OSError: where the file cannot be written.
         ValueError: where a value is not finite in the dtype that it is written in.
     """
+    import torch
+
     header, at = {}, 0
     for name, entry in layout.items():
         end = at + entry.nbytes
@@ -102,7 +106,7 @@ def write_tensors(
     def parts() -> Iterator[bytes]:
         yield len(text).to_bytes(8, "little") + text
         for name, value in values():
-            cast = value.detach().cpu().to(DTYPES[layout[name].dtype]).contiguous()
+            cast = value.detach().cpu().to(getattr(torch, DTYPES[layout[name].dtype])).contiguous()
             if not torch.isfinite(cast).all():
                 raise ValueError(f"{name} has numbers that are not finite in {cast.dtype}")
             yield cast.reshape(-1).view(torch.uint8).numpy().data  # type: ignore[misc]

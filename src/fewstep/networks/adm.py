@@ -337,7 +337,7 @@ class ADM(nn.Module):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(c, h, w) of its states."""
+        """(c, h, w) of the state."""
         return self.config.channels, self.config.size, self.config.size
 
     def forward(

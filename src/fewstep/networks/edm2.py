@@ -88,6 +88,12 @@ class Conv(nn.Module):
         self.weight.data = w if w.ndim == 2 else w.to(dtype)
         self.ready = True
 
+    def restore(self) -> None:
+        """Take back what `prepare` did, but for the norm of the rows."""
+        if self.ready:
+            w = self.weight.data.float()
+            self.weight.data, self.ready = w * math.sqrt(w[0].numel()), False
+
 
 class Fourier(nn.Module):
     """sqrt(2) cos(x freqs + phases), [b, channels]."""
@@ -248,6 +254,13 @@ class EDM2UNet(nn.Module):
         for module in self.modules():
             if isinstance(module, Conv):
                 module.prepare(dtype)
+        return self
+
+    def restore(self) -> EDM2UNet:
+        """Weights that can be trained and stored, in place."""
+        for module in self.modules():
+            if isinstance(module, Conv):
+                module.restore()
         return self
 
     @property

@@ -47,9 +47,9 @@ __all__ = [
 #     model(card, parts, stats, device, dtype, compile)    the model, once they have their weights
 KINDS = {
     "unet": "fewstep.models.unet",
+    "adm": "fewstep.models.adm",
     "edm": "fewstep.models.edm",
     "edm2": "fewstep.models.edm",
-    "adm": "fewstep.models.adm",
 }
 STATISTICS = "stats."
 
@@ -98,11 +98,25 @@ def load_folder(
 
 
 def save_folder(
-    folder: Path, card: Card, net: nn.Module, stats: Mapping[str, Tensor], prefix: str = ""
+    folder: Path,
+    card: Card,
+    net: nn.Module | Mapping[str, nn.Module],
+    stats: Mapping[str, Tensor],
 ) -> Card:
-    """Write weights as float16 and the card, each whole; returns the card with the weights'
-    hash."""
-    values = {prefix + name: value for name, value in net.state_dict().items()}
+    """Write weights as float16 and the card, each whole; returns the card with the weights' hash.
+
+    Args:
+        folder: of the model
+        card: of the model
+        net: the network, or the networks by what the names of their weights begin with
+        stats: the statistics that the module's docstring lists
+    """
+    parts = net if isinstance(net, Mapping) else {"": net}
+    values = {
+        prefix + name: value
+        for prefix, one in parts.items()
+        for name, value in one.state_dict().items()
+    }
     values |= {STATISTICS + name: value for name, value in stats.items()}
     layout = {name: Entry("F16", tuple(value.shape)) for name, value in values.items()}
     return write_folder(folder, card, layout, values.items)

@@ -6,7 +6,7 @@ in the file until the network takes them, one tensor at a time.
 
 from __future__ import annotations
 
-import importlib
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fewstep.files import file_hash
 from fewstep.models.card import Card
+from fewstep.models.edm_spec import card_of
 from fewstep.models.formats.contents import recognise
 from fewstep.models.formats.nvlabs import preset_of, read
 from fewstep.pickles import Pickled, Tensor, stream
@@ -25,10 +26,10 @@ if TYPE_CHECKING:
 
     from fewstep.models.network import NetworkModel
 
-__all__ = ["Source", "describe", "load_file", "open_pickle", "open_source"]
+__all__ = ["Source", "describe", "load_file", "open_source"]
 
 GUIDE, VAE = "guide.", "vae."
-READS = "it reads EDM, EDM2, guided-diffusion, consistency models and latent diffusion"
+BUFFERS = ("resample_filter", "freqs", "phases")
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +47,16 @@ class Source:
     preset: str | None
     shapes: dict[str, tuple[int, ...]] = field(repr=False)
     values: Callable[[], Iterable[tuple[str, torch.Tensor]]] = field(repr=False)
+
+    @property
+    def parameters(self) -> int:
+        """How many the network itself has."""
+        others = (GUIDE, VAE, "classifier.", "first_stage.")
+        return sum(
+            math.prod(shape)
+            for name, shape in self.shapes.items()
+            if not name.startswith(others) and not name.endswith(BUFFERS)
+        )
 
     def model(
         self, device: str = "cpu", dtype: str = "float32", compile: bool = False
@@ -93,63 +104,61 @@ def load_file(
     return open_source(path, **options).model(device, dtype, compile)
 
 
-def describe(path: Path | str, **options: Any) -> tuple[Card, dict[str, Any]]:
+def describe(path: Path | str) -> tuple[Card, dict[str, Any]]:
     """What a file is, without its network: its card; kind, preset, parameters.
 
     Raises:
         OSError: where the file cannot be read.
         ValueError: where it holds none of these networks.
     """
-    source = open_source(path, **options)
-    known = {"kind": source.card.kind, "preset": source.preset, "file": str(path)}
-    known["parameters"] = source.card.about["parameters"]
-    return source.card, known
+    source = open_source(path)
+    known = {"file": str(path), "kind": source.card.kind, "preset": source.preset}
+    return source.card, {**known, "parameters": source.parameters}
 
 
 def open_source(path: Path | str, **options: Any) -> Source:
-    """Read what a file holds, by the reader of its kind.
+    """Read what a file holds.
 
     Args:
         path: of the file
-        options: of that reader, see `open_pickle` and `fewstep.models.formats.adm.open_source`
+        options: preset, the name of published settings that it must have; vae, a folder of
+            diffusers with Stable Diffusion's autoencoder, for states that are latents; guide, a
+            file with the second network of guidance; config and classifier, as of
+            `fewstep.models.formats.adm.load_file`
 
     Raises:
         OSError: where a file cannot be read.
-        ValueError: where a file holds no network of a paper, contradicts what it is said to be, or
-            has no such options.
+        ValueError: where a file holds none of these networks, contradicts what it is said to be, or
+            has no such option.
     """
-    kind, _ = recognise(Path(path))
-    if kind is None or not kind.source:
-        what = "no network of a paper" if kind is None else kind.name
-        raise ValueError(f"{clean(path)} is {what}; " + ((kind and kind.advice) or READS))
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{clean(path)} is no file; give a network file of a paper")
+    kind, _ = recognise(path)
+    home = kind.home.partition(":")[0].rpartition(".")[2] if kind else ""
+    if kind is None or home not in READERS:
+        what = f"is {kind.name}" if kind else "is no network that fewstep knows"
+        raise ValueError(f"{clean(path)} {what}; a network file of a paper is meant here")
     if unknown := [name for name in options if name not in kind.options]:
-        raise ValueError(
-            f"{', '.join(unknown)}: {kind.name} has no such options; it has "
-            f"{', '.join(kind.options)}"
-        )
-    module, _, function = kind.source.partition(":")
-    return getattr(importlib.import_module(module), function)(path, **options)
+        have = ", ".join(kind.options)
+        raise ValueError(f"{', '.join(unknown)}: {kind.name} has no such options; it has {have}")
+    return READERS[home](path, **options)
 
 
-def open_pickle(
-    path: Path | str,
+def _adm(path: Path, **options: Any) -> Source:
+    from fewstep.models.formats.adm import open_parts
+
+    card, shapes, values = open_parts(path, **options)
+    words = card.summary.rpartition("preset ")[2].partition(",")[0]
+    return Source(path, card, words if "preset " in card.summary else None, shapes, values)
+
+
+def _nvlabs(
+    path: Path,
     preset: str | None = None,
     vae: Path | str | None = None,
     guide: Path | str | None = None,
 ) -> Source:
-    """Read what a network pickle of NVlabs holds.
-
-    Args:
-        path: of the file
-        preset: the name of published settings that it must have
-        vae: a folder of diffusers with Stable Diffusion's autoencoder, for states that are latents
-        guide: a file with the second network of guidance
-
-    Raises:
-        OSError: where a file cannot be read.
-        ValueError: where a file holds none of these networks, or contradicts what it is said to be.
-    """
-    path = Path(path)
     file = read_pickle(path)
     spec, tensors = read(file, preset)
     named: list[tuple[Pickled, dict[str, Tensor]]] = [(file, tensors)]
@@ -175,14 +184,8 @@ def open_pickle(
             yield from stream(one, part)
         yield from extra.items()
 
-    from fewstep.models.edm_spec import card_of
-
-    count = sum(one.numel for name, one in tensors.items() if not _is_buffer(name))
-    digest = file_hash(path)
-    about = {"source": path.name, "source_sha256": digest, "parameters": count}
-    card = card_of(spec, path.stem, digest, **about)
+    card = card_of(spec, path.stem, file_hash(path), source=path.name)
     return Source(path, card, preset_of(spec), shapes, values)
 
 
-def _is_buffer(name: str) -> bool:
-    return name.endswith(("resample_filter", "freqs", "phases"))
+READERS: dict[str, Callable[..., Source]] = {"papers": _nvlabs, "adm": _adm}
