@@ -138,12 +138,12 @@ def folded(trunk: dict[str, Tensor]) -> dict[str, Tensor]:
 class Student(nn.Module):
     """What is trained: the trunk, a norm of its features, and a top, which VICReg throws away."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, outputs: int = CLASSES) -> None:
         super().__init__()
         self.trunk = make_trunk(recipe.network, NormedConv)
         self.norm = nn.BatchNorm1d(self.trunk.dim, affine=False)
         if recipe.labels:
-            self.top = nn.Sequential(nn.Linear(self.trunk.dim, CLASSES))
+            self.top = nn.Sequential(nn.Linear(self.trunk.dim, outputs))
         else:
             self.top = nn.Sequential(
                 nn.Linear(self.trunk.dim, PROJECTOR, bias=False),

@@ -37,15 +37,18 @@ BASES = {
     **dict.fromkeys(("dpm-solver-2", "dpmpp-2m", "dpmpp-3m"), "karras"),
 }
 SEVERAL = ("heun", "dpm-solver-2")  # training-free solvers of two evaluations a step
-AUTHORS = "--batch 128"
-OURS = "--batch 32 --validation-seeds 256 --validate-every 32"
-PLUGIN, TUNED = "--method amed-plugin", f"--method tuned {OURS}"
+AUTHORS = "--not-fallback --batch 128"
+OURS = "--not-fallback --batch 32 --validation-seeds 256 --validate-every 32"
+AMED, PLUGIN = "--method amed --lr 0.005", "--method amed-plugin --lr 0.005"
+TUNED = f"--method tuned {OURS}"
 # name -> options of `fewstep train solver`
 VARIANTS = {
-    "amed-authors": f"--method amed --afs zero --teacher heun --inner 1 {AUTHORS}",
-    "amed": f"--method amed --afs mean {OURS}",
-    "amed-karras": f"--method amed --afs mean --grid karras {OURS}",
-    "plugin-authors": f"{PLUGIN} --base ipndm-4 --afs zero --teacher ipndm-4 --inner 2 {AUTHORS}",
+    "amed-authors": f"{AMED} --grid time-uniform --afs zero --teacher heun --inner 1 {AUTHORS}",
+    "amed": f"{AMED} --grid time-uniform --afs mean {OURS}",
+    "amed-karras": f"{AMED} --afs mean --grid karras {OURS}",
+    "plugin-authors": (
+        f"{PLUGIN} --base ipndm-4 --grid karras --afs zero --teacher ipndm-4 --inner 2 {AUTHORS}"
+    ),
     **{
         f"plugin-{base}": f"{PLUGIN} --base {base} --grid {grid} --afs mean {OURS}"
         for base, grid in BASES.items()

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.evaluate.compare import read_comparison
-from fewstep.files import write_json
+from fewstep.files import write_whole
 from fewstep.models import BUILTIN
 
 KEYS = ("solver", "grid", "afs", "end")
@@ -39,10 +39,21 @@ def settings(paths: list[Path]) -> dict[str, list[dict[str, Any]]]:
     }
 
 
+def card_text(card: dict[str, Any], screened: dict[str, list[dict[str, Any]]]) -> str:
+    """A card's JSON with these settings at its end, a line for each."""
+    rest = {key: value for key, value in card.items() if key != "screened"}
+    head = json.dumps(rest, indent=2).removesuffix("\n}")
+    blocks = []
+    for nfe, rows in screened.items():
+        lines = ",\n".join(f"      {json.dumps(row)}" for row in rows)
+        blocks.append(f"    {json.dumps(nfe)}: [\n{lines}\n    ]")
+    return head + ',\n  "screened": {\n' + ",\n".join(blocks) + "\n  }\n}\n"
+
+
 def main(name: str, paths: list[Path]) -> None:
     folder = BUILTIN / name if (BUILTIN / name).is_dir() else Path(name)
-    card = json.loads((folder / "card.json").read_text())
-    write_json(folder / "card.json", {**card, "screened": settings(paths)})
+    card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+    write_whole(folder / "card.json", card_text(card, settings(paths)).encode())
 
 
 if __name__ == "__main__":

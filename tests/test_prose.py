@@ -18,6 +18,7 @@ PAGES = [
     if path.name not in LISTS
 ]
 
+SOURCES = sorted([*ROOT.glob("src/**/*.py"), *ROOT.glob("src/**/*.j2")])
 MEDIAN, LONGEST = 17, 45  # words of a sentence: the median of a page stays below, none is longer
 
 # Idioms that a reader may not know, each with what to write instead. Words match whole.
@@ -89,11 +90,33 @@ def test_sentences_are_short(path):
     assert not [one for one in found if len(one.split()) > LONGEST]
 
 
+def odd_phrases(text: str) -> dict[str, str]:
+    """Idioms in a text, over the ends of lines, of comments and of strings, and what they mean."""
+    joined = re.sub(r'"\s*\n\s*[fr]?"|\n\s*#', " ", text)
+    flat = " ".join(joined.split()).lower()
+    return {odd: plain for odd, plain in ODD.items() if re.search(rf"\b{re.escape(odd)}\b", flat)}
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_there_are_no_odd_phrases(path):
-    text = " ".join(path.read_text(encoding="utf-8").split()).lower()
-    found = {odd: plain for odd, plain in ODD.items() if re.search(rf"\b{re.escape(odd)}\b", text)}
+    found = odd_phrases(path.read_text(encoding="utf-8"))
     assert not found, f"write instead: {found}"
+
+
+def test_the_code_has_no_odd_phrases():
+    """In docstrings, comments, messages and templates."""
+    assert SOURCES
+    texts = {path.name: odd_phrases(path.read_text(encoding="utf-8")) for path in SOURCES}
+    found = {name: odd for name, odd in texts.items() if odd}
+    assert not found, f"write instead: {found}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["speaks\n    # up", 'raise ValueError(\n    "it speaks "\n    f"up"\n)', "It speaks\nup"],
+)
+def test_odd_phrases_are_found_over_the_ends_of_lines(text):
+    assert list(odd_phrases(text)) == ["speaks up"]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -19,7 +19,7 @@ def machine() -> dict[str, Any]:
 
     name = platform.processor() or platform.machine()
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
         name = (re.findall(r"model name\s*:\s*(.+)", text) or [name])[0]
     except OSError:
         pass

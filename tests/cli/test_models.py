@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from tests.support.command import in_process
+from fewstep.models import builtin, read_card
+from tests.support.command import command, in_process
 
 
 def test_models_lists_the_built_in_network(capsys: pytest.CaptureFixture[str]) -> None:
@@ -14,3 +15,13 @@ def test_models_lists_the_built_in_network(capsys: pytest.CaptureFixture[str]) -
     assert "fashion-mnist" in capsys.readouterr().out
     in_process("models", "fashion-mnist", "--json")
     assert json.loads(capsys.readouterr().out)["classes"][9] == "boot"
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_what_is_typed_and_the_numbers_are_whole_on_a_narrow_terminal(columns: int) -> None:
+    lines = command("models", env={"COLUMNS": str(columns)}).stdout.splitlines()
+    for name in builtin():
+        row = next(line for line in lines if line.split()[:1] == [name])
+        card = read_card(name)
+        assert f"{card.sigma_min:g} to {card.sigma_max:g}" in row
+        assert len(row.rstrip()) <= columns

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from fewstep.data.images import read_png
+from fewstep.sampling.folder import claimed
 from tests.support.command import fewstep, hashes, in_process
 
 
@@ -228,3 +229,37 @@ def test_a_file_in_the_way_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture
     assert in_process("sample", "--out", tmp_path, "--seeds", "0") == 2
     assert "000000.png" in capsys.readouterr().err
     assert (tmp_path / "000000.png").read_bytes() == b"my holiday"
+
+
+def test_of_two_processes_with_other_settings_one_goes_on(tmp_path: Path) -> None:
+    """Started together, in one folder: the other is refused, and touches nothing."""
+    base = [sys.executable, "-m", "fewstep", "sample", "--out", str(tmp_path), "--batch", "1"]
+    base += ["--seeds", "0-39", "--solver", "ddim", "--nfe"]
+    started = [
+        subprocess.Popen(
+            [*base, nfe],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for nfe in ("2", "3")
+    ]
+    told = [one.communicate(timeout=240)[1] for one in started]
+    codes = [one.returncode for one in started]
+    assert sorted(codes) == [0, 2], told
+    winner = codes.index(0)
+    assert told[1 - winner].count("\n") == 1
+    assert "settings" in told[1 - winner] or "nfe=" in told[1 - winner]
+    spent = {(read_png(path)[1] or {})["nfe"] for path in tmp_path.glob("0*.png")}
+    assert spent == {2 + winner}
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_folder_that_another_process_samples_into_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with claimed(tmp_path, {"nfe": 17}):
+        assert in_process("sample", "--out", tmp_path, "--seeds", "0", "--nfe", "2") == 2
+    assert "another process is sampling into" in capsys.readouterr().err
+    assert in_process("sample", "--out", tmp_path, "--seeds", "0", "--nfe", "2") == 0

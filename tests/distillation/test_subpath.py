@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import fewstep
-from fewstep.distillation import student_levels
+from fewstep.distillation import recipe, student_levels
 from fewstep.distillation.subpath import (
     LOSSES,
     RULES,
@@ -99,6 +99,11 @@ def test_the_boundary_of_discrete_models_is_the_published_one(t: int) -> None:
     scalings = DiscreteEnd(table)(full(sigma))
     ours = consistency(z / alpha, clean, torch.ones(4, dtype=F64), scalings)
     assert (ours - theirs).abs().max() < 1e-10
+
+
+def test_a_recipe_may_name_what_there_is() -> None:
+    assert tuple(LOSSES) == recipe.LOSSES
+    assert sorted(recipe.RULES) == sorted(RULES)
 
 
 def test_f_is_the_identity_at_the_clean_end() -> None:
@@ -363,6 +368,43 @@ def test_a_consistency_function_gives_the_law_of_the_data_at_every_budget() -> N
         assert abs(end.var().item() - variance) < 4 * variance * math.sqrt(2 / end.numel())
 
 
+def path(x: Tensor, sigma: float, to: float, c: float) -> Tensor:
+    """Where the probability-flow path of centred Gaussian data goes."""
+    return x * math.sqrt((c**2 + to**2) / (c**2 + sigma**2))
+
+
+@pytest.mark.parametrize("c", [0.1, 0.5, 3.0])
+@pytest.mark.parametrize("grid", [(80.0, 0.0), (80.0, 1.0, 0.0), (20.0, 5.0, 0.7, 0.05, 0.0), GRID])
+def test_kappa_follows_the_path_of_gaussian_data(grid: tuple[float, ...], c: float) -> None:
+    x_T = noise(4, grid[0])
+
+    def f(x: Tensor, sigma: Tensor) -> Tensor:
+        return x * (c / (c**2 + sigma**2).sqrt())[:, None]
+
+    states = list(fewstep.iterate(f, x_T, f"consistency-kappa:c={c}", grid=grid))
+    for state, sigma in zip(states, grid[1:], strict=True):
+        exact = path(x_T, grid[0], sigma, c)
+        torch.testing.assert_close(state.x, exact, rtol=1e-13, atol=1e-13)
+
+
+def test_kappa_of_data_without_spread_is_the_chord() -> None:
+    mixture, x_T = Mixture(), noise(2, 20.0)
+    ours = fewstep.solve(mixture, x_T, "consistency-kappa:c=0", grid=GRID)
+    chord = fewstep.solve(mixture, x_T, "consistency-ode", grid=GRID)
+    torch.testing.assert_close(ours, chord, rtol=0, atol=1e-13)
+
+
+def test_kappa_by_hand() -> None:
+    mixture, x_T, c = Mixture(), noise(2, 20.0), 0.3
+    x = x_T
+    for t, s in pairwise(GRID):
+        kappa = t * (math.sqrt(c**2 + s**2) - c) / (math.sqrt(c**2 + t**2) - c)
+        clean = mixture(x, full(t, 2))
+        x = clean + kappa * (x - clean) / t
+    ours = fewstep.solve(mixture, x_T, f"consistency-kappa:c={c}", grid=GRID)
+    torch.testing.assert_close(ours, x, rtol=0, atol=1e-12)
+
+
 def test_the_wrapper_applies_the_boundary_at_gamma_1() -> None:
     table, mixture = VP.scaled_linear(), Mixture()
     wrapped = Consistency(mixture, DiscreteEnd(table))
@@ -374,14 +416,14 @@ def test_the_wrapper_applies_the_boundary_at_gamma_1() -> None:
 
 
 def test_the_solver_for_consistency_functions_is_listed_apart() -> None:
-    assert names(consistency=True) == ["consistency"]
-    assert "consistency" not in names()
+    assert names(consistency=True) == ["consistency", "consistency-kappa"]
+    assert not {"consistency", "consistency-kappa"} & set(names())
     assert get("consistency").stochastic
     assert get("consistency-ode") is get("ddim")
 
 
 @pytest.mark.parametrize("grid", [(9.0, 0.0), (9.0, 0.1), (9.0, 1.0, 0.0)])
-@pytest.mark.parametrize("solver", ["consistency", "consistency-ode"])
+@pytest.mark.parametrize("solver", ["consistency", "consistency-ode", "consistency-kappa"])
 def test_settings_know_whether_noise_is_drawn(solver: str, grid: tuple[float, ...]) -> None:
     mixture, x_T = Mixture(), noise(2, 9.0)
     ends = [fewstep.solve(mixture, x_T, solver, grid=grid, seeds=[i, i + 1]) for i in range(2)]

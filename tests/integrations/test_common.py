@@ -198,6 +198,8 @@ def test_a_configuration_of_another_scheduler_comes_without_a_warning():
     logger.addHandler(handler)
     try:
         for kind in compatibles():
+            if kind is diffusers.EDMEulerScheduler:  # of another process
+                continue
             twice = FewstepScheduler.from_config(FewstepScheduler.from_config(kind().config).config)
             assert twice.config["solver"] == "dpmpp-2m"
         assert heard == []

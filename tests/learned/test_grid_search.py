@@ -20,6 +20,7 @@ from tests.support.testbed import Counted, Mixture, noise
 
 SHAPE = (3,)
 SHORT = {"method": "grid", "base": "ipndm-2", "nfe": 4, "trajectories": 24, "validation_seeds": 24}
+SHORT |= {"fallback": False}
 
 
 def named(points: int) -> dict[str, tuple[float, ...]]:
@@ -127,6 +128,7 @@ def test_other_methods_start_from_a_searched_grid(mixture):
         "validation_seeds": 8,
         "base": None,
     }
+    short["fallback"] = False
     grid = train(mixture, SHAPE, **{**SHORT, **short, "afs": "none"})
     tuned = train(mixture, SHAPE, **short, method="tuned")  # as it does unless told otherwise
     assert tuned.sigmas == grid.sigmas

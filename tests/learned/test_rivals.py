@@ -46,7 +46,8 @@ def test_none_is_best_where_none_is_finite() -> None:
 def test_a_training_says_whether_it_lost_and_keeps_it(method: str, tmp_path: Any) -> None:
     told: list[str] = []
     # at a rate of almost nothing the untrained solver comes out, which others beat
-    solver = train(Mixture(), (3,), method=method, lr=1e-9, out=tmp_path, note=told.append, **SHORT)
+    kept = {"method": method, "lr": 1e-9, "fallback": False, "grid": "karras"}
+    solver = train(Mixture(), (3,), **kept, out=tmp_path, note=told.append, **SHORT)
     rival = LearnedSolver.load(tmp_path).validation["training_free"]
     assert rival == solver.validation["training_free"]
     assert rival["solver"] in RIVALS
@@ -64,3 +65,24 @@ def test_the_line_goes_by_the_features_of_the_loss() -> None:
     line = unbeaten("tuned", {**won, "features": 3.5})
     assert line is not None
     assert "deis-2 on karras with afs=zero has features 3, this has 3.5" in line
+
+
+@pytest.mark.parametrize("method", ["amed", "amed-plugin", "tuned"])
+@pytest.mark.parametrize("nfe", [3, 5])
+def test_no_solver_ends_above_the_best_training_free_one(
+    method: str, nfe: int, tmp_path: Any
+) -> None:
+    told: list[str] = []
+    how = {**SHORT, "method": method, "nfe": nfe, "note": told.append}
+    solver = train(Mixture(), (3,), **how, out=tmp_path, lr=1e-9, afs="zero")
+    rival = solver.validation["training_free"]
+    assert solver.validation["error"] <= rival["error"]
+    if solver.method.kind == "grid":  # it fell back, says so, and keeps what was trained in words
+        assert any("the result is that solver" in line for line in told)
+        assert solver.training["method"] == method
+        assert solver.validation["trained"]["error"] >= rival["error"]
+        plan = get(rival["solver"]).plan(tuple(rival["sigmas"]), rival["afs"], grid="searched")
+        assert solver.plan().ops == plan.ops
+        again = train(Mixture(), (3,), **how, out=tmp_path, lr=1e-9, afs="zero")
+        assert again.digest == solver.digest == LearnedSolver.load(tmp_path).digest
+    assert solver.nfe == nfe

@@ -43,6 +43,7 @@ from tests.support.testbed import Mixture
 TEXTS = [f"{'a cat' if i % 2 else 'mat'} {i}" for i in range(40)]
 TRAINING, VALIDATION = range(2_000_000, 2_000_400), range(1_000_000, 1_000_400)
 SHORT = {"trajectories": 4, "batch": 2, "validation_seeds": 1, "validate_every": 1}
+SHORT |= {"fallback": False}
 
 
 @pytest.fixture(scope="session")
@@ -413,7 +414,10 @@ RECIPE = (
     *("--scale-dir", 0, "--scale-time", 0.2, "--teacher", "dpmpp-2m", "--inner", 2),
     *("--guidance", 7.5, "--nfe", 4),
 )
-TINY = ("--trajectories", 4, "--batch", 2, "--validation-seeds", 1, "--validate-every", 1)
+TINY = (
+    *("--trajectories", 4, "--batch", 2, "--validation-seeds", 1, "--validate-every", 1),
+    "--not-fallback",
+)
 
 
 @pytest.mark.usefixtures("quick")

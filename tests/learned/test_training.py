@@ -305,6 +305,7 @@ SHORT = {
     "validation_seeds": 16,
     "validate_every": 2,
 }
+SHORT |= {"fallback": False}
 
 
 def short(out: Path | None = None, denoiser: Any = TOY, **more: Any) -> LearnedSolver:
@@ -647,7 +648,16 @@ def test_the_command_trains_and_its_folder_is_a_solver(tmp_path):
     out, pictures = tmp_path / "solver", tmp_path / "pictures"
     short_run = ("--trajectories", 8, "--batch", 4, "--validation-seeds", 2, "--nfe", 3)
     told = run(
-        *("train", "solver", "fashion-mnist", "--out", out, "--method", "amed-plugin"),
+        *(
+            "train",
+            "solver",
+            "fashion-mnist",
+            "--out",
+            out,
+            "--method",
+            "amed-plugin",
+            "--not-fallback",
+        ),
         *("--base", "ipndm-2", "--label", "all", "--guidance", 1.5, *short_run),
     )
     assert re.search(r"amed-plugin on ipndm-2 \w+, 3 evaluations, error 0\.\d+", told)

@@ -25,6 +25,7 @@ SHAPE = (3,)
 def short(**changes):
     values = {
         "method": "tuned",
+        "fallback": False,
         "nfe": 3,
         "trajectories": 64,
         "batch": 16,

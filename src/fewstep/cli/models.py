@@ -51,13 +51,12 @@ def models_command(
 
 
 def _list(cards: list[Card]) -> Table:
-    """One row per model; the name, which is to be typed, is never cut."""
+    """One row per model; only what it is gives way on a narrow terminal."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("model", overflow="fold", min_width=max(len(card.name) for card in cards))
-    for heading in ("what it is", "pictures", "sigma"):
-        table.add_column(heading, overflow="fold")
-    for card in cards:
-        row = (card.name, card.summary, _pictures(card), _sigmas(card))
+    rows = [(card.name, card.summary, _pictures(card), _sigmas(card)) for card in cards]
+    for heading in ("model", "what it is", "pictures", "sigma"):
+        table.add_column(heading, overflow="fold", no_wrap=heading != "what it is")
+    for row in rows:
         table.add_row(*map(styled, row))
     return table
 

@@ -141,7 +141,7 @@ def _read(path: Path) -> Plan:
         from fewstep.learned import LearnedSolver
 
         return LearnedSolver.load(path).plan()
-    return Plan.from_json(path.read_text())
+    return Plan.read(path)
 
 
 def _on_own_grid(plan: Plan, name: str) -> Stepper:

@@ -67,7 +67,10 @@ MOST_DIM = 1 << 14  # features: their covariance has 2 GiB
 HASH = re.compile(r"[0-9a-f]{12,64}")
 
 # Feature networks that know a model's kind of picture; the first is the one that may choose.
-OWN = {"fashion-mnist": ("fashion-a", "fashion-b")}
+OWN = {
+    "fashion-mnist": ("fashion-a", "fashion-b"),
+    "garments": ("garments-a", "garments-b"),
+}
 
 RESIZES = {
     "pil-box": Image.Resampling.BOX,
@@ -294,7 +297,7 @@ def resolve_features(
     from fewstep.networks.features import feature_networks
 
     if name in feature_networks():
-        return _fashion(name, device)
+        return _builtin(name, device)
     if name == "inception":
         return load_inception(device=device)
     if name.startswith("inception="):
@@ -313,11 +316,11 @@ def resolve_features(
     )
 
 
-def _fashion(name: str, device: str | torch.device) -> Extractor:
+def _builtin(name: str, device: str | torch.device) -> Extractor:
     from fewstep.networks.features import load_feature_network, reference_path
 
     network = load_feature_network(name, device)
-    preprocessing = Preprocessing(channels="grey", takes=32)
+    preprocessing = Preprocessing(channels="grey" if network.inputs == 1 else "rgb", takes=32)
     weights = network.card.weights_sha256
     out = module_features(
         network, name, preprocessing, dim=network.dim, device=device, weights=weights

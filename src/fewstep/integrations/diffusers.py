@@ -16,13 +16,12 @@ What needs the network's features has no plan and cannot be a scheduler; `Fewste
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,9 +32,8 @@ from fewstep.extras import needs
 from fewstep.grid import check_grid, make_grid
 from fewstep.loop import Stepper
 from fewstep.models.process import FLOWS, Process, Shifted, read_process
-from fewstep.plan import Combine, Eval, Op, Ops, Plan, Program
+from fewstep.plan import Combine, Plan, Program
 from fewstep.solver import Solver, end_at, get
-from fewstep.solving import Runnable, find
 
 with needs("diffusers", __name__):
     from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -44,7 +42,9 @@ with needs("diffusers", __name__):
     from diffusers.utils.outputs import BaseOutput
     from diffusers.utils.torch_utils import randn_tensor
 
+from fewstep.integrations.configs import AUTO, SPACINGS, check_class, chosen, spaced, translated
 from fewstep.integrations.pipeline import FewstepPipeline
+from fewstep.integrations.staging import Staged
 
 __all__ = ["FewstepPipeline", "FewstepScheduler", "FewstepSchedulerOutput"]
 
@@ -56,6 +56,7 @@ TABLE = (
     "trained_betas",
     "rescale_betas_zero_snr",
 )
+KNOWN = tuple(kind.name for kind in KarrasDiffusionSchedulers)
 
 
 @dataclass
@@ -66,111 +67,17 @@ class FewstepSchedulerOutput(BaseOutput):
     pred_original_sample: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One evaluation of a plan.
-
-    Attributes:
-        sigma: the level of the state
-        told: the level that the network is told
-        rested: whether the state is an accepted one, and no trial
-        place: of the evaluation among the plan's operations
-    """
-
-    sigma: float
-    told: float
-    rested: bool
-    place: int
-
-
-def _ops(ops: tuple[Op, ...]) -> Ops:
-    """A module's function, so that a scheduler can be pickled in the middle of a run."""
-    for op in ops:  # replies are sent, which a tuple does not take
-        yield op
-
-
-@dataclass(frozen=True)
-class Staged:
-    """A plan cut at its evaluations.
-
-    Attributes:
-        start: the level at which it begins
-        place: the operation at which it begins
-        stages: its evaluations
-        end: the level at which it ends
-    """
-
-    plan: Plan
-    start: float
-    place: int
-    stages: tuple[Stage, ...]
-    end: float
-
-    @classmethod
-    def cut(cls, plan: Plan) -> Staged:
-        """Raise ValueError for a plan without evaluations, or that needs the network's mean."""
-        stages: list[Stage] = []
-        rested, end = True, plan.sigmas[0]
-        for place, op in enumerate(plan.ops):
-            if isinstance(op, Combine):
-                rested, end = op.accept, float(op.sigma)
-            elif op.source == "mean":
-                raise ValueError(
-                    "afs='mean' needs the mean of the network's D, which a scheduler does not "
-                    "know; take afs='zero' or 'none'"
-                )
-            elif op.source == "net":
-                told = op.sigma if op.cond is None else op.cond
-                stages.append(Stage(float(op.sigma), float(told), rested, place))
-        if not stages:
-            raise ValueError("the plan evaluates no network")
-        start, place = plan.sigmas[0], 0
-        if all(isinstance(op, Combine) for op in plan.ops[: stages[0].place]):
-            # noise on top of noise: the pipeline's start is as good at the higher level
-            start, place = stages[0].sigma, stages[0].place
-            stages[0] = replace(stages[0], rested=True)
-        return cls(plan, start, place, tuple(stages), end)
-
-    @property
-    def moves(self) -> bool:
-        """Whether the sample at the start is not yet what the network is given first."""
-        return self.place < self.stages[0].place or self.stages[0].told != self.start
-
-    @property
-    def order(self) -> int:
-        """Evaluations of an interval, the most of all, which is what all but the last have."""
-        points, count = self.plan.sigmas, len(self.stages)
-        if self.plan.program().draws:  # levels with added noise lie above their interval
-            return math.ceil(count / (len(points) - 1))
-        inside = [sum(low < s.sigma <= high for s in self.stages) for high, low in pairwise(points)]
-        return max(1, *inside)
-
-    def begins_at(self, index: int) -> bool:
-        """Whether stage `index` needs no outputs of those before it."""
-        if not self.stages[index].rested:
-            return False
-        held = 0
-        for op in self.plan.ops[self.stages[index].place :]:
-            if isinstance(op, Eval):
-                held = min(held + 1, self.plan.depth)
-            elif len(op.b) > held:
-                return False
-        return True
-
-    def program(self, index: int = 0) -> Program:
-        """What the loop runs, from stage `index` on; from the start at 0."""
-        place = self.stages[index].place if index else self.place
-        return replace(self.plan.program(), start=partial(_ops, self.plan.ops[place:]))
-
-
 class FewstepScheduler(SchedulerMixin, ConfigMixin):
     """Any static solver of fewstep as a scheduler, for pipelines of VP and flow models.
 
-    solver: a name of `fewstep.solvers()`, with options if need be ("ddim-eta:eta=0.5")
+    solver: a name of `fewstep.solvers()`, with options if need be ("ddim-eta:eta=0.5"), or "auto",
+        dpmpp-2m
     grid: a name; uniform in the network's own time as "trailing" is, unless given
     afs: "none", or "zero" for the analytic first step, which saves the first evaluation
     final, end: as in `fewstep.solve`; a named grid ends at 0 unless end="sigma_min"
     plan: a plan as a JSON object, in place of the five; `from_config` makes it
+    use_karras_sigmas, use_exponential_sigmas, use_lu_lambdas, use_beta_sigmas: in place of a grid,
+        as diffusers' DPMSolverMultistepScheduler has them: n levels of the table, then 0
 
     The others are the process, named as in diffusers: prediction_type is "epsilon",
     "v_prediction", "sample" or "flow_prediction", of which the last has no betas but a shift.
@@ -180,8 +87,8 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
     from the pipeline's generator; per-seed generators keep each picture to its own.
     """
 
-    # whose configurations may come here, with fields that are of no use here
-    _compatibles = [*(kind.name for kind in KarrasDiffusionSchedulers), *FLOWS]  # noqa: RUF012
+    # whose configurations may come here, with fields that have no effect here
+    _compatibles = [*KNOWN, *FLOWS]  # noqa: RUF012
 
     @register_to_config
     def __init__(
@@ -210,6 +117,10 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         final: bool = False,
         end: str | None = None,
         plan: Mapping[str, Any] | None = None,
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_lu_lambdas: bool = False,
+        use_beta_sigmas: bool = False,
     ) -> None:
         flow = prediction_type == "flow_prediction"
         self.betas: Tensor | None = None
@@ -221,7 +132,8 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         config = {**self.config, "use_dynamic_shifting": False}
         self.process: Process = read_process(type(self).__name__, config, self.betas)
         self._fixed = None if plan is None else Staged.cut(Plan.from_json(json.dumps(dict(plan))))
-        if self._fixed is None and get(solver).adapts:
+        self._spacing = None if self._fixed else self._named_spacing(flow)
+        if self._fixed is None and self._solver.adapts:
             raise ValueError(
                 f"{solver} adapts to the network's features, so it cannot be a scheduler; use "
                 "fewstep.load and fewstep.sample"
@@ -242,17 +154,19 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         solver: a name; or a learned solver, its folder, or a plan, whose budget is fixed then:
             num_inference_steps has to be its number of intervals
 
+        use_karras_sigmas and its like hold, in `config` and in `kwargs`, unless the caller names a
+        grid. Timesteps and solver of `config` are replaced.
+
         Raises:
-            ValueError: for a learned solver that reads the network's features.
+            ValueError: for a learned solver that reads the network's features, for names that there
+                are not, and for settings that would change a picture and are not honoured.
         """
         fields = dict(config or {})
+        check_class(str(fields.get("_class_name", "")), KNOWN)
         if "solver" in kwargs:
-            kwargs |= _chosen(kwargs["solver"])
-        # A flow has a shift and no table; with both, a table went through a flow's class.
-        bare = "shift" in fields and "beta_start" not in fields
-        if bare or fields.get("use_flow_sigmas"):
-            fields["prediction_type"] = "flow_prediction"
-            fields.setdefault("shift", fields.get("flow_shift") or 1.0)
+            kwargs |= chosen(kwargs["solver"])
+        own = inspect.signature(cls.__init__).parameters.keys() - {"self"}
+        fields, kwargs = translated(fields, kwargs, own, strict=not return_unused_kwargs)
         return super().from_config(fields, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     @classmethod
@@ -322,12 +236,38 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         flow: Any = self.process.schedule
         return Shifted(flow, math.exp(mu) if exponential else mu)
 
+    @property
+    def _solver(self) -> Solver:
+        name = self.config["solver"]
+        return get(AUTO if name == "auto" else name)
+
+    def _named_spacing(self, flow: bool) -> str | None:
+        """The grid that a flag asks for. Errors: ValueError where it does not go with the rest."""
+        flags = [name for name in SPACINGS if self.config[name]]
+        if not flags:
+            return None
+        if len(flags) > 1:
+            raise ValueError(f"{' and '.join(flags)} exclude each other; take one")
+        if flow:
+            raise ValueError(
+                f"{flags[0]} goes with tables of betas, not with flows; pass sigmas to "
+                "set_timesteps"
+            )
+        if self.config["grid"] != "trailing" or self._end != "zero":
+            raise ValueError(
+                f"{flags[0]} has levels of its own, down to sigma_min and then 0; leave out grid, "
+                "final and end"
+            )
+        return SPACINGS[flags[0]]
+
     def _grid(self, intervals: int, schedule: Any) -> tuple[float, ...]:
         ends = schedule.sigma_max, schedule.sigma_min
+        if self._spacing is not None:
+            return (*spaced(self._spacing, intervals, *ends), 0.0)
         return end_at(make_grid(self.config["grid"], intervals + 1, *ends, schedule), self._end)
 
     def _probe(self) -> tuple[float, ...]:
-        """Levels that any table has room for; speaks up about a grid that is not to be had."""
+        """Levels that any table has room for; raises for a grid that is not available."""
         schedule = self.process.grid_schedule
         self._grid(1, schedule)
         levels = make_grid("log-snr", 9, schedule.sigma_max, schedule.sigma_min)
@@ -353,7 +293,7 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
 
     def _staged(self, levels: Sequence[float]) -> Staged:
         afs, final = self.config["afs"], self.config["final"]
-        return Staged.cut(get(self.config["solver"]).plan(tuple(levels), afs, final))
+        return Staged.cut(self._solver.plan(tuple(levels), afs, final))
 
     def _arm(self, staged: Staged, device: str | torch.device | None) -> None:
         """Be ready to run it from the start."""
@@ -409,7 +349,7 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
     def _from_stage(self, index: int) -> Program:
         """The plan from there on; or the solver anew on the rest of the grid, where the plan needs
         outputs that this run does not have."""
-        full, solver = self._full, self.config["solver"]
+        full, solver = self._full, self._solver
         if index == 0 or (self._fixed is not None and full.begins_at(index)):
             return full.program(index)
         if self._fixed is not None:
@@ -420,15 +360,15 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         levels, stage = full.plan.sigmas, full.stages[index]
         rest = levels[levels.index(stage.sigma) :] if stage.sigma in levels else ()
         if len(rest) > 1:
-            staged = Staged.cut(get(solver).plan(rest, "none", self.config["final"]))
+            staged = Staged.cut(solver.plan(rest, "none", self.config["final"]))
             if [s.told for s in staged.stages] == [s.told for s in full.stages[index:]]:
                 return staged.program()
         if full.begins_at(index):  # where the first step adds noise, at the level with that noise
             return full.program(index)
         can = [i for i, stage in enumerate(full.stages) if stage.rested and stage.sigma in levels]
         raise ValueError(
-            f"{solver} cannot start at timestep {index} of {len(self._times)}, inside an interval; "
-            f"intervals begin at {', '.join(map(str, can))}"
+            f"{solver.name} cannot start at timestep {index} of {len(self._times)}, inside an "
+            f"interval; intervals begin at {', '.join(map(str, can))}"
         )
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
@@ -539,17 +479,3 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
 def _drawn(generator: Any, op: Combine, number: int, x: Tensor) -> Tensor:
     """Noise from a pipeline's generator."""
     return randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-
-
-def _chosen(solver: str | Path | Solver | Runnable) -> dict[str, Any]:
-    """The arguments `solver` and `plan` for what a caller names."""
-    found = find(solver) if isinstance(solver, str | Path) else solver
-    if isinstance(found, Solver):
-        return {"solver": found.name, "plan": None}
-    try:
-        plan: Any = found if isinstance(found, Plan) else found.plan()  # type: ignore[attr-defined]
-    except ValueError as error:
-        raise ValueError(
-            f"{error}; or run it as it is with FewstepPipeline(pipe, solver)"
-        ) from None
-    return {"solver": plan.solver, "plan": json.loads(plan.to_json())}

@@ -199,7 +199,7 @@ class GridKind:
         tensors: dict[str, Tensor],
     ) -> Method:
         found = OnGrid(str(base), sigmas, afs)
-        found.plan()  # speaks up about a solver or a first step that there is not
+        found.plan()  # raises for a solver or a first step that there is not
         return found
 
 

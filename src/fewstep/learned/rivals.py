@@ -39,7 +39,7 @@ def best_rival(
         schedule: the network's, for grids in its own time.
 
     Returns:
-        "solver", "grid" and "afs", and the figures; empty where none is finite.
+        "solver", "grid", "afs" and "sigmas", and the figures; empty where none is finite.
     """
     best, least = {}, math.inf
     for name in RIVALS:
@@ -54,7 +54,8 @@ def best_rival(
                 figures = dict(measure(program))
                 if figures[list(figures)[-1]] < least:
                     least = figures[list(figures)[-1]]
-                    best = {"solver": name, "grid": grid, "afs": afs, **figures}
+                    known = {"solver": name, "grid": grid, "afs": afs, "sigmas": list(sigmas)}
+                    best = {**known, **figures}
     return best
 
 

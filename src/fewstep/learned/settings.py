@@ -24,9 +24,8 @@ class Settings:
         nfe: Network evaluations per picture.
         trajectories: Length of the run in pictures.
         batch: Pictures at a time.
-        grid: A grid's name, sigmas like 80,9,1,0.002, or search: find one. Default: search for
-            tuned and grid, time-uniform for amed, karras for amed-plugin; on pipelines trailing and
-            discrete.
+        grid: A grid's name, sigmas like 80,9,1,0.002, or search: find one. Default: search;
+            on pipelines trailing, and for the AMED methods discrete.
         sigma_min: Lowest level of the grid. Default: the network's.
         sigma_max: Highest level of the grid. Default: the network's.
         afs: Analytic first step, at no evaluation: none, zero or mean.
@@ -35,12 +34,13 @@ class Settings:
         teacher: A deterministic solver's name. Default: deis-3; for tuned deis-4.
         inner: Points that the teacher adds inside each interval; for tuned, on the whole way.
             Default: 2; for tuned 30.
-        lr: Learning rate of Adam. Default: 0.005; for tuned 0.02.
+        lr: Learning rate of Adam. Default: 0.02.
         seed: Decides first weights and noise.
         validation_seeds: Pictures compared with reference solves.
         checkpoint_every: Batches between checkpoints.
         validate_every: Batches between validations.
         checkpointed: Compute tuned's gradients in the memory of one call, in half more of its time.
+        fallback: Where the best training-free solver was not beaten, it is the result.
         options: Options of the method, see `MethodOptions`.
 
     Raises:
@@ -65,6 +65,7 @@ class Settings:
     checkpoint_every: int = 5
     validate_every: int = 10
     checkpointed: bool = True
+    fallback: bool = True
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

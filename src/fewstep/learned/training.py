@@ -20,7 +20,7 @@ from torch import Tensor
 from fewstep.denoiser import Denoiser
 from fewstep.grid import check_grid
 from fewstep.learned.choices import Choices
-from fewstep.learned.grid_search import FINE, SEARCHED, search_grid
+from fewstep.learned.grid_search import FINE, SEARCHED, OnGrid, search_grid
 from fewstep.learned.method import Kind, Lesson, Method, Setup
 from fewstep.learned.rivals import best_rival, unbeaten
 from fewstep.learned.settings import VALIDATION, Settings
@@ -86,7 +86,8 @@ def train(
         settings: the fields of `fewstep.learned.settings.Settings`, and options of the method.
 
     Returns:
-        The solver that did best on the validation seeds, in float32 on the CPU.
+        The solver that did best on the validation seeds, in float32 on the CPU: where training did
+        not beat the best training-free one, and unless fallback is False, that one.
 
     Raises:
         ValueError: for what cannot be trained, all before the first batch.
@@ -123,12 +124,28 @@ def train(
             if not task.measured:
                 task.begin(untrained, folder)
             loop.train(task, folder, plan, report)
-        if line := unbeaten(chosen.settings.method, task.measured):
-            note(line)
         solver = task.solver(chosen.kind)
+        if line := unbeaten(chosen.settings.method, task.measured):
+            taken = chosen.settings.fallback
+            note(f"{line}; the result is {'that solver' if taken else 'kept as asked'}")
+            solver = settled(solver) if taken else solver
         if folder.path is not None:
             solver.save(folder.path)
         return solver
+
+
+def settled(solver: LearnedSolver) -> LearnedSolver:
+    """The best training-free solver in place of one that did not beat it; its `validation` keeps
+    the figures of both, those of what was trained under "trained"."""
+    validation = dict(solver.validation)
+    rival = validation["training_free"]
+    figures = {name: rival[name] for name in ("error", "features") if name in rival}
+    trained = {name: validation[name] for name in (*figures, "step")}
+    method = OnGrid(rival["solver"], tuple(rival["sigmas"]), rival["afs"])
+    training = {**solver.training, "method": solver.method.kind}
+    return LearnedSolver(
+        method, solver.model, training, {**validation, **figures, "step": 0, "trained": trained}
+    )
 
 
 def _facts_of(model: Model | dict[str, Any] | None) -> dict[str, Any]:
@@ -164,7 +181,7 @@ class School:
         self.size = count_features(bound(self.held_out[:1]), x, chosen.sigmas[0])
         if features is not None:
             with torch.no_grad():
-                features(x)  # speaks up now about a shape that it does not take
+                features(x)  # raises now for a shape that it does not take
 
     def fresh(self, sigmas: tuple[float, ...]) -> Method:
         """Before training."""

@@ -114,7 +114,7 @@ def load(
     path = BUILTIN / name if name in builtin() else Path(name_or_path)
     if (found := format_of(path)) is None:
         if path.exists() or HUB_NAME.fullmatch(name) is None:
-            found, path = FORMATS[0], _folder(name_or_path)  # raises, and says why
+            found, path = FORMATS[1], _folder(name_or_path)  # raises, and says why
         else:
             from fewstep.models.formats.diffusers import load_pipeline
 

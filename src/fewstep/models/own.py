@@ -77,12 +77,7 @@ def of(
         weights_sha256=fingerprint({"network": module}) if module is not None else "",
         kind="own",
     )
-    stats: dict[str, Tensor] = {}
-    if far_mean is not None:
-        wanted = (len(classes) + 1, *sizes)
-        if tuple(far_mean.shape) != wanted:
-            raise ValueError(f"far_mean must have shape {wanted}, got {tuple(far_mean.shape)}")
-        stats["far_mean"] = far_mean
+    stats = _statistics(far_mean, (len(classes) + 1, *sizes))
     plain = module if module is not None else nn.Module()
 
     def denoise(
@@ -103,6 +98,14 @@ def of(
     return NetworkModel(
         card, plain, stats, denoiser, sizes, denoise, features=tap, schedule=schedule
     )
+
+
+def _statistics(far_mean: Tensor | None, wanted: tuple[int, ...]) -> dict[str, Tensor]:
+    if far_mean is None:
+        return {}
+    if tuple(far_mean.shape) != wanted:
+        raise ValueError(f"far_mean must have shape {wanted}, got {tuple(far_mean.shape)}")
+    return {"far_mean": far_mean}
 
 
 @torch.no_grad()

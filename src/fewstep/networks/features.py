@@ -1,18 +1,23 @@
-"""The built-in feature networks, for 32x32 grey pictures of clothes: `fashion-a` and `fashion-b`.
+"""The built-in feature networks, for 32x32 pictures of clothes: `fashion-a` and `fashion-b` for
+grey ones, `garments-a` and `garments-b` for coloured ones.
 
     f(x) = (h(x) - shift) * scale
 
-Both have 128 features with mean 0 and standard deviation 1 over the 60,000 training pictures of
-Fashion-MNIST; a picture's features are not normalised. They differ in kind:
+All have 128 features with mean 0 and standard deviation 1 over their training pictures; a
+picture's features are not normalised. The two of a pair differ in kind:
 
     fashion-a   residual convolutions on 16x16, 8x8, 4x4 points, SiLU, then the mean over all
                 places; trained on labels
     fashion-b   4x4 patches, residual convolutions on 8x8 of them, GELU, then a linear layer that
                 tells every place apart; trained without labels (VICReg)
 
-so a result that holds in both is not a habit of one network. `fashion-a` may serve as a training
-loss; `fashion-b` is the judge. recipes/fashion_features.py trains them, docs/feature-networks.md
-says what they see.
+    garments-a  as fashion-a, but with every place apart; its head tells garments, colours and
+                background (`fewstep.evaluate.agreement`)
+    garments-b  as fashion-b
+
+so a result that holds in both is not a habit of one network. The first can be used as a training
+loss; the second is the judge. recipes/fashion_features.py and recipes/garments_features.py train
+them, docs/feature-networks.md says what they see.
 
 Sources: He et al. 2016, arXiv:1512.03385 (residual blocks); Bardes et al. 2022, arXiv:2105.04906
 (VICReg).
@@ -23,10 +28,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from fewstep.files import file_hash
@@ -70,20 +76,29 @@ class ResidualBlock(nn.Module):
 
 
 class Residual(nn.Module):
-    """2x2 pixels to channels, then levels of residual blocks, halving the size by averaging."""
+    """2x2 pixels to channels, then levels of residual blocks, halving the size by averaging.
 
-    def __init__(self, conv: Conv, widths: Sequence[int], blocks: int) -> None:
+    inputs: channels of a picture
+    dim: of a linear layer that sees every place apart; 0 for the mean over all places
+    """
+
+    def __init__(
+        self, conv: Conv, widths: Sequence[int], blocks: int, inputs: int = 1, dim: int = 0
+    ) -> None:
         super().__init__()
-        self.dim = widths[-1]
-        layers: list[nn.Module] = [nn.PixelUnshuffle(2), conv(4, widths[0], 3), nn.SiLU()]
+        self.inputs, self.dim = inputs, dim or widths[-1]
+        layers: list[nn.Module] = [nn.PixelUnshuffle(2), conv(4 * inputs, widths[0], 3), nn.SiLU()]
         for level, width in enumerate(widths):
             if level:
                 layers += [nn.AvgPool2d(2), conv(widths[level - 1], width, 1), nn.SiLU()]
             layers += [ResidualBlock(width, conv) for _ in range(blocks)]
         self.layers = nn.Sequential(*layers)
+        places = (SIZE >> len(widths)) ** 2
+        self.last = nn.Linear(widths[-1] * places, dim) if dim else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x).mean(dim=(2, 3))
+        h = self.layers(x)
+        return h.mean(dim=(2, 3)) if self.last is None else self.last(h.flatten(1))
 
 
 class PatchBlock(nn.Module):
@@ -102,12 +117,19 @@ class Patches(nn.Module):
     every place apart: nothing is averaged."""
 
     def __init__(
-        self, conv: Conv, patch: int, width: int, blocks: int, channels: int, dim: int
+        self,
+        conv: Conv,
+        patch: int,
+        width: int,
+        blocks: int,
+        channels: int,
+        dim: int,
+        inputs: int = 1,
     ) -> None:
         super().__init__()
-        self.dim = dim
+        self.inputs, self.dim = inputs, dim
         self.layers = nn.Sequential(
-            conv(1, width, patch, stride=patch),
+            conv(inputs, width, patch, stride=patch),
             nn.GELU(),
             *(PatchBlock(width, conv) for _ in range(blocks)),
             conv(width, channels, 1),
@@ -152,12 +174,14 @@ class FeatureCard:
 
     network: its architecture, for `make_trunk`
     weights_sha256: hash of the weights file
+    outputs: of its head
     about: recipe, data, licence and figures, for people; in the file they stand beside the others
     """
 
     name: Slug
     network: dict[str, Any]
     weights_sha256: Digest
+    outputs: Annotated[int, Field(ge=1, le=4096)] = CLASSES
     about: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -179,15 +203,15 @@ class FeatureCard:
             raise ValueError(f"{path} is not a card of a feature network: {error}") from None
 
 
-OWN = ("name", "network", "weights_sha256")
+OWN = ("name", "network", "weights_sha256", "outputs")
 
 
 class FeatureNetwork(nn.Module):
-    """x float [n, 1, 32, 32] in [-1, 1] -> features [n, dim], smooth in x.
+    """x float [n, inputs, 32, 32] in [-1, 1] -> features [n, dim], smooth in x.
 
     card: what its folder says about it
     shift, scale: of the features, [dim]
-    head: classes from features; trained with fashion-a, a linear probe on fashion-b
+    head: classes from features; trained with the first of a pair, a linear probe on the second
 
     Differentiable with respect to x; its own parameters take no gradient. It has no norm and no
     dropout, so it is the same function in training mode, and picture i does not depend on its
@@ -201,7 +225,7 @@ class FeatureNetwork(nn.Module):
         super().__init__()
         self.card = card
         self.trunk = make_trunk(card.network)
-        self.head = nn.Linear(self.trunk.dim, CLASSES)
+        self.head = nn.Linear(self.trunk.dim, card.outputs)
         self.register_buffer("shift", torch.zeros(self.trunk.dim))
         self.register_buffer("scale", torch.ones(self.trunk.dim))
 
@@ -219,16 +243,23 @@ class FeatureNetwork(nn.Module):
     def dim(self) -> int:
         return self.trunk.dim
 
+    @property
+    def inputs(self) -> int:
+        """Channels of a picture."""
+        return self.trunk.inputs
+
     def forward(self, x: Tensor) -> Tensor:
-        if not x.is_floating_point() or x.ndim != 4 or tuple(x.shape[1:]) != (1, SIZE, SIZE):
+        wanted = (self.inputs, SIZE, SIZE)
+        if not x.is_floating_point() or x.ndim != 4 or tuple(x.shape[1:]) != wanted:
             raise ValueError(
-                f"{self.name} takes float pictures [n, 1, {SIZE}, {SIZE}] in [-1, 1], "
+                f"{self.name} takes float pictures [n, {self.inputs}, {SIZE}, {SIZE}] in [-1, 1], "
                 f"got {x.dtype} of shape {tuple(x.shape)}; scale uint8 by x / 127.5 - 1"
             )
         return (self.trunk(x) - self.shift) * self.scale
 
     def logits(self, x: Tensor) -> Tensor:
-        """Class scores [n, 10], in the order of Fashion-MNIST's labels."""
+        """Scores [n, outputs]: of Fashion-MNIST's classes in their order, or of what the card's
+        `heads` name."""
         return self.head(self(x))
 
 
@@ -263,7 +294,7 @@ def load_feature_network(name: str, device: str | torch.device = "cpu") -> Featu
 
 def reference_path(name: str) -> Path:
     """The .npz with `mu` [dim], `sigma` [dim, dim], `count` and `extractor`: mean and covariance of
-    the network's features over the 60,000 training pictures of Fashion-MNIST."""
+    the network's features over the pictures that the card names."""
     return _folder(name) / REFERENCE_FILE
 
 

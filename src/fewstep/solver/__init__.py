@@ -14,7 +14,7 @@ from typing import Literal
 
 from fewstep.plan import Prediction
 from fewstep.solver import rules
-from fewstep.solver.consistency import consistency
+from fewstep.solver.consistency import consistency, consistency_kappa
 from fewstep.solver.multistep import linear_multistep, unipc
 from fewstep.solver.registry import (
     AFS,
@@ -121,6 +121,9 @@ _SOLVERS = (
            ranges=(("eta", Range(0)),), summary="SDE-DPM-Solver++(2M), midpoint form"),
     Solver("consistency", consistency, "x0", 1, 0, stochastic=True, consistency=True,
            summary="D, then fresh noise to the next level: for distilled networks"),
+    Solver("consistency-kappa", consistency_kappa, "x0", 1, 0, consistency=True,
+           options=(("c", 0.12),), ranges=(("c", Range(0.0)),),
+           summary="along the path of Gaussian data, without noise: for distilled networks"),
 )
 # fmt: on
 

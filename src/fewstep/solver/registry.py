@@ -153,7 +153,7 @@ class Solver:
         """What the loop runs on one grid. Errors as in `ops_on`."""
         if self.evaluations is None:
             return self.plan(sigmas, afs, final).program()
-        self.ops_on(sigmas, afs, final).close()  # speaks up now about arguments that do not fit
+        self.ops_on(sigmas, afs, final).close()  # raises now for arguments that do not fit
         return Program(
             functools.partial(self.ops_on, sigmas, afs, final),
             self.prediction,

@@ -54,15 +54,15 @@ PIPELINE = "fewstep.models.formats.diffusers:load_pipeline"
 PAPER = "fewstep.models.formats.papers:load_file"
 FORMATS = (
     Format(
-        "a model folder of fewstep",
-        lambda path: (path / CARD_FILE).is_file(),
-        "fewstep.models.formats.native:load_folder",
-    ),
-    Format(
-        "a pipeline of diffusers",
+        "a pipeline of diffusers",  # with a card beside its index, or without
         lambda path: path.is_dir() and (path / "model_index.json").is_file(),
         PIPELINE,
         PIPELINE_OPTIONS,
+    ),
+    Format(
+        "a model folder of fewstep",
+        lambda path: (path / CARD_FILE).is_file(),
+        "fewstep.models.formats.native:load_folder",
     ),
     Format(
         "a single file",

@@ -2,7 +2,7 @@
 
 What a folder holds is read from its model_index.json. Nothing in it is executed: classes come from
 diffusers and transformers alone, weights from safetensors, or from pickles that hold nothing but
-tensors (`weights_only`), with no way round. `checks` looks through a folder before either library
+tensors (`weights_only`), always. `checks` looks through a folder before either library
 opens it, and `contents` tells from its keys what a single file is.
 """
 
@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 
 from fewstep.extras import needs
 from fewstep.files import file_hash
-from fewstep.models.card import Card, Choice
+from fewstep.models.card import CARD_FILE, Card, Choice
 from fewstep.models.components import pixels_per_latent, quiet, sample_sides
 from fewstep.models.families import FAMILIES, Family
 from fewstep.models.formats.checks import check_folder, check_pickle
@@ -125,7 +125,8 @@ def load_pipeline(
         if isinstance(part, torch.nn.Module):
             part.to(place).eval().requires_grad_(False)
     digest = _weights_hash(source, family, dtype)
-    return _model(pipe, family, source.name, digest, size, compile)
+    model = _model(pipe, family, source.name, digest, size, compile)
+    return replace(model, card=_told(model.card, source))
 
 
 def from_pipe(pipe: Any, *, size: Size | None = None, compile: bool = False) -> PipelineModel:
@@ -455,6 +456,31 @@ def _card(name: str, kind: str, family: Family, net: Any, process: Process, dige
         auto={"1": Choice("dpmpp-2m")},
         about={"pipeline": kind, "prediction": process.prediction, "flow": flow},
         kind="pipeline",
+    )
+
+
+def _told(card: Card, source: Source) -> Card:
+    """The card with what a card.json in the folder adds: names, figures and the best settings.
+
+    Errors: ValueError where that is the card of other weights.
+    """
+    if source.single is not None or not (source.folder / CARD_FILE).is_file():
+        return card
+    said = Card.read(source.folder)
+    if said.kind != card.kind or said.weights_sha256 != card.weights_sha256:
+        raise ValueError(
+            f"{source.folder / CARD_FILE} is not the card of the pipeline beside it "
+            "(its kind or the weights' SHA-256 differs); remove it, or fetch both again"
+        )
+    return replace(
+        card,
+        name=said.name,
+        summary=said.summary,
+        network=said.network,
+        auto=card.auto | said.auto,
+        screened=said.screened,
+        about=card.about | said.about,
+        folder=said.folder,
     )
 
 
