@@ -386,8 +386,9 @@ def test_a_damaged_latent_diffusion_is_refused_in_one_line(tmp_path, change, wor
 
 def test_a_card_says_what_the_file_is_without_its_weights(tmp_path):
     path = saved(tmp_path / "x.pt", tensors(GUIDED))
-    card = open_source(path, config=SAID).card
-    assert card.about["parameters"] == sum(t.numel() for t in tensors(GUIDED).values())
+    source = open_source(path, config=SAID)
+    card = source.card
+    assert source.parameters == sum(t.numel() for t in tensors(GUIDED).values())
     assert card == fewstep.load(path, config=SAID).card
     assert spec_of(Card(**json.loads(json.dumps(card.to_dict())))) == spec_of(card)
     broken = {**card.network, "size": 3}
