@@ -371,7 +371,9 @@ class Engine:
                 one = slice(place, place + part.count)
                 part.tell(denoised[one], None if features is None else features[one])
                 part.job.spent += part.count
-                part.job.late += part.count * part.job.cancelled
+                if part.job.cancelled:
+                    part.job.late += part.count
+                    self.stats.late += part.count
                 place += part.count
                 self._show(part)
                 part.ask()
