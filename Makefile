@@ -12,10 +12,10 @@ DEV := $(VENV)/.dev-installed
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format docs bench results setup clean distclean
+.PHONY: help demo test test-all test-browser fuzz lint format docs bench results setup clean distclean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(CORE) ## Compare every solver on the built-in network, into demo/
 	$(VENV)/bin/fewstep demo --out demo
@@ -25,6 +25,12 @@ test: $(DEV) ## The everyday tests (minutes)
 
 test-all: $(DEV) ## All tests, the slow ones too (longer)
 	$(VENV)/bin/python -m pytest
+
+test-browser: $(DEV) ## The page of `fewstep serve`, in a headless Chromium
+	$(VENV)/bin/python -m pytest tests/serve/test_page.py
+
+fuzz: $(DEV) ## Send `fewstep serve` what its interface allows, and what not, for 5 minutes
+	FEWSTEP_FUZZ_SECONDS=300 $(VENV)/bin/python -m pytest tests/serve/test_fuzz.py
 
 lint: $(DEV) ## Style, format and types
 	$(VENV)/bin/ruff check

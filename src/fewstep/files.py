@@ -10,7 +10,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,10 @@ STALE = 600.0  # seconds; where files cannot be locked, an older temporary has n
 TRIES = 3
 
 
-def write_whole(path: Path | str, data: bytes) -> None:
+def write_whole(path: Path | str, data: bytes | Callable[[], Iterable[bytes]]) -> None:
     """Write `data` to `path` so that a crash leaves either the old file or the new one.
+
+    Data that should not be in memory at once are a function that gives them part by part.
 
     The data go to a temporary beside it, `.{name}.{8 letters}.partial`, which is then renamed. The
     writer holds a lock on it, so `sweep` knows those of killed processes from those of living ones.
@@ -57,12 +59,13 @@ def write_whole(path: Path | str, data: bytes) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, data: bytes | Callable[[], Iterable[bytes]]) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
     try:
         with os.fdopen(handle, "wb") as file:
             _lock(file.fileno())
-            file.write(data)
+            for part in [data] if isinstance(data, bytes) else data():
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
             os.chmod(temporary, 0o644)

@@ -6,23 +6,28 @@ declares must be there: names once, shapes that fill their part of the data, par
 
 from __future__ import annotations
 
+import json
 import math
 import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from fewstep.data.bounds import check_room
+from fewstep.files import write_whole
 from fewstep.records import LARGEST, parse, shown
 
-__all__ = ["Entry", "load_tensors", "read_header", "read_metadata"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Entry", "load_tensors", "read_header", "read_metadata", "write_tensors"]
 
 BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2}
 BYTES |= {"I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8}
+DTYPES = {"F32": "float32", "F16": "float16"}  # that files are written in
 FETCH = "fetch it again"  # what to do about a file that cannot be read
 
 
@@ -60,6 +65,8 @@ def load_tensors(path: Path | str, advice: str = FETCH) -> dict[str, Tensor]:
         OSError: where the file cannot be read.
         ValueError: as `read_header`, and where the tensors do not fit into free memory.
     """
+    import safetensors.torch
+
     check_room(sum(entry.nbytes for entry in read_header(path, advice).values()), str(path))
     try:
         # in memory of their own: a mapped file may start anywhere, which moves the last bits of
@@ -67,6 +74,44 @@ def load_tensors(path: Path | str, advice: str = FETCH) -> dict[str, Tensor]:
         return {name: t.clone() for name, t in safetensors.torch.load_file(path).items()}
     except SafetensorError as error:
         raise ValueError(f"{path} cannot be read ({error}); {advice}") from None
+
+
+def write_tensors(
+    path: Path | str,
+    layout: Mapping[str, Entry],
+    values: Callable[[], Iterable[tuple[str, Tensor]]],
+) -> None:
+    """Write a file one tensor at a time, whole or not at all.
+
+    Args:
+        path: of the file
+        layout: dtype and shape of each tensor
+        values: gives the tensors in the order of the layout; each is cast to its dtype
+
+    Raises:
+        OSError: where the file cannot be written.
+        ValueError: where a value is not finite in the dtype that it is written in.
+    """
+    import torch
+
+    header, at = {}, 0
+    for name, entry in layout.items():
+        end = at + entry.nbytes
+        shape = list(entry.shape)
+        header[name] = {"dtype": entry.dtype, "shape": shape, "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+
+    def parts() -> Iterator[bytes]:
+        yield len(text).to_bytes(8, "little") + text
+        for name, value in values():
+            cast = value.detach().cpu().to(getattr(torch, DTYPES[layout[name].dtype])).contiguous()
+            if not torch.isfinite(cast).all():
+                raise ValueError(f"{name} has numbers that are not finite in {cast.dtype}")
+            yield cast.reshape(-1).view(torch.uint8).numpy().data  # type: ignore[misc]
+
+    write_whole(path, parts)
 
 
 def _read(path: Path | str, advice: str) -> tuple[dict[str, Entry], dict[str, str]]:

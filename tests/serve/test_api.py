@@ -25,7 +25,9 @@ KEY = "sk-0123456789abcdef"
 
 @pytest.fixture(scope="module")
 def server():
-    with running(Limits(images=6, evaluations=20, prompt_bytes=200, upload_pixels=10_000)) as found:
+    with running(
+        Limits(most_images=6, most_evaluations=20, prompt_bytes=200, upload_pixels=10_000)
+    ) as found:
         yield found
 
 
@@ -207,7 +209,7 @@ def test_what_the_model_cannot_do_is_refused_before_any_work(client, server):
 
 def test_a_client_retries_when_the_queue_is_full(server):
     with (
-        running(Limits(waiting=1), workers=1) as (address, service),
+        running(Limits(most_waiting=1), workers=1) as (address, service),
         httpx.Client(base_url=address, timeout=30) as http,
     ):
         body = {"prompt": "bag", "n": 8, "nfe": 12, "stream": True, "progress": True}

@@ -17,7 +17,7 @@ from fewstep.serve.app import create_app
 from fewstep.serve.engine import Engine, Event, Job
 from fewstep.serve.limits import Limits
 from fewstep.serve.order import Order, order
-from fewstep.serve.run import Server, make_service
+from fewstep.serve.run import Server, listen, make_service
 from fewstep.serve.service import Service
 
 __all__ = ["asked_of", "collect", "make", "running", "submit"]
@@ -57,8 +57,9 @@ def running(
     service = make_service(loaded, limits or Limits(), workers=workers)
     app = create_app(service, warm=False, **options)
     addresses: queue.Queue[str] = queue.Queue()
-    server = Server(app, service, "127.0.0.1", 0, 5, addresses.put)
-    thread = threading.Thread(target=server.run, daemon=True)
+    server = Server(app, service, 5, addresses.put)
+    bound = listen("127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, args=([bound],), daemon=True)
     thread.start()
     try:
         yield addresses.get(timeout=30), service

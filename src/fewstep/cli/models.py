@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 from rich.console import Console
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
 
 @command(app, "models")
 def models_command(
-    name: Annotated[str | None, Parameter(help="Show this model: a name, or a folder.")] = None,
+    name: Annotated[
+        str | None,
+        Parameter(help="Show this model: a name, a folder, or a network file of a paper."),
+    ] = None,
     /,
     *,
     as_json: AsJson = False,
@@ -29,6 +33,15 @@ def models_command(
     """List the built-in models, or show what is known of one; --json has all of it."""
     from fewstep.models import builtin, read_card
 
+    if name and name not in builtin() and Path(name).is_file():
+        from fewstep.models.formats.papers import describe
+
+        card, known = describe(name)
+        if as_json:
+            print(json.dumps({**card.to_dict(), **known}, indent=2))
+        else:
+            Console().print(_file(card, known), highlight=False)
+        return
     cards = [read_card(one) for one in ([name] if name else builtin())]
     if as_json:
         values = [card.to_dict() for card in cards]
@@ -71,6 +84,29 @@ def _card(card: Card) -> Table:
     for nfe in card.auto:
         table.add_row("", styled(f"{nfe}: {_choice(card, nfe)}"))
     table.add_row("try", styled(f"fewstep sample {shlex.quote(card.name)}"))
+    return table
+
+
+def _file(card: Card, known: dict[str, Any]) -> Table:
+    """What a network file is, before it is loaded or made a folder."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    rows = [
+        ("file", known["file"]),
+        ("kind", known["kind"]),
+        ("what it is", card.summary),
+        ("preset", known["preset"] or "none of the published ones"),
+        ("parameters", f"{known['parameters']:,}"),
+        ("pictures", _pictures(card)),
+        ("sigma", _sigmas(card)),
+        ("classes", str(len(card.classes) or "none")),
+        ("features", card.feature_module),
+        ("SHA-256", card.weights_sha256),
+        ("try", f"fewstep convert {shlex.quote(known['file'])} --out FOLDER"),
+    ]
+    for heading, value in rows:
+        table.add_row(heading, styled(value))
     return table
 
 

@@ -50,8 +50,8 @@ CHOICE = Group("Choice of settings", sort_key=6)
 ModelArgument = Annotated[
     str,
     Parameter(
-        help="A built-in model's name, a model folder, or a diffusers pipeline: its folder, one "
-        "Stable Diffusion file, or OWNER/NAME on the hub."
+        help="A built-in model's name, a model folder, a network file of a paper, or a diffusers "
+        "pipeline: its folder, one Stable Diffusion file, or OWNER/NAME on the hub."
     ),
 ]
 

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from fewstep.cli import (  # noqa: F401  (each registers its commands)
     compare,
+    convert,
     demo,
     distill,
     evaluate,

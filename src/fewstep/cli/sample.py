@@ -59,6 +59,18 @@ def sample_command(
         str | None,
         option("A pipeline's pictures in pixels, HEIGHTxWIDTH. Default: as it was trained."),
     ] = None,
+    preset: Annotated[
+        str | None, option("Of a network file of a paper: its published settings.", MACHINE)
+    ] = None,
+    vae: Annotated[
+        Path | None, option("Of EDM2 at 512 pixels: a folder with the autoencoder.", MACHINE)
+    ] = None,
+    guide: Annotated[
+        Path | None, option("A file with a second network, by which guidance goes.", MACHINE)
+    ] = None,
+    classifier: Annotated[
+        Path | None, option("A file with a classifier, by which guidance goes.", MACHINE)
+    ] = None,
     as_json: AsJson = False,
     prompts: Annotated[
         Path | None,
@@ -102,7 +114,8 @@ def sample_command(
     label, prompt = given.pop("label"), given.pop("prompt")
     pictures = _asked_for(seeds, prompt, prompts, rows, label)
     options = {name: given.pop(name) for name in ("config", "slicing", "tiling")}
-    options["size"] = parse_size(size) if size else None
+    options |= {"size": parse_size(size) if size else None, "preset": preset, "vae": vae}
+    options |= {"guide": guide, "classifier": classifier}
     machine = {name: given.pop(name) for name in ("device", "dtype", "compile")}
     loaded = load(model, **machine, **{name: one for name, one in options.items() if one})
     names, batch = pictures.pop("names", None), given.pop("batch")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,28 +10,20 @@ from cyclopts import Group, Parameter
 
 from fewstep.cli.app import app
 from fewstep.cli.options import MACHINE, Machine, Take, command, flag, option
-from fewstep.cli.parsing import parse_size
+from fewstep.cli.parsing import parse_size, words
 from fewstep.extras import needs
 from fewstep.serve.limits import Limits
 
 SERVICE, LIMITS = Group("Service", sort_key=2), Group("Limits", sort_key=6)
+BOUNDS = ("most_images", "most_evaluations", "most_waiting", "most_streams")
 DEFAULTS = ("garments", "fashion-mnist")  # the first that comes with this version
-LIMIT_OPTIONS = {
-    "images": "most-images",
-    "evaluations": "most-evaluations",
-    "waiting": "most-waiting",
-    "streams": "most-streams",
-}
 
 
 @command(
     app,
     "serve",
-    Take(
-        Machine,
-        MACHINE,
-        without=("batch",),
-    ),
+    Take(Limits, LIMITS, only=BOUNDS),
+    Take(Machine, MACHINE, without=("batch",)),
 )
 def serve_command(
     model: Annotated[
@@ -70,16 +61,6 @@ def serve_command(
     grace: Annotated[
         int, option("Seconds in which running pictures end at a stop.", SERVICE, least=0)
     ] = 30,
-    most_images: Annotated[int, option("Pictures of a request.", LIMITS, least=1)] = Limits.images,
-    most_evaluations: Annotated[
-        int, option("Evaluations of a picture.", LIMITS, least=1)
-    ] = Limits.evaluations,
-    most_waiting: Annotated[
-        int, option("Pictures in the queue.", LIMITS, least=1)
-    ] = Limits.waiting,
-    most_streams: Annotated[
-        int, option("Requests of a client at a time.", LIMITS, least=1)
-    ] = Limits.streams,
     log_prompts: Annotated[bool, flag("Write prompts into the log.")] = False,
     quiet: Annotated[bool, flag("Log warnings only.")] = False,
     **given: Any,
@@ -91,11 +72,12 @@ def serve_command(
     """
     with needs("serve", "fewstep serve"):
         import fastapi  # noqa: F401
-        import multipart  # noqa: F401
         import prometheus_client  # noqa: F401
+        import python_multipart  # noqa: F401
         import uvicorn  # noqa: F401
+    from fewstep.serve.app import create_app
     from fewstep.serve.keys import read_keys
-    from fewstep.serve.run import is_loopback
+    from fewstep.serve.run import Server, is_loopback, listen, make_service, start_log
 
     known = () if keys is None else read_keys(keys)
     local = is_loopback(host)
@@ -103,16 +85,24 @@ def serve_command(
         raise ValueError(f"host {host} is reached from other machines: give keys too, with --keys")
     if port > 65_535:
         raise ValueError(f"port must be at most 65535, got {port}")
-    limits = Limits(
-        images=most_images,
-        evaluations=most_evaluations,
-        waiting=most_waiting,
-        streams=most_streams,
-    )
+    limits = Limits(**{name: given.pop(name) for name in BOUNDS})
     if size:
         given["size"] = parse_size(size)
-    models = _loaded(model or [_default()], given)
-    _serve(models, limits, known, host, port, cors, batch, workers, grace, quiet, log_prompts)
+    origins = () if cors is None else words(cors, "--cors")
+    with listen(host, port) as bound:
+        start_log("warning" if quiet else "info")
+        models = _loaded(model or [_default()], given)
+        service = make_service(models, limits, batch=batch, workers=workers)
+        application = create_app(
+            service, keys=known, local=local, origins=origins, log_prompts=log_prompts
+        )
+
+        def started(address: str) -> None:
+            print(f"fewstep serves {', '.join(models)} on {address}", flush=True)
+
+        server = Server(application, service, grace, started)
+        server.run([bound])
+        service.close(0)
 
 
 def _default() -> str:
@@ -137,37 +127,3 @@ def _loaded(names: list[str], given: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"two models are called {loaded.card.name}; serve one of them")
         models[loaded.card.name] = loaded
     return models
-
-
-def _serve(
-    models: dict[str, Any],
-    limits: Limits,
-    keys: Any,
-    host: str,
-    port: int,
-    cors: str | None,
-    batch: int | None,
-    workers: int | None,
-    grace: int,
-    quiet: bool,
-    log_prompts: bool,
-) -> None:
-    from fewstep.cli.parsing import words
-    from fewstep.serve.app import create_app
-    from fewstep.serve.run import Server, is_loopback, make_service, start_log
-
-    start_log("warning" if quiet else "info")
-    service = make_service(models, limits, batch=batch, workers=workers)
-    origins = () if cors is None else words(cors, "--cors")
-    application = create_app(
-        service, keys=keys, local=is_loopback(host), origins=origins, log_prompts=log_prompts
-    )
-
-    def started(address: str) -> None:
-        print(f"fewstep serves {', '.join(models)} on {address}", flush=True)
-
-    server = Server(application, service, host, port, grace, started)
-    server.run()
-    service.close(0)
-    if not server.started:
-        sys.exit(2)

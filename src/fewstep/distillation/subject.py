@@ -19,7 +19,10 @@ from fewstep.schedule import Schedule
 __all__ = ["Subject", "subject"]
 
 # kind of a model's card: the module whose subject(model, told, seed) takes it apart
-KINDS = {"unet": "fewstep.distillation.unet"}
+KINDS = {
+    "unet": "fewstep.distillation.unet",
+    **dict.fromkeys(("adm", "edm", "edm2"), "fewstep.distillation.paper"),
+}
 
 
 @dataclass(frozen=True, eq=False)

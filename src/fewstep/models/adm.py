@@ -22,7 +22,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.denoiser import PREDICTIONS, per_sample
 from fewstep.models.card import Card, Choice
@@ -33,8 +33,19 @@ from fewstep.networks.preconditioning import denoise
 from fewstep.records import Int, Real, Slug, Text, as_slug, record, shown
 from fewstep.schedule import VP
 
-__all__ = ["Classifier", "Network", "Spec", "as_model", "card_of", "schedule_of", "spec_of"]
+__all__ = [
+    "Classifier",
+    "Network",
+    "Spec",
+    "as_model",
+    "card_of",
+    "model",
+    "parts",
+    "schedule_of",
+    "spec_of",
+]
 
+FIRST_STAGE, CLASSIFIER = "first_stage", "classifier"  # parts of a model folder, and of its card
 TIME_SCALE = 1000.0  # consistency models are told 1000 log(sigma) / 4
 NULL_CLASS = 1001  # rows of a class embedding whose last one stands for no class
 ROLES = {"eps": "eps prediction", "edm": "EDM's process", "consistency": "a consistency model"}
@@ -232,7 +243,7 @@ def spec_of(card: Card) -> Spec:
     Raises:
         ValueError: that names the field, where it is none of this kind.
     """
-    values = dict(card.network)
+    values = {name: value for name, value in card.network.items() if name != CLASSIFIER}
     picture = {name: values.pop(name, None) for name in ("size", "channels")}
     try:
         spec = Spec(**values)
@@ -282,3 +293,47 @@ def as_model(
         needs_label=spec.needs_label,
         classifier=classifier,
     )
+
+
+def parts(card: Card, tensors: int) -> dict[str, nn.Module]:
+    """The modules of such a model by the prefix of their weights, on the meta device."""
+    spec, rival = spec_of(card), card.network.get(CLASSIFIER)
+    if rival is not None and not isinstance(rival, dict):
+        raise ValueError("network.classifier must be a table")
+    try:
+        config = None if rival is None else ADMConfig(**rival)
+    except TypeError as error:
+        raise ValueError(f"network.classifier: {error}") from None
+    classes = spec.classes or (config.outputs if config else 0)
+    if len(card.classes) != classes:
+        raise ValueError(f"{len(card.classes)} class names for {classes} classes")
+    with torch.device("meta"):
+        made: dict[str, nn.Module] = {"": ADM(spec.unet)}
+        if spec.first_stage is not None:
+            made[f"{FIRST_STAGE}."] = Autoencoder(spec.first_stage)
+        if config is not None:
+            made[f"{CLASSIFIER}."] = Encoder(config)
+    return made
+
+
+def model(
+    card: Card,
+    made: Mapping[str, nn.Module],
+    stats: Mapping[str, Tensor],
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    compile: bool = False,
+) -> NetworkModel:
+    """The model that samples, of modules with their weights."""
+    spec = spec_of(card)
+    ready: dict[str, Any] = {
+        prefix.rstrip("."): net.eval().requires_grad_(False) for prefix, net in made.items()
+    }
+    guide = None
+    if (rival := ready.get(CLASSIFIER)) is not None:
+        table = schedule_of(spec.schedule)
+        assert table is not None
+        guide = Classifier(rival.to(device), table)
+    network = Network(spec, ready[""], ready.get(FIRST_STAGE))
+    placed = {name: value.to(device) for name, value in stats.items()}
+    return as_model(network, card, device, dtype, compile, guide, placed)

@@ -155,6 +155,34 @@ class Heard(Wrapper):
 
 
 @dataclass(frozen=True, eq=False)
+class ByNetwork(Wrapper):
+    """Guidance by a second network: ref + scale (D - ref), ref what the second one says.
+
+    Attributes:
+        denoiser: D(x, sigma)
+        guide: the second network's, which has its condition bound
+        scale: a float, or one number per sample, [b]
+    """
+
+    denoiser: Any
+    guide: Any
+    scale: float | Tensor
+
+    @property
+    def calls_per_eval(self) -> int:
+        return calls_per_eval(self.denoiser) + calls_per_eval(self.guide)
+
+    @property
+    def far_mean(self) -> None:
+        return None
+
+    def evaluate(self, inner: Evaluation, x: Tensor, sigma: Tensor) -> tuple[Tensor, Any]:
+        denoised, features = inner(x, sigma)
+        ref = self.guide(x, sigma)
+        return ref + per_sample(self.scale, x) * (denoised - ref), features
+
+
+@dataclass(frozen=True, eq=False)
 class NetworkModel:
     """A trained network with its card and statistics: everything from noise to pixels but the
     solver.
@@ -171,6 +199,7 @@ class NetworkModel:
     first_stage: makes pictures of states; None where states are pictures
     needs_label: whether the network has no row for "no class"
     classifier: of noisy states, by which guidance goes then
+    guide: a second network, by which guidance goes then
     """
 
     card: Card
@@ -185,10 +214,13 @@ class NetworkModel:
     first_stage: FirstStage | None = field(default=None, repr=False)
     needs_label: bool = False
     classifier: ClassGradient | None = field(default=None, repr=False)
+    guide: NetworkModel | None = field(default=None, repr=False)
 
     @property
     def dtype(self) -> torch.dtype:
-        return next((p.dtype for p in self.net.parameters()), torch.float32)
+        """Of the arithmetic: the narrowest that there is, since some layers may stay float32."""
+        kinds = {p.dtype for p in self.net.parameters()}
+        return min(kinds, key=lambda kind: kind.itemsize, default=torch.float32)
 
     @property
     def device(self) -> torch.device:
@@ -224,8 +256,8 @@ class NetworkModel:
                 number is always an index
             prompt, negative: for models with text, so not here
             guidance: scale of classifier-free guidance, >= 0, one or one per picture, needs a
-                label; None or 1 is none. A network that is told the scale takes it in, at no second
-                pass.
+                label; None or 1 is none, 0 the prediction without a label, and either costs one
+                pass. A network that is told the scale takes it in, at no second pass.
 
         Raises:
             ValueError: for a text, an unknown label, a guidance that is negative or not finite,
@@ -254,6 +286,13 @@ class NetworkModel:
             by = 1.0 if guidance is None else scale.item() if scale.ndim == 0 else scale
             base = Bound(self.conditional(), rows, self._far(rows))
             return base if by == 0.0 else ClassGuided(base, self.classifier, by, rows)
+        if self.guide is not None:
+            by = 1.0 if guidance is None else scale.item() if scale.ndim == 0 else scale
+            base = Bound(self.conditional(), rows, self._far(rows))
+            if by == 1.0:
+                return base
+            theirs = self.guide.denoiser(label if self.guide.card.classes else None)
+            return theirs if by == 0.0 else ByNetwork(base, theirs, by)
         if "guidance" in self.card.told:
             return self._told(rows, label, guidance, scale)
         base = self.conditional()
@@ -267,6 +306,8 @@ class NetworkModel:
                 "needs; leave guidance out, or give a classifier"
             )
         none = torch.full_like(rows, len(self.card.classes))
+        if scale.ndim == 0 and scale == 0:
+            return Bound(base, none[:1], self._far(none[:1]))
         strength = scale.item() if scale.ndim == 0 else scale.float().to(self.device)
         means = self._far(rows), self._far(none)
         far = None if means[0] is None or means[1] is None else (means[0], means[1])

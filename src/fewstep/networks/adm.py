@@ -335,6 +335,11 @@ class ADM(nn.Module):
         head = nn.Conv2d(config.widths[0], config.outputs, 3, padding=1)
         self.out = nn.Sequential(Norm(config.widths[0]), nn.SiLU(), head)
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(c, h, w) of the state."""
+        return self.config.channels, self.config.size, self.config.size
+
     def forward(
         self,
         x: Tensor,

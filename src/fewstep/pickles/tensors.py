@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from fewstep.data.bounds import check_room
-from fewstep.pickles.files import Pickled
+from fewstep.pickles.files import FETCH, Pickled
 from fewstep.pickles.records import Record, Tensor
 from fewstep.text import clean
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["load", "module_tensors", "stream", "tensors"]
+__all__ = ["floats", "load", "module_tensors", "stream", "tensors"]
 
 DEEPEST = 64
+FEW = 1_000_000  # numbers
 SMALL = 64 * 2**20
 PLAIN = ("state_dict", "model", "ema", "network")  # these say what, and are no part of a name
 
@@ -90,12 +92,30 @@ def stream(pickled: Pickled, chosen: Mapping[str, Tensor]) -> Iterator[tuple[str
     if total > pickled.nbytes + SMALL:
         raise ValueError(
             f"{clean(pickled.path)} declares {total} bytes of tensors and has {pickled.nbytes}; "
-            "fetch it again"
+            f"{FETCH}"
         )
     check_room(total, clean(pickled.path))
     with open(pickled.path, "rb") as file:
         for name, tensor in chosen.items():
             yield name, _numbers(file, pickled.path, tensor)
+
+
+def floats(pickled: Pickled, tensor: Tensor) -> list[float]:
+    """The numbers of a small flat tensor, without torch.
+
+    Raises:
+        OSError: where the file cannot be read.
+        ValueError: for another tensor, or where the file was cut since.
+    """
+    form = {"float64": "d", "float32": "f", "float16": "e"}.get(tensor.dtype)
+    if form is None or len(tensor.shape) != 1 or tensor.stride != (1,) or tensor.numel > FEW:
+        raise ValueError(f"a tensor of {tensor.dtype} and shape {tensor.shape} is no short table")
+    with open(pickled.path, "rb") as file:
+        file.seek(tensor.storage.start + tensor.offset * tensor.storage.size)
+        data = file.read(tensor.nbytes)
+    if len(data) != tensor.nbytes:
+        raise ValueError(f"{clean(pickled.path)} was cut short while it was read; {FETCH}")
+    return list(struct.unpack(f"<{tensor.numel}{form}", data))
 
 
 def _numbers(file: BinaryIO, path: Path, tensor: Tensor) -> torch.Tensor:
@@ -110,7 +130,7 @@ def _numbers(file: BinaryIO, path: Path, tensor: Tensor) -> torch.Tensor:
     raw = torch.empty(count * size, dtype=torch.uint8)
     file.seek(tensor.storage.start + tensor.offset * size)
     if file.readinto(memoryview(raw.numpy())) != len(raw):  # type: ignore[attr-defined]
-        raise ValueError(f"{clean(path)} was cut short while it was read; fetch it again")
+        raise ValueError(f"{clean(path)} was cut short while it was read; {FETCH}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         flat = raw.view(dtype)

@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from fewstep.serve.errors import ApiError, as_api_error
 from fewstep.serve.service import Asked, Service, Work
+from fewstep.solver import names
 
 __all__ = ["EventStream", "in_events", "in_one", "model_facts"]
 
@@ -226,6 +227,7 @@ def model_facts(service: Service, name: str) -> dict[str, Any]:
         "size": f"{width}x{height}",
         "channels": channels,
         "budgets": [int(budget) for budget in card.auto],
+        "solvers": ["auto", *names(), *(names(consistency=True) if card.distilled else [])],
     }
 
 

@@ -92,7 +92,7 @@ def create_app(
     _add_images(app, service, log_prompts)
     _add_one_image(app, service)
     _add_operations(app, service, answers, ready)
-    clients = Clients(keys, service.limits.streams)
+    clients = Clients(keys, service.limits.most_streams)
     return Gate(app, clients, service.limits, local and not keys, origins, answers)
 
 
@@ -245,8 +245,8 @@ def _add_operations(
             "waiting": engine.waiting(),
             "running": engine.running,
             "evaluations_per_second": round(engine.stats.speed, 1),
-            "most_images": service.limits.images,
-            "most_evaluations": service.limits.evaluations,
+            "most_images": service.limits.most_images,
+            "most_evaluations": service.limits.most_evaluations,
         }
 
     @app.get("/", include_in_schema=False)

@@ -116,7 +116,7 @@ def refined(service: Service, body: Refinement, made: Made) -> Asked:
     """The same picture with more evaluations. Raises ApiError."""
     _, model = service.model(made.model)
     before = int(made.about["nfe"])
-    nfe = body.nfe or min(max(2 * before, 8), service.limits.evaluations)
+    nfe = body.nfe or min(max(2 * before, 8), service.limits.most_evaluations)
     settings = _settings(service, model, body.solver, nfe)
     return _again(made, body, settings, (made.noise,))
 
@@ -295,13 +295,13 @@ def _settings(service: Service, model: Model, solver: str, nfe: int | None) -> S
 
 
 def _check_budget(service: Service, nfe: int) -> None:
-    most = service.limits.evaluations
+    most = service.limits.most_evaluations
     if nfe > most:
         raise ApiError(400, f"nfe must be at most {most}, got {nfe}", param="nfe")
 
 
 def _check_count(service: Service, count: int) -> None:
-    most = service.limits.images
+    most = service.limits.most_images
     if count > most:
         raise ApiError(400, f"at most {most} pictures in a request, got {count}", param="n")
 

@@ -30,8 +30,6 @@ from fewstep.serve.together import Share, together
 
 __all__ = ["Engine", "Event", "Full", "Job", "Stopping"]
 
-SECONDS_KEPT = 5.0  # over which the speed is measured
-
 
 class Full(Exception):
     """The queue has no room. `seconds`: when it may have."""
@@ -371,7 +369,9 @@ class Engine:
                 one = slice(place, place + part.count)
                 part.tell(denoised[one], None if features is None else features[one])
                 part.job.spent += part.count
-                part.job.late += part.count * part.job.cancelled
+                if part.job.cancelled:
+                    part.job.late += part.count
+                    self.stats.late += part.count
                 place += part.count
                 self._show(part)
                 part.ask()

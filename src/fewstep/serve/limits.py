@@ -12,28 +12,28 @@ class Limits:
     """Bounds of requests and of what is kept.
 
     Attributes:
-        images: Pictures of one request.
-        evaluations: Network evaluations of one picture.
+        most_images: Pictures of one request.
+        most_evaluations: Network evaluations of one picture.
         pixels: Pixels of one picture.
         prompt_bytes: Bytes of a prompt, in UTF-8.
         upload_bytes: Bytes of a request with pictures.
         upload_pixels: Pixels of an uploaded picture.
-        streams: Requests of one client at a time.
-        waiting: Pictures in the queue.
+        most_streams: Requests of one client at a time.
+        most_waiting: Pictures in the queue.
         kept: Pictures that can be refined later.
         kept_bytes: Bytes of these.
         kept_seconds: How long they are kept.
         send_seconds: How long a client may take to read what is ready.
     """
 
-    images: int = 10
-    evaluations: int = 50
+    most_images: int = 10
+    most_evaluations: int = 50
     pixels: int = 4_194_304
     prompt_bytes: int = 8_000
     upload_bytes: int = 16_000_000
     upload_pixels: int = 16_777_216
-    streams: int = 64
-    waiting: int = 256
+    most_streams: int = 64
+    most_waiting: int = 256
     kept: int = 2_000
     kept_bytes: int = 256_000_000
     kept_seconds: int = 3600

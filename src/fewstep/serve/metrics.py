@@ -42,6 +42,7 @@ class Engine(Collector):
         counts = {
             "evaluations": ("Evaluations of pictures", stats.evaluations),
             "batches": ("Evaluations of batches", stats.batches),
+            "late_evaluations": ("Evaluations of requests cancelled meanwhile", stats.late),
             "pictures": ("Pictures that were finished", stats.pictures),
             "requests_finished": ("Requests that were finished", stats.jobs),
             "requests_cancelled": ("Requests that were cancelled", stats.cancelled),

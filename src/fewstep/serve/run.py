@@ -21,7 +21,7 @@ from fewstep.serve.engine import Engine
 from fewstep.serve.limits import Limits
 from fewstep.serve.service import Service
 
-__all__ = ["Server", "faster", "is_loopback", "make_service", "start_log"]
+__all__ = ["Server", "is_loopback", "listen", "make_service", "start_log"]
 
 
 def is_loopback(host: str) -> bool:
@@ -32,6 +32,16 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket on an address, before any work is done. Raises OSError that names the address."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=512)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(f"cannot listen on {host}, port {port}: {reason}; choose others") from None
 
 
 def make_service(
@@ -61,19 +71,8 @@ def make_service(
     if threads is None and on_cpu:
         threads = max(1, total // workers)
     rows = batch or (16 if on_cpu else 64)
-    engine = Engine(rows=rows, workers=workers, threads=threads, most_waiting=limits.waiting)
-    return Service({name: faster(model) for name, model in models.items()}, engine, limits)
-
-
-def faster(model: Model) -> Model:
-    """The same model with its convolutions' weights laid out channels last, which is faster on
-    most machines. Pictures change by rounding only."""
-    import torch
-
-    network = getattr(model, "net", None)
-    if isinstance(network, torch.nn.Module):
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model
+    engine = Engine(rows=rows, workers=workers, threads=threads, most_waiting=limits.most_waiting)
+    return Service(models, engine, limits)
 
 
 class Facts(logging.Formatter):
@@ -109,15 +108,11 @@ class Server(uvicorn.Server):
         self,
         app: Any,
         service: Service,
-        host: str,
-        port: int,
         seconds: int,
         started: Callable[[str], None] = lambda address: None,
     ) -> None:
         config = uvicorn.Config(
             app,
-            host=host,
-            port=port,
             log_config=None,
             access_log=False,
             server_header=False,
@@ -125,7 +120,6 @@ class Server(uvicorn.Server):
             timeout_keep_alive=30,
             h11_max_incomplete_event_size=65_536,
             limit_concurrency=2000,
-            backlog=512,
         )
         super().__init__(config)
         self._service, self._seconds, self._told = service, seconds, started

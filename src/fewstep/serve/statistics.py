@@ -33,12 +33,13 @@ class Statistics:
         batches: evaluations of whole batches
         last_batch: pictures in the newest one
         cancelled, refused, failed, jobs: numbers of jobs
+        late: evaluations of pictures whose job was cancelled while they ran
         pictures: that were finished
         stages: seconds by stage: queue, evaluate, decode, encode, request
     """
 
     def __init__(self, speed: float) -> None:
-        self.evaluations = self.batches = self.last_batch = self.pictures = 0
+        self.evaluations = self.batches = self.last_batch = self.pictures = self.late = 0
         self.cancelled = self.refused = self.failed = self.jobs = 0
         self.stages = {
             name: Times() for name in ("queue", "evaluate", "decode", "encode", "request")

@@ -22,6 +22,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +235,14 @@ def export_network(
         folder.check()
     stats = data_statistics(images, labels, count)
     rounded = copy.deepcopy(net).half().float()  # what will be loaded
-    stats["far_mean"] = far_means(rounded, recipe.sigma_max, recipe.sigma_data)
+    config = rounded.config
+    stats["far_mean"] = far_means(
+        partial(denoise, rounded, sigma_data=recipe.sigma_data),
+        rounded.image_shape,
+        config.classes,
+        recipe.sigma_max,
+        device=next(rounded.parameters()).device,
+    )
     card = Card(
         name=name,
         network=asdict(recipe.network),

@@ -67,7 +67,7 @@ FORMATS = (
         "a single file",
         lambda path: path.is_file(),
         "fewstep.models.formats:load_single",
-        (*PIPELINE_OPTIONS, "preset", "classifier"),
+        (*PIPELINE_OPTIONS, "preset", "classifier", "vae", "guide"),
     ),
 )
 

@@ -14,8 +14,8 @@ diffusion are named as the network's own, without any dot.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,16 @@ import torch
 from torch import Tensor
 
 from fewstep.files import file_hash
-from fewstep.models.adm import Classifier, Network, Spec, as_model, card_of, schedule_of
+from fewstep.models.adm import (
+    CLASSIFIER,
+    FIRST_STAGE,
+    Classifier,
+    Network,
+    Spec,
+    as_model,
+    card_of,
+    schedule_of,
+)
 from fewstep.models.card import Card
 from fewstep.models.formats.adm_settings import (
     PRESETS,
@@ -41,7 +50,16 @@ from fewstep.networks.autoencoder import Autoencoder, AutoencoderConfig
 from fewstep.networks.device import check_device, check_dtype
 from fewstep.records import shown
 
-__all__ = ["Examined", "describe_file", "examine", "filled", "load_file", "read", "read_classifier"]
+__all__ = [
+    "Examined",
+    "describe_file",
+    "examine",
+    "filled",
+    "load_file",
+    "open_parts",
+    "read",
+    "read_classifier",
+]
 
 RAW, EMA, FIRST = "model.diffusion_model.", "model_ema.", "first_stage_model."
 EMBEDDER = "cond_stage_model.embedding.weight"
@@ -199,6 +217,49 @@ def load_file(
     if guide is not None:
         card = _guided_card(card, found.spec, guide)
     return as_model(network, card, place, kind, compile, guide)
+
+
+def open_parts(
+    path: Path,
+    preset: str | None = None,
+    config: str | Path | Mapping[str, Any] | None = None,
+    classifier: str | Path | None = None,
+) -> tuple[Card, dict[str, tuple[int, ...]], Callable[[], Iterator[tuple[str, Tensor]]]]:
+    """What a model folder of the network in a file holds: (card, shapes, weights one by one).
+
+    Arguments and errors as of `load_file`.
+    """
+    file = open_tensors(path)
+    small = file.load([name for name in SMALL if name in file.entries])
+    found = examine(file.entries, small, str(path), preset, config)
+    unet, legacy, guide = found.spec.unet, found.legacy, None
+    card = card_of(found.spec, path.stem, file_hash(path), source=path.name)
+    if classifier is not None:
+        guide = _load_classifier(Path(classifier), config, found.spec, torch.device("cpu"))
+        card = _guided_card(card, found.spec, guide)
+        rival = {CLASSIFIER: asdict(guide.net.config)}
+        card = replace(card, network={**card.network, **rival})
+
+    def values() -> Iterator[tuple[str, Tensor]]:
+        for ours, theirs in found.names.items():
+            yield ours, _arranged(ours, file.load([theirs])[theirs], unet, legacy)
+        for ours, theirs in found.stage.items():
+            yield f"{FIRST_STAGE}.{ours}", file.load([theirs])[theirs]
+        for name, value in guide.net.state_dict().items() if guide else ():
+            yield f"{CLASSIFIER}.{name}", value
+
+    shapes = {ours: _flat(ours, file.entries[theirs].shape) for ours, theirs in found.names.items()}
+    for ours, theirs in found.stage.items():
+        shapes[f"{FIRST_STAGE}.{ours}"] = tuple(file.entries[theirs].shape)
+    for name, value in guide.net.state_dict().items() if guide else ():
+        shapes[f"{CLASSIFIER}.{name}"] = tuple(value.shape)
+    return card, shapes, values
+
+
+def _flat(name: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of a parameter as the network keeps it."""
+    squeezed = name.endswith(SQUEEZED) and math.prod(shape[2:]) == 1
+    return tuple(shape[:2] if squeezed else shape)
 
 
 def describe_file(

@@ -72,7 +72,8 @@ KINDS: tuple[Kind, ...] = (
     Kind(
         "a network pickle of NVlabs/edm, edm2 or diff-sampler",
         lambda c: any("persistence" in name for name in c.classes),
-        "it holds its network as a program, which fewstep never runs",
+        home="fewstep.models.formats.papers:load_file",
+        options=("preset", "vae", "guide"),
     ),
     Kind(
         "a Flux",

@@ -1,4 +1,4 @@
-"""Our own folders: `card.json` and `model.safetensors`, for networks of the kind unet.
+"""Our own folders: `card.json` and `model.safetensors`, for networks of every kind.
 
 The weights file also has, for each class and last for no class, what solvers may use that costs
 no evaluation:
@@ -12,28 +12,46 @@ no evaluation:
 
 from __future__ import annotations
 
+import importlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fewstep.files import file_hash, write_json, write_whole
+from fewstep.files import file_hash, write_json
 from fewstep.models.card import CARD_FILE, WEIGHTS_FILE, Card
 from fewstep.models.network import NetworkModel
 from fewstep.networks.device import check_device, check_dtype
 from fewstep.networks.taps import has_module
-from fewstep.networks.unet import UNet
-from fewstep.networks.unet_config import UNetConfig
-from fewstep.tensors import Entry, load_tensors, read_header
+from fewstep.tensors import Entry, load_tensors, read_header, write_tensors
 
-__all__ = ["load_folder", "save_folder"]
+__all__ = [
+    "KINDS",
+    "STATISTICS",
+    "check_shapes",
+    "fill",
+    "kind_of",
+    "load_folder",
+    "save_folder",
+    "shapes_of",
+    "write_folder",
+]
 
-KINDS = ("unet",)
-TENSORS = 10  # of one block of the network, at least
+# kind of a card: the module with
+#     parts(card, tensors)    its networks on the meta device, by what the names of their weights
+#                             begin with; "" is the network, whose `image_shape` is a sample's
+#     model(card, parts, stats, device, dtype, compile)    the model, once they have their weights
+KINDS = {
+    "unet": "fewstep.models.unet",
+    "adm": "fewstep.models.adm",
+    "edm": "fewstep.models.edm",
+    "edm2": "fewstep.models.edm",
+}
+STATISTICS = "stats."
 
 
 def load_folder(
@@ -47,12 +65,12 @@ def load_folder(
     Raises:
         ValueError: where a file is missing, cut short, or does not go with the card.
     """
-    kind, place = check_dtype(dtype), check_device(device)
+    arithmetic, place = check_dtype(dtype), check_device(device)
     card = Card.read(folder)
-    if card.kind not in KINDS:
-        raise ValueError(
-            f"{folder} holds a model of kind {card.kind!r}, this version knows: {', '.join(KINDS)}"
-        )
+    try:
+        kind = kind_of(card)
+    except ValueError as error:
+        raise ValueError(f"{folder} {error}") from None
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         raise ValueError(f"{folder} has a card but no {WEIGHTS_FILE}; fetch it again")
@@ -62,65 +80,102 @@ def load_folder(
         )
     header = read_header(path)
     try:
-        net = _network(card, header)
-        config = net.config
-        _check_statistics(header, config)
-        if len(card.classes) != config.classes:
-            raise ValueError(f"{len(card.classes)} class names for {config.classes} classes")
-        if card.feature_module and not has_module(net, card.feature_module):
+        parts = kind.parts(card, len(header))
+        check_shapes(shapes_of(parts), {n: e.shape for n, e in header.items() if not _is_stat(n)})
+        _check_statistics(header, parts[""].image_shape, len(card.classes))
+        if card.feature_module and not has_module(parts[""], card.feature_module):
             raise ValueError(f"feature_module {card.feature_module!r} is no module of the network")
     except (RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{path} does not go with its card: {reason}") from None
+    # file by file float32, then the kind's own arithmetic
     tensors = {name: tensor.float() for name, tensor in load_tensors(path).items()}
-    stats = {n.removeprefix("stats."): t for n, t in tensors.items() if n.startswith("stats.")}
-    # the table of frequencies stays float32
-    weights = {n: t.to(kind) for n, t in tensors.items() if not n.startswith("stats.")}
-    net.load_state_dict(weights, assign=True)
-    net = net.to(place).eval().requires_grad_(False)
-    # float16 in the file: orthonormal again
-    stats["basis"] = torch.linalg.qr(stats["basis"].mT).Q.mT.contiguous()
-    stats = {name: t.to(place) for name, t in stats.items()}
-    compiled = torch.compile(net) if compile else None
-    return NetworkModel(card, net, stats, net, net.image_shape, compiled=compiled)
+    fill(parts, tensors)
+    stats = {n.removeprefix(STATISTICS): t for n, t in tensors.items() if _is_stat(n)}
+    if "basis" in stats:  # float16 in the file: orthonormal again
+        stats["basis"] = torch.linalg.qr(stats["basis"].mT).Q.mT.contiguous()
+    return kind.model(card, parts, stats, place, arithmetic, compile)
 
 
-def save_folder(folder: Path, card: Card, net: UNet, stats: Mapping[str, Tensor]) -> Card:
-    """Write weights as float16 and the card, each whole; returns the card with the weights'
-    hash."""
-    tensors = {
-        name: value.detach().half().contiguous().cpu() for name, value in net.state_dict().items()
+def save_folder(
+    folder: Path,
+    card: Card,
+    net: nn.Module | Mapping[str, nn.Module],
+    stats: Mapping[str, Tensor],
+) -> Card:
+    """Write weights as float16 and the card, each whole; returns the card with the weights' hash.
+
+    Args:
+        folder: of the model
+        card: of the model
+        net: the network, or the networks by what the names of their weights begin with
+        stats: the statistics that the module's docstring lists
+    """
+    parts = net if isinstance(net, Mapping) else {"": net}
+    values = {
+        prefix + name: value
+        for prefix, one in parts.items()
+        for name, value in one.state_dict().items()
     }
-    tensors |= {f"stats.{name}": value.half().contiguous().cpu() for name, value in stats.items()}
-    write_whole(folder / WEIGHTS_FILE, safetensors.torch.save(tensors))
+    values |= {STATISTICS + name: value for name, value in stats.items()}
+    layout = {name: Entry("F16", tuple(value.shape)) for name, value in values.items()}
+    return write_folder(folder, card, layout, values.items)
+
+
+def write_folder(
+    folder: Path,
+    card: Card,
+    layout: Mapping[str, Entry],
+    values: Callable[[], Iterable[tuple[str, Tensor]]],
+) -> Card:
+    """Write weights one at a time, and the card; returns it with the weights' hash.
+
+    Raises:
+        OSError: where the folder cannot be written.
+        ValueError: as `fewstep.tensors.write_tensors`.
+    """
+    write_tensors(folder / WEIGHTS_FILE, layout, values)
     card = replace(card, weights_sha256=file_hash(folder / WEIGHTS_FILE), folder=folder)
     write_json(folder / CARD_FILE, card.to_dict())
     return card
 
 
-def _network(card: Card, header: Mapping[str, Entry]) -> UNet:
-    """The network that the card describes, without memory.
+def fill(parts: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:
+    """Give networks their weights, which are in `tensors` by prefix and name."""
+    for prefix, net in parts.items():
+        net.load_state_dict({n: tensors[prefix + n] for n in net.state_dict()}, assign=True)
+
+
+def kind_of(card: Card) -> Any:
+    """The module of a card's kind.
 
     Raises:
-        ValueError: the weights file does not hold what it needs.
+        ValueError: where this version knows none.
     """
-    config = UNetConfig(**card.network)
-    if 2 * TENSORS * config.blocks * len(config.widths) > len(header):
+    if card.kind not in KINDS:
         raise ValueError(
-            f"blocks is {config.blocks} at {len(config.widths)} widths, and the file has "
-            f"{len(header)} tensors"
+            f"holds a model of kind {card.kind!r}, this version knows: {', '.join(KINDS)}"
         )
-    with torch.device("meta"):  # takes no memory and draws no random numbers
-        net = UNet(config)
-    wanted = {name: tuple(value.shape) for name, value in net.state_dict().items()}
-    found = {n: entry.shape for n, entry in header.items() if not n.startswith("stats.")}
-    _check_shapes(wanted, found)
-    return net
+    return importlib.import_module(KINDS[card.kind])
 
 
-def _check_shapes(
+def _is_stat(name: str) -> bool:
+    return name.startswith(STATISTICS)
+
+
+def shapes_of(parts: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
+    """The shapes of all weights of some networks, by prefix and name."""
+    return {
+        prefix + name: tuple(value.shape)
+        for prefix, net in parts.items()
+        for name, value in net.state_dict().items()
+    }
+
+
+def check_shapes(
     wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
 ) -> None:
+    """Raise ValueError that names the first tensor whose shape is not as it must be."""
     for name in sorted({*wanted, *found}):
         if wanted.get(name) != found.get(name):
             raise ValueError(
@@ -129,18 +184,17 @@ def _check_shapes(
             )
 
 
-def _check_statistics(header: Mapping[str, Entry], config: UNetConfig) -> None:
-    """Raise ValueError where a tensor named stats.* is missing or of another shape than the
+def _check_statistics(header: Mapping[str, Entry], shape: tuple[int, ...], classes: int) -> None:
+    """Raise ValueError where a tensor named stats.* is unknown, or of another shape than the
     module's docstring says."""
-    found = {name: entry.shape for name, entry in header.items() if name.startswith("stats.")}
-    rows, picture = config.classes + 1, (config.channels, config.size, config.size)
-    pixels, variances = math.prod(picture), found.get("stats.variances", ())
+    found = {name: entry.shape for name, entry in header.items() if _is_stat(name)}
+    rows, pixels, variances = classes + 1, math.prod(shape), found.get("stats.variances", ())
     k = min(variances[-1] if variances else 0, pixels)
     wanted = {
-        "stats.far_mean": (rows, *picture),
+        "stats.far_mean": (rows, *shape),
         "stats.mean": (rows, pixels),
         "stats.basis": (rows, k, pixels),
         "stats.variances": (rows, k),
         "stats.rest": (rows,),
     }
-    _check_shapes(wanted, {name: found[name] for name in wanted if name in found})
+    check_shapes({name: wanted.get(name, ()) for name in found}, found)
