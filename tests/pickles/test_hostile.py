@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from fewstep import pickles
@@ -326,7 +326,12 @@ def test_damaged_files_are_read_or_refused(data: st.DataObject, tmp_path_factory
 
 
 @pytest.mark.slow
-@settings(max_examples=4000, **QUICK)
-@given(data=st.data())
-def test_many_damaged_files_are_read_or_refused(data: st.DataObject, tmp_path_factory: Any) -> None:
-    read_or_refuse(mutated(data), tmp_path_factory.getbasetemp() / "damaged")
+@pytest.mark.parametrize("part", range(5))
+def test_many_damaged_files_are_read_or_refused(part: int, tmp_path: Path) -> None:
+    @seed(part)
+    @settings(max_examples=500, **QUICK)
+    @given(data=st.data())
+    def check(data: st.DataObject) -> None:
+        read_or_refuse(mutated(data), tmp_path / "damaged")
+
+    check()
