@@ -26,12 +26,11 @@ from torch import Tensor, nn
 import fewstep
 from fewstep.cli import main
 from fewstep.data.images import read_png
-from fewstep.data.training import mapped
 from fewstep.denoiser import Predicted
 from fewstep.distillation import Recipe, distill
 from fewstep.distillation.losses import Draw, Levels, draw, subpath_losses
 from fewstep.distillation.students import Examination, student_levels
-from fewstep.distillation.subject import KINDS, Subject, subject
+from fewstep.distillation.subject import Subject, subject
 from fewstep.distillation.subpath import CleanEnd
 from fewstep.distillation.teacher import stepper
 from fewstep.distillation.training import Distillation
@@ -553,40 +552,6 @@ def test_validation_looks_at_pictures_where_the_states_are_latents() -> None:
     examine = Examination(replace(model, first_stage=Doubled()), 5, labels=(0, 1))
     assert np.array_equal(examine.reference, of_states.repeat(2, 1).repeat(2, 2))
     assert examine.reference.shape == (5, 16, 16, 1)
-
-
-# --- adapters ---------------------------------------------------------------------------------
-
-ADAPTED = {"unet": tiny_model}  # a model of each kind that can be distilled
-
-
-def test_every_adapter_is_tried() -> None:
-    assert set(ADAPTED) == set(KINDS)
-
-
-@pytest.mark.parametrize("told", [(), ("gamma",), ("guidance",), ("gamma", "guidance")])
-@pytest.mark.parametrize("kind", ADAPTED)
-def test_an_adapter_starts_at_its_teacher_and_its_students_come_back(
-    kind: str, told: tuple[str, ...], tmp_path: Path
-) -> None:
-    model = ADAPTED[kind]()
-    assert model.card.kind == kind
-    known = subject(model, told, seed=0)
-    x, sigma = model.prior(range(2)), torch.tensor([80.0, 0.5])
-    numbers = torch.tensor([[3.0] * len(told), [1.0] * len(told)]) if told else None
-    condition = mapped(lambda none: none.expand(2, *none.shape[1:]), known.none)
-    with torch.no_grad():
-        ours = known.denoise(known.student, x, sigma, condition, numbers)
-        torch.testing.assert_close(ours, known.teacher(x, sigma, condition), rtol=0, atol=1e-6)
-    assert any(weight.requires_grad for weight in known.student.parameters())
-    bound = known.bind(known.student, known.card)
-    assert not any(weight.requires_grad for weight in bound.net.parameters())
-    saved = known.save(tmp_path, known.student, known.card)
-    again = fewstep.load(tmp_path)
-    assert again.card.weights_sha256 == saved.weights_sha256 != ""
-    assert (again.card.kind, again.shape, again.card.told) == (kind, model.shape, told)
-    ours, theirs = (one.denoiser()(x, sigma) for one in (bound, again))
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3)  # float16 in the file
 
 
 # --- students ---------------------------------------------------------------------------------
