@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fewstep
+from fewstep.denoiser import calls_per_eval
 from fewstep.networks.preconditioning import IDDPM, VE, VP
 from tests.support.edm_files import Reference, write_edm, write_edm2
 
@@ -197,6 +198,9 @@ def test_guidance_by_a_second_network(tmp_path: Path) -> None:
             ref = guide.denoiser(2 if guide.card.classes else None)(x, sigma)
             found = model.denoiser(2, guidance=1.5)(x, sigma)
             assert torch.equal(model.denoiser(2)(x, sigma), d)
+            assert torch.equal(model.denoiser(2, guidance=0)(x, sigma), ref)
+        counts = {by: calls_per_eval(model.denoiser(2, guidance=by)) for by in (0, 1, 1.5)}
+        assert counts == {0: 1, 1: 1, 1.5: 2}
         torch.testing.assert_close(found, ref + 1.5 * (d - ref), rtol=0, atol=1e-6)
 
 

@@ -280,6 +280,15 @@ def test_a_picture_depends_on_its_seed_and_its_texts_alone(model):
         fewstep.sample(model, seeds=[1, 2, 3], **{**given, "negative": ["a", "b"]}, **RUN)
 
 
+@pytest.mark.parametrize("negative", [None, "sat"])
+def test_guidance_0_is_the_negative_or_empty_text_evaluated_once(model, negative):
+    text = {} if negative is None else {"negative": negative}
+    nothing = fewstep.sample(model, seeds=[1], prompt="a cat", guidance=0, **text, **RUN)
+    assert nothing.network_calls == nothing.nfe == RUN["nfe"]
+    plain = fewstep.sample(model, seeds=[1], prompt=negative or "", **RUN)
+    assert np.array_equal(nothing.images, plain.images)
+
+
 def test_each_text_is_encoded_once_and_alone(model):
     model = replace(model, texts=TextCache())
     rows: list[int] = []

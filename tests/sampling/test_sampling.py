@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 
 import fewstep
+from fewstep.denoiser import calls_per_eval
 from fewstep.models import BUILTIN, Model
 from fewstep.models.formats.native import load_folder
 from fewstep.models.network import NetworkModel
@@ -81,6 +82,21 @@ def test_labels_by_name_index_or_one_per_seed(model: Model) -> None:
     assert near(mixed[:1], pictures(1)[:1])
     assert near(mixed[1:], pictures("bag")[1:])
     assert not near(pictures(1), pictures(8))
+
+
+def test_guidance_0_is_the_unconditional_prediction_evaluated_once(model: NetworkModel) -> None:
+    x, sigma = model.prior([1, 2]), torch.full((2,), 80.0)
+    for label in (2, [2, 5]):
+        denoiser = model.denoiser(label, guidance=0)
+        assert calls_per_eval(denoiser) == 1
+        assert torch.equal(denoiser(x, sigma), model.denoiser()(x, sigma))
+        assert torch.equal(denoiser.far_mean, model.denoiser().far_mean)  # type: ignore[arg-type]
+    run = {"solver": "ddim", "nfe": 3, "seeds": [1]}
+    nothing = fewstep.sample(model, label=2, guidance=0.0, **run)  # type: ignore[arg-type]
+    assert nothing.network_calls == 3
+    assert np.array_equal(nothing.images, fewstep.sample(model, **run).images)  # type: ignore[arg-type]
+    twice = model.denoiser(2, guidance=torch.zeros(2))  # one per picture: others may be guided
+    torch.testing.assert_close(twice(x, sigma), model.denoiser()(x, sigma), rtol=0, atol=1e-5)
 
 
 def test_guidance_is_the_published_combination(model: NetworkModel) -> None:

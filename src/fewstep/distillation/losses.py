@@ -127,6 +127,8 @@ def _guided(subject: Subject, condition: Condition, scale: Tensor, recipe: Recip
     """The teacher under its conditions; both passes of guidance are one batched call."""
     if recipe.scales == (1.0, 1.0):
         return Bound(subject.teacher, condition)
+    if recipe.scales == (0.0, 0.0):
+        return Bound(subject.teacher, subject.none)
     return Guided(subject.teacher, scale, condition, subject.none)
 
 

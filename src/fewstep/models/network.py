@@ -256,8 +256,8 @@ class NetworkModel:
                 number is always an index
             prompt, negative: for models with text, so not here
             guidance: scale of classifier-free guidance, >= 0, one or one per picture, needs a
-                label; None or 1 is none. A network that is told the scale takes it in, at no second
-                pass.
+                label; None or 1 is none, 0 the prediction without a label, and either costs one
+                pass. A network that is told the scale takes it in, at no second pass.
 
         Raises:
             ValueError: for a text, an unknown label, a guidance that is negative or not finite,
@@ -289,8 +289,10 @@ class NetworkModel:
         if self.guide is not None:
             by = 1.0 if guidance is None else scale.item() if scale.ndim == 0 else scale
             base = Bound(self.conditional(), rows, self._far(rows))
+            if by == 1.0:
+                return base
             theirs = self.guide.denoiser(label if self.guide.card.classes else None)
-            return base if by == 1.0 else ByNetwork(base, theirs, by)
+            return theirs if by == 0.0 else ByNetwork(base, theirs, by)
         if "guidance" in self.card.told:
             return self._told(rows, label, guidance, scale)
         base = self.conditional()
@@ -304,6 +306,8 @@ class NetworkModel:
                 "needs; leave guidance out, or give a classifier"
             )
         none = torch.full_like(rows, len(self.card.classes))
+        if scale.ndim == 0 and scale == 0:
+            return Bound(base, none[:1], self._far(none[:1]))
         strength = scale.item() if scale.ndim == 0 else scale.float().to(self.device)
         means = self._far(rows), self._far(none)
         far = None if means[0] is None or means[1] is None else (means[0], means[1])

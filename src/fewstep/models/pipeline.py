@@ -135,8 +135,8 @@ class PipelineModel:
         Args:
             prompt: one text for all pictures, or one per picture; None is the empty text
             guidance: scale of classifier-free guidance, one or one per picture, >= 0; None or 1 is
-                none and costs one network call, any other costs two. A network that takes the scale
-                as an input (LCM) is told it and costs one call.
+                none and 0 the unconditional prediction, at one network call, any other costs two.
+                A network that takes the scale as an input (LCM) is told it and costs one call.
             negative: the negative prompt, in place of the empty text
             original_size, crops_coords_top_left, target_size: the size conditioning of SDXL,
                 (height, width) each; the picture's own size, uncropped, where left out
@@ -177,6 +177,8 @@ class PipelineModel:
             return self._finish(Bound(self._network(), cond))
         assert scale is not None
         one = float(scale) if scale.ndim == 0 else scale
+        if scale.ndim == 0 and one == 0:
+            return self._finish(Bound(self._network(), uncond))
         return self._finish(Guided(self._network(), one, cond, uncond))
 
     def _scale(self, guidance: float | Sequence[float] | Tensor | None) -> Tensor | None:
