@@ -50,7 +50,6 @@ ORDER = [
 # Imports against the order, inside functions: most runs never reach them.
 DEFERRED = {
     "solving": {"learned"},  # a solver by the folder of a learned one
-    "evaluate": {"report"},
 }
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 

@@ -30,8 +30,6 @@ from fewstep.serve.together import Share, together
 
 __all__ = ["Engine", "Event", "Full", "Job", "Stopping"]
 
-SECONDS_KEPT = 5.0  # over which the speed is measured
-
 
 class Full(Exception):
     """The queue has no room. `seconds`: when it may have."""
