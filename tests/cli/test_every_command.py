@@ -195,6 +195,7 @@ def test_an_error_leaves_no_traceback_in_a_real_process() -> None:
         (["sample", "--head-start", "0"], ["head_start"]),
         (["sample", "--afs", "mean", "--head-start", "20"], ["afs='mean'", "80", "20"]),
         (["sample", "--grid", "80,9,1", "--nfe", "2"], ["sigmas", "--nfe"]),
+        (["sample", "--grid", "80,9,1", "--nfe", "0"], ["sigmas", "--nfe"]),
         (["sample", "--grid", "80,9,1", "--end", "zero"], ["sigmas", "--end"]),
         (["sample", "--final", "--end", "zero"], ["final", "0"]),
         (["sample", "--grid", "discrete"], ["discrete", "karras"]),

@@ -146,6 +146,10 @@ def plan_for(
     Raises:
         ValueError: also where the solver adapts to the network, and there is no model.
     """
+    if isinstance(settings.solver, Plan):
+        if model is not None:
+            choose(model, settings, sigma_max)  # raises where they do not go together
+        return settings.solver
     if model is None:
         if settings.solver == "auto":
             raise ValueError("auto is the best that a model's card knows; name a model too")
