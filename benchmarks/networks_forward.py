@@ -1,4 +1,4 @@
-"""Processor time of one forward pass of the papers' networks beside diffusers' UNet2DModel, one CPU thread.
+"""Processor time of a forward pass of the papers' networks, beside diffusers' UNet2DModel.
 
 ADM is the same architecture in both: residual blocks that halve and double, scale-shift norms,
 heads of 64 channels, classes. SongUNet has no counterpart in diffusers. It stands beside a
