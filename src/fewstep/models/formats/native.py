@@ -35,6 +35,7 @@ __all__ = [
     "check_shapes",
     "fill",
     "kind_of",
+    "laid_out",
     "load_folder",
     "save_folder",
     "shapes_of",
@@ -146,6 +147,12 @@ def fill(parts: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:
     """Give networks their weights, which are in `tensors` by prefix and name."""
     for prefix, net in parts.items():
         net.load_state_dict({n: tensors[prefix + n] for n in net.state_dict()}, assign=True)
+
+
+def laid_out(value: Tensor) -> Tensor:
+    """A weight as networks keep it, float32 and channels last, so that none is there twice."""
+    value = value.float()
+    return value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value
 
 
 def kind_of(card: Card) -> Any:

@@ -78,7 +78,7 @@ class Source:
         except (RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"{clean(self.path)}: {reason}") from None
-        native.fill(parts, {name: value.float() for name, value in self.values()})
+        native.fill(parts, {name: native.laid_out(value) for name, value in self.values()})
         return kind.model(self.card, parts, {}, place, arithmetic, compile)
 
 
