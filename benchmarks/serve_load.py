@@ -292,7 +292,7 @@ async def measure(args: argparse.Namespace, service: Service) -> dict[str, Any]:
     capacity = saturated / (PICTURES * NFE)
     alone = bare(seconds, PICTURES)
     latencies = {}
-    for clients in (2, 3, 4):
+    for clients in (1, 2, 4):
         rate, taken = await closed(client, seconds, clients, 0.8 * capacity)
         latencies[clients] = (rate / saturated, p95(taken))
     found["bare_p50"], found["bare_p95"] = statistics.median(alone), p95(alone)

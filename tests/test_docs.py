@@ -99,6 +99,22 @@ def test_the_aliases_are_listed():
     assert listed == registry.ALIASES
 
 
+def test_what_to_add_is_named_where_it_is():
+    """The files of the table are there, and so are the tables in them."""
+    text = DESIGN.read_text(encoding="utf-8")
+    section = text[text.index("| to add | write |") : text.index("### A command")]
+    places = set(re.findall(r"`([\w/]+(?:/|\.py|\.md))`", section))
+    home = {
+        place: next(p for p in (ROOT / "src/fewstep" / place, ROOT / place) if p.exists())
+        for place in places
+    }
+    named = re.findall(r"((?:`[A-Z]+`(?: and )?)+) in `([\w/]+\.py)`", section)
+    assert len(named) > 8
+    for tables, place in named:
+        for table in re.findall(r"[A-Z]+", tables):
+            assert re.search(rf"^{table}\b", home[place].read_text(encoding="utf-8"), re.MULTILINE)
+
+
 def anchors(path: Path) -> set[str]:
     """The anchors of a document's headings, as they are made on the web."""
     headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)

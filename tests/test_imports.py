@@ -6,6 +6,7 @@ Imports inside functions count too; those for type checkers alone do not.
 from __future__ import annotations
 
 import ast
+import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -49,7 +50,6 @@ ORDER = [
 # Imports against the order, inside functions: most runs never reach them.
 DEFERRED = {
     "solving": {"learned"},  # a solver by the folder of a learned one
-    "evaluate": {"report"},
 }
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 
@@ -84,6 +84,18 @@ def imported_by(path: Path, lazy: bool = True) -> set[str]:
 
 def test_every_room_has_its_place():
     assert {room_of(module) for module in MODULES} - {"", "__main__"} <= set(RANK)
+
+
+def test_the_design_lists_the_rooms_in_their_order():
+    """Modules with a place of their own inside a room have no line of theirs."""
+    text = (SRC.parent / "docs" / "design.md").read_text(encoding="utf-8")
+    section = text[text.index("| room | what it holds |") : text.index("There are no cycles.")]
+    cells = [line.split("|")[1] for line in section.strip().splitlines()]
+    listed = [
+        room.removesuffix(".py") for room in re.findall(r"`(\w+(?:\.py)?)/?`", "".join(cells))
+    ]
+    assert sorted(listed) == sorted(room for room in RANK if "." not in room and room != "_lazy")
+    assert [RANK[room] for room in listed] == sorted(RANK[room] for room in listed)
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if room_of(m) in RANK])

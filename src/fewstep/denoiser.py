@@ -32,7 +32,9 @@ from torch import Tensor
 from fewstep.schedule import Schedule
 
 __all__ = [
+    "Condition",
     "Denoiser",
+    "Evaluation",
     "Wrapper",
     "Predicted",
     "Bound",

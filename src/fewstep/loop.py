@@ -23,7 +23,16 @@ from fewstep.denoiser import Denoiser, per_sample
 from fewstep.noise import brownian, normal
 from fewstep.plan import Combine, Eval, Level, Program, Seen
 
-__all__ = ["Denoiser", "State", "Stepper", "finish", "run"]
+__all__ = [
+    "State",
+    "Stepper",
+    "check_mean_start",
+    "far_mean",
+    "finish",
+    "run",
+    "seeded",
+    "starts_at",
+]
 
 Row = tuple[Level, ...]
 Draw = Callable[[Combine, int, Tensor], Tensor]  # (step, number of the draw, x) -> noise like x
@@ -242,9 +251,9 @@ class Stepper:
         """Take one step; returns whether it is accepted."""
         row = self._ledger.combined(op) if self._as_eps else None
         if row is None:
-            x = _combine(self.anchor, self._history, op.a, op.b, self._spare)
+            x = _sum(self.anchor, self._history, op.a, op.b, self._spare)
         else:
-            x = _combine(self.anchor, self._ledger.denoised, row[0], row[1:], self._spare)
+            x = _sum(self.anchor, self._ledger.denoised, row[0], row[1:], self._spare)
         if isinstance(op.noise, Tensor) or op.noise:
             if self.draw is None:
                 raise ValueError("a stochastic solver needs seeds, one per picture")
@@ -366,7 +375,11 @@ def _evaluate(denoiser: Denoiser, x: Tensor, op: Eval) -> tuple[Tensor, Tensor |
 
 
 def far_mean(denoiser: Denoiser) -> Tensor:
-    """Raise ValueError where the denoiser does not know it."""
+    """The mean of D at sigma_max.
+
+    Raises:
+        ValueError: the denoiser does not know it.
+    """
     mean = getattr(denoiser, "far_mean", None)
     if mean is None:
         raise ValueError(
@@ -403,9 +416,8 @@ def _to_eps(x: Tensor, denoised: Tensor, sigma: float | Tensor, out: Tensor | No
     return torch.sub(x, denoised, out=out).mul_(1 / sigma)
 
 
-def _combine(
-    anchor: Tensor, history: Sequence[Tensor], a: Level, b: Row, out: Tensor | None
-) -> Tensor:
+def _sum(anchor: Tensor, history: Sequence[Tensor], a: Level, b: Row, out: Tensor | None) -> Tensor:
+    """a anchor + sum_j b_j history_j, into `out` where all weights are floats."""
     if len(b) > len(history):
         raise ValueError(
             f"a step uses {len(b)} outputs, but only {len(history)} are in the history"

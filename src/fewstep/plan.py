@@ -26,9 +26,11 @@ from torch import Tensor
 __all__ = [
     "Combine",
     "Eval",
+    "Level",
     "Op",
     "Ops",
     "Plan",
+    "Prediction",
     "Program",
     "SOURCES",
     "Seen",
@@ -272,7 +274,7 @@ def _read_op(fields: Any) -> Op:
 
 
 def freeze(
-    program: Iterable[Op],
+    ops: Iterable[Op],
     *,
     prediction: Prediction,
     depth: int,
@@ -283,7 +285,7 @@ def freeze(
     """Drain a static solver's generator into a plan.
 
     Args:
-        program: the operations, in order
+        ops: the operations, in order
         prediction, depth: what the history holds, "eps" or "x0", and how many outputs are kept
         solver, grid, sigmas: for the record
 
@@ -291,10 +293,10 @@ def freeze(
         ValueError: it needs replies from the network (a solver that adapts has no plan).
     """
     try:
-        ops = tuple(program)
+        drained = tuple(ops)
     except (AttributeError, TypeError) as error:
         raise ValueError(f"{solver} adapts to the network, so it has no plan ({error})") from error
-    return Plan(prediction, depth, solver, grid, tuple(sigmas), ops)
+    return Plan(prediction, depth, solver, grid, tuple(sigmas), drained)
 
 
 def nfe(plan: Plan) -> int:

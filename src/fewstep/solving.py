@@ -21,7 +21,17 @@ from fewstep.plan import Program
 from fewstep.sampling.settings import Settings
 from fewstep.solver import Solver, end_at, get, intervals_for
 
-__all__ = ["DEFAULT_GRID", "DEFAULT_NFE", "DEFAULT_RANGE", "find", "iterate", "resolve", "solve"]
+__all__ = [
+    "DEFAULT_GRID",
+    "DEFAULT_NFE",
+    "DEFAULT_RANGE",
+    "Runnable",
+    "find",
+    "is_folder",
+    "iterate",
+    "resolve",
+    "solve",
+]
 
 DEFAULT_RANGE = (0.002, 80.0)  # EDM's
 DEFAULT_GRID = "karras"

@@ -21,6 +21,7 @@ from tests.support.command import command, fewstep, in_process
 COMMANDS: dict[str, list[str]] = {
     "sample": [],
     "plan": [],
+    "convert": ["nowhere", "--out", "out"],
     "models": [],
     "demo": [],
     "compare": [],
@@ -34,6 +35,7 @@ COMMANDS: dict[str, list[str]] = {
 BAD: dict[str, list[list[str]]] = {
     "sample": [["nope"], ["--nfe", "0"], ["--seeds", "x"], ["--solver", "dimm"]],
     "plan": [["dimm"], ["ddim", "--nfe", "0"], ["ddim", "--grid", "1,2"]],
+    "convert": [[], ["--dtype", "int8"], ["--draws", "-1"]],
     "models": [["nope"], ["../fashion-mnist"]],
     "demo": [["--model", "nope"], ["--seeds", "9-1"], ["--nfe", "0"]],
     "compare": [["nope"], ["--nfe", "x"], ["--reference-nfe", "1001"], ["--reference-nfe", "7"]],
@@ -193,6 +195,7 @@ def test_an_error_leaves_no_traceback_in_a_real_process() -> None:
         (["sample", "--head-start", "0"], ["head_start"]),
         (["sample", "--afs", "mean", "--head-start", "20"], ["afs='mean'", "80", "20"]),
         (["sample", "--grid", "80,9,1", "--nfe", "2"], ["sigmas", "--nfe"]),
+        (["sample", "--grid", "80,9,1", "--nfe", "0"], ["sigmas", "--nfe"]),
         (["sample", "--grid", "80,9,1", "--end", "zero"], ["sigmas", "--end"]),
         (["sample", "--final", "--end", "zero"], ["final", "0"]),
         (["sample", "--grid", "discrete"], ["discrete", "karras"]),

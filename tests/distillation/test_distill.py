@@ -533,6 +533,27 @@ def test_validation_takes_the_frechet_distance_to_other_seeds(monkeypatch) -> No
     assert Examination(teacher, 250).distance is None
 
 
+class Doubled:
+    """A first stage whose pictures are twice as wide and high as its states."""
+
+    def picture(self, height: int, width: int) -> tuple[int, int, int]:
+        return 2 * height, 2 * width, 1
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        return pictures[..., ::2, ::2]
+
+    def decode(self, x: Tensor) -> Tensor:
+        return x.repeat_interleave(2, -1).repeat_interleave(2, -2)
+
+
+def test_validation_looks_at_pictures_where_the_states_are_latents() -> None:
+    model = tiny_model()
+    of_states = Examination(model, 5, labels=(0, 1)).reference
+    examine = Examination(replace(model, first_stage=Doubled()), 5, labels=(0, 1))
+    assert np.array_equal(examine.reference, of_states.repeat(2, 1).repeat(2, 2))
+    assert examine.reference.shape == (5, 16, 16, 1)
+
+
 # --- students ---------------------------------------------------------------------------------
 
 

@@ -12,15 +12,14 @@ import pytest
 from scipy.linalg import sqrtm
 
 import fewstep
+from fewstep.evaluate.pairs import kid, precision_recall
 from fewstep.evaluate.statistics import (
     Rows,
     Statistics,
     bootstrap_frechet,
     frechet_distance,
-    kid,
     own_bias,
     paired_frechet,
-    precision_recall,
     read_statistics,
     write_statistics,
 )

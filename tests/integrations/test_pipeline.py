@@ -21,7 +21,7 @@ from tests.support import pipelines
 from tests.support.pipelines import diffusers
 
 PROMPTS = ["a cat", "mat"]
-NAMES = ["sd", "sdxl", "sd3"]
+NAMES = pipelines.TEXT
 
 
 @pytest.fixture(scope="module")

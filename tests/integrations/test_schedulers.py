@@ -42,7 +42,7 @@ KINDS = {
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, Any]:
     base = tmp_path_factory.mktemp("models")
-    folders = {name: pipelines.saved(name, base / name) for name in ("sd", "sdxl", "sd3")}
+    folders = {name: pipelines.saved(name, base / name) for name in pipelines.TEXT}
     return {name: pipelines.load(path) for name, path in folders.items()}
 
 
@@ -71,7 +71,7 @@ def silent(pipe: Any) -> Any:
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 @pytest.mark.parametrize("solver", ODE)
-@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3"])
+@pytest.mark.parametrize("name", pipelines.TEXT)
 def test_a_pipeline_with_our_scheduler_gives_what_our_own_route_gives(
     name, solver, guidance, models
 ):

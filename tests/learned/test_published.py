@@ -153,7 +153,10 @@ def test_side_by_side_evaluations_are_a_plan_equal_to_their_loop(tmp_path, kind)
     assert solver.nfe == (POINTS - 1) * 3 - 1
     assert "2 of each step side by side" in published.describe(solver)
     part = shares(numbers, 4.0 if kind == "epd" else 2.0)
-    sigmas, draws = fewstep.grid.time_uniform(POINTS, 80.0, 0.002), 0
+    sigmas, draws = solver.sigmas, 0
+    ideal = fewstep.grid.time_uniform(POINTS, 80.0, 0.002)
+    assert sigmas == pytest.approx(ideal, rel=0.01)  # theirs is computed in float32
+    assert sigmas[-1] == pytest.approx(0.00201324, rel=1e-5)
     ours = fewstep.solve(bed, x, solver, seeds=seeds)
     for i, (level, nxt) in enumerate(pairwise(sigmas)):
         if kind == "adasde" and i:
@@ -340,7 +343,7 @@ def test_without_scales_in_the_file_those_of_older_files_hold(tmp_path):
 REFUSED = {
     "num_steps": (10**9, "num_steps must be an integer from 2"),
     "schedule_type": ("polynomial2", "none that fewstep knows"),
-    "schedule_rho": (3.0, "schedule_rho must be 1"),
+    "schedule_rho": (0.0, "schedule_rho must be positive"),
     "dataset_name": ("lsun_bedroom_ldm", "name the network"),
     "sampler_stu": ("ipndm", "sampler_stu must be epd"),
     "num_points": (3, "must be finite numbers of shape"),

@@ -49,7 +49,7 @@ SHORT |= {"fallback": False}
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory) -> dict[str, Path]:
     base = tmp_path_factory.mktemp("trained")
-    return {name: pipelines.saved(name, base / name) for name in ("ddim", "sd", "sdxl", "sd3")}
+    return {name: pipelines.saved(name, base / name) for name in ("ddim", *pipelines.TEXT)}
 
 
 @pytest.fixture(scope="session")
@@ -102,7 +102,7 @@ def test_a_prompt_is_a_function_of_its_seed_and_validation_has_its_own():
 
 
 @pytest.mark.parametrize("negative", [None, "on"])
-@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3"])
+@pytest.mark.parametrize("name", pipelines.TEXT)
 def test_remembered_texts_say_what_texts_say(name, negative, models):
     model = models[name]
     texts, x = ["a cat", "mat", "a cat"], pipelines.noise(3, *model.shape)

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fewstep
-from fewstep.models.adm import card_of, spec_of
+from fewstep.models.adm import Classifier, card_of, spec_of
 from fewstep.models.card import Card
-from fewstep.models.formats.adm import describe_file
+from fewstep.models.formats.adm import examine, open_source
 from fewstep.models.formats.adm_settings import PRESETS, of_shapes, read_config
 from fewstep.models.formats.contents import recognise
 from fewstep.networks.autoencoder import Autoencoder, AutoencoderConfig
@@ -176,7 +176,6 @@ def test_yaml_that_is_no_table_of_settings_is_refused(tmp_path, text):
 
 
 def test_presets_are_told_by_their_shapes_and_agree_with_themselves():
-    from fewstep.models.formats.adm import examine
     from fewstep.networks.adm import ADM, ADMConfig
 
     with torch.device("meta"):
@@ -191,7 +190,8 @@ def test_presets_are_told_by_their_shapes_and_agree_with_themselves():
     found = examine(weights, {}, "64x64_diffusion.pt")
     assert found.spec.unet == config
     assert found.spec.schedule[0] == "cosine"
-    assert not found.legacy
+    assert found.unet_rows is None
+    assert found.preset == "imagenet64-adm"
     assert "imagenet64-adm" in found.spec.how
     assert all(values["kind"] for values in PRESETS.values())
 
@@ -226,8 +226,6 @@ def test_a_file_that_is_no_classifier_or_does_not_fit_is_refused(tmp_path):
 
 @torch.no_grad()
 def test_guidance_by_a_classifier_adds_its_gradient(tmp_path):
-    from fewstep.models.formats import adm
-
     path = saved(tmp_path / "x.pt", tensors(GUIDED))
     s = {**SMALL, "legacy": True, "pooled": 5, "image_size": 16, "num_res_blocks": 2}
     guide = tensors(s, seed=1)
@@ -237,9 +235,8 @@ def test_guidance_by_a_classifier_adds_its_gradient(tmp_path):
     assert model.card.classes == tuple("01234")
     x, sigma = model.prior([1, 2]), torch.tensor([5.0, 5.0])
     plain = model.denoiser()(x, sigma)
-    linear = ("linear", 1000, 1e-4, 0.02)
-    classifier = adm.read_classifier(guide, "c.pt", config=config, schedule=linear)
-    gradient = classifier.gradient(x, sigma, torch.tensor([3, 3]))
+    assert isinstance(model.classifier, Classifier)
+    gradient = model.classifier.gradient(x, sigma, torch.tensor([3, 3]))
     for scale in (None, 1.0, 4.0):
         guided = model.denoiser(3, guidance=scale)
         assert guided.calls_per_eval == 2
@@ -389,8 +386,9 @@ def test_a_damaged_latent_diffusion_is_refused_in_one_line(tmp_path, change, wor
 
 def test_a_card_says_what_the_file_is_without_its_weights(tmp_path):
     path = saved(tmp_path / "x.pt", tensors(GUIDED))
-    card, count = describe_file(path, config=SAID)
-    assert count == sum(t.numel() for t in tensors(GUIDED).values())
+    source = open_source(path, config=SAID)
+    card = source.card
+    assert source.parameters == sum(t.numel() for t in tensors(GUIDED).values())
     assert card == fewstep.load(path, config=SAID).card
     assert spec_of(Card(**json.loads(json.dumps(card.to_dict())))) == spec_of(card)
     broken = {**card.network, "size": 3}
@@ -432,6 +430,4 @@ def test_the_card_of_a_spec_needs_no_file():
 
 
 def spec_of_small() -> Any:
-    from fewstep.models.formats.adm import examine
-
     return examine(tensors(GUIDED), {}, "x.pt", config=SAID).spec

@@ -11,6 +11,7 @@ import torch
 
 import fewstep
 from fewstep.cli.run import run
+from fewstep.distillation import distill
 from fewstep.files import file_hash
 from fewstep.models.convert import convert
 from tests.support.edm_files import write_edm, write_edm2
@@ -118,6 +119,22 @@ def test_refusals_leave_no_folder(options: dict[str, Any], words: str, tmp_path:
     with pytest.raises(ValueError, match=words):
         convert(path, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["song", "edm2"])
+def test_a_folder_is_distilled(family: str, tmp_path: Path) -> None:
+    convert(FAMILIES[family](tmp_path / "net.pkl"), tmp_path / "out", draws=1)
+    teacher = fewstep.load(tmp_path / "out")
+    pictures = torch.randint(0, 256, (24, 3, 8, 8), dtype=torch.uint8), torch.arange(24) % 3
+    small: dict[str, Any] = {"pictures": 16, "batch": 8, "points": 5, "dtype": "float32"}
+    distill(teacher, pictures, out=tmp_path / "s", method="lcm", validation_seeds=2, **small)
+    student = fewstep.load(tmp_path / "s")
+    x, sigma = torch.randn(2, *teacher.shape), torch.tensor([0.5, 9.0])
+    with torch.no_grad():
+        a, b = student.denoiser(1)(x, sigma), teacher.denoiser(1)(x, sigma)
+    assert 0 < (a - b).abs().max() < 0.1 * b.abs().max()  # two small steps away
+    sampled = fewstep.sample(student, solver="consistency", nfe=2, seeds=[0], label=1)
+    assert sampled.images.shape == (1, 8, 8, 3)
 
 
 def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

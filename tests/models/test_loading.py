@@ -16,6 +16,7 @@ import torch
 
 import fewstep
 from benchmarks import load_memory, pipeline_overhead
+from fewstep.models.families import FAMILIES
 from tests.support import pipelines
 
 
@@ -27,7 +28,9 @@ def sd_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, sd_folder) -> dict[str, Any]:
     base = tmp_path_factory.mktemp("models")
-    folders = {name: pipelines.saved(name, base / name) for name in ("ddpm", "ldm", "sdxl", "sd3")}
+    folders = {
+        name: pipelines.saved(name, base / name) for name in pipelines.MAKERS if name != "sd"
+    }
     return {name: pipelines.load(path) for name, path in (folders | {"sd": sd_folder}).items()}
 
 
@@ -70,7 +73,7 @@ def test_the_card_says_what_the_pipeline_is(models):
     assert models["sd3"].card.sigma_max == pytest.approx(99999, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["ddpm", "ldm", "sd", "sdxl", "sd3"])
+@pytest.mark.parametrize("name", pipelines.MAKERS)
 def test_the_prior_has_unit_variance_in_the_pipelines_own_units(name, models):
     model = models[name]
     x = model.prior(range(200))
@@ -150,6 +153,13 @@ def test_unknown_classes_name_those_that_run(copy):
     assert "StableDiffusionXLPipeline" in message
 
 
+def test_a_class_that_the_installed_diffusers_lacks_says_so(copy, monkeypatch):
+    family = FAMILIES["StableDiffusionPipeline"]
+    monkeypatch.setitem(FAMILIES, "StableDiffusion9Pipeline", family)
+    edit_index(copy, _class_name="StableDiffusion9Pipeline")
+    assert "StableDiffusion9Pipeline, which diffusers" in refused(copy)
+
+
 @pytest.mark.parametrize("part", ["vae", "tokenizer", "scheduler"])
 def test_a_missing_component_is_named(part, copy):
     shutil.rmtree(copy / part)
@@ -227,7 +237,7 @@ def test_text_that_fits_is_not_cut(models):
     models["sd"].denoiser(prompt="a cat sat on a mat")  # a warning would be an error
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3"])
+@pytest.mark.parametrize("name", pipelines.TEXT)
 def test_guidance_is_one_batched_call_with_a_scale_per_sample(name, models):
     model = models[name]
     sizes = []
@@ -272,7 +282,7 @@ def test_the_size_conditioning_of_sdxl_reaches_the_network(models):
     assert not torch.equal(plain, other)
 
 
-@pytest.mark.parametrize("name", ["ddpm", "ldm", "sd", "sdxl", "sd3"])
+@pytest.mark.parametrize("name", pipelines.MAKERS)
 def test_features_come_at_no_other_denoised_picture_and_leave_no_hook(name, models):
     model = models[name]
     text = {} if name in ("ddpm", "ldm") else {"prompt": "mat", "guidance": 3.0}

@@ -9,6 +9,7 @@ the schedulers keep their sigmas in float32; the states are compared relative to
 from __future__ import annotations
 
 import math
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 import fewstep
 from fewstep.grid import discrete
 from fewstep.integrations.diffusers import FewstepScheduler
+from fewstep.models.families import FAMILIES
 from fewstep.solver import get
 from tests.support import pipelines
 from tests.support.pipelines import diffusers
@@ -92,9 +94,9 @@ CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
     "Stable Diffusion XL": ("sdxl", {}),
     "Stable Diffusion 3": ("sd3", {}),
 }
-TEXT = ("sd", "sdxl", "sd3")
 GUIDANCE = {
-    name: [None, 5.0] if family in TEXT else [None] for name, (family, _) in CLASSES.items()
+    name: [None, 5.0] if family in pipelines.TEXT else [None]
+    for name, (family, _) in CLASSES.items()
 }
 
 
@@ -123,12 +125,23 @@ def levels_of(scheduler: Any, flow: bool) -> list[float]:
     return [t / (1 - t) for t in times]
 
 
+def test_every_family_is_tried_and_listed():
+    """A new line of FAMILIES needs a maker, the comparison with diffusers, and its documents."""
+    made = {name: type(make()).__name__ for name, make in pipelines.MAKERS.items()}
+    assert sorted(made.values()) == sorted(FAMILIES)
+    assert [name for name, kind in made.items() if FAMILIES[kind].encode] == pipelines.TEXT
+    assert {family for family, _ in CLASSES.values()} == set(made)
+    table = (Path(__file__).parents[2] / "docs" / "diffusers.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert sorted(re.findall(r"`(\w+Pipeline)`", "".join(rows))) == sorted(FAMILIES)
+
+
 class Route:
     """One pipeline's class, run by diffusers and by us from the same noise and prompts."""
 
     def __init__(self, name: str, guidance: float | None, folder: Path) -> None:
         family, options = CLASSES[name]
-        self.family, self.text = family, family in TEXT
+        self.family, self.text = family, family in pipelines.TEXT
         self.model = pipelines.load(pipelines.saved(family, folder, **options))
         self.pipe = pipelines.MAKERS[family](**options)
         self.z = pipelines.noise(2, *self.model.shape) if self.text else start_of(self.model, 7)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from fewstep.models.formats import adm
+from fewstep.models.adm import Classifier
+from fewstep.models.formats.adm import open_source
 from fewstep.networks.adm import ADMConfig, Transformer, cast_torso, time_waves
 from tests.support.adm_files import forward, tensors
 
@@ -52,6 +55,23 @@ def config_of(s: dict[str, Any]) -> dict[str, Any]:
     return {**said, "noise_schedule": "linear", "use_new_attention_order": not s["legacy"]}
 
 
+def network(folder: Path, weights: dict[str, Tensor], config: dict[str, Any]) -> Any:
+    """The raw network of a file with these weights."""
+    torch.save(weights, folder / "x.pt")
+    return open_source(folder / "x.pt", config=config).model().net
+
+
+def classifier_of(folder: Path, weights: dict[str, Tensor]) -> Classifier:
+    """The classifier of a file with these weights, beside a network of 8 pixels."""
+    torch.save(weights, folder / "c.pt")
+    s = {**GD, "legacy": True}
+    torch.save(tensors(s), folder / "x.pt")
+    config = {**config_of(s), "image_size": 8, "classifier_num_head_channels": 16}
+    model = open_source(folder / "x.pt", config=config, classifier=folder / "c.pt").model()
+    assert isinstance(model.classifier, Classifier)
+    return model.classifier
+
+
 def drawn(s: dict[str, Any], size: int = 8) -> tuple[torch.Tensor, ...]:
     gen = torch.Generator().manual_seed(1)
     x = torch.randn(3, 3, size, size, generator=gen)
@@ -65,49 +85,47 @@ def gap(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
-def test_the_raw_output_is_that_of_the_published_layout(name):
+def test_the_raw_output_is_that_of_the_published_layout(tmp_path, name):
     s = CASES[name]
     weights = tensors(s)
-    network = adm.read(weights, "x.pt", config=config_of(s))
+    net = network(tmp_path, weights, config_of(s))
     x, t, label = drawn(s)
-    assert gap(network.net(x, t, label), forward(weights, s, x, t, label)) < 2e-5  # float32
+    assert gap(net(x, t, label), forward(weights, s, x, t, label)) < 2e-5  # float32
 
 
 @torch.no_grad()
-def test_another_order_of_the_rows_is_another_network():
+def test_another_order_of_the_rows_is_another_network(tmp_path):
     s = CASES["guided, legacy order"]
     weights, (x, t, _) = tensors(s), drawn(s)
     config = {**config_of(s), "use_new_attention_order": True}
-    wrong = adm.read(weights, "x.pt", config=config).net(x, t)
+    wrong = network(tmp_path, weights, config)(x, t)
     assert gap(wrong, forward(weights, s, x, t)) > 0.01
 
 
 @torch.no_grad()
-def test_convolutions_instead_of_blocks_halve_and_double():
+def test_convolutions_instead_of_blocks_halve_and_double(tmp_path):
     s = {**SMALL, "resblock_updown": False, "use_scale_shift_norm": False, "legacy": True}
     weights, (x, t, _) = tensors(s), drawn(s)
     config = {**config_of(s), "use_new_attention_order": False}
-    net = adm.read(weights, "x.pt", config=config).net
+    net = network(tmp_path, weights, config)
     assert not net.config.resample_blocks
     assert not net.config.scale_shift
     assert gap(net(x, t), forward(weights, s, x, t)) < 2e-5
 
 
 @torch.no_grad()
-def test_the_classifier_pools_by_attention():
+def test_the_classifier_pools_by_attention(tmp_path):
     s = {**SMALL, "legacy": True, "pooled": 5, "image_size": 8, "num_res_blocks": 2}
     weights, (x, t, _) = tensors(s), drawn(s)
-    config = {"classifier_num_head_channels": 16}
-    classifier = adm.read_classifier(weights, "c.pt", config=config)
+    classifier = classifier_of(tmp_path, weights)
     assert classifier.net.config.blocks == 2
     assert gap(classifier.net(x, t), forward(weights, s, x, t)) < 2e-5
 
 
-def test_the_gradient_of_the_classifier_is_that_of_log_p_in_edm_units():
+def test_the_gradient_of_the_classifier_is_that_of_log_p_in_edm_units(tmp_path):
     s = {**SMALL, "legacy": True, "pooled": 5, "image_size": 8, "num_res_blocks": 2}
     weights = tensors(s)
-    config = {"classifier_num_head_channels": 16}
-    classifier = adm.read_classifier(weights, "c.pt", config=config)
+    classifier = classifier_of(tmp_path, weights)
     x, label = 2 * drawn(s)[0], torch.tensor([0, 1, 4])
     sigma = torch.tensor([0.5, 3.0, 20.0])
     found = classifier.gradient(x, sigma, label)
@@ -143,18 +161,16 @@ def test_a_transformer_is_that_of_diffusers():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
-def test_half_precision_casts_the_torso_and_keeps_embeddings_and_ends(dtype):
+def test_half_precision_casts_the_torso_and_keeps_embeddings_and_ends(tmp_path, dtype):
     s = CASES["guided, new order, classes"]
     weights, (x, t, label) = tensors(s), drawn(s)
-    network = adm.read(weights, "x.pt", config=config_of(s))
-    expected = network.net(x, t, label)
-    cast_torso(network.net, dtype)
-    assert next(network.net.parameters()).dtype == dtype
-    kept = {
-        p.dtype for part in ("time_embed", "out") for p in getattr(network.net, part).parameters()
-    }
+    net = network(tmp_path, weights, config_of(s))
+    expected = net(x, t, label)
+    cast_torso(net, dtype)
+    assert next(net.parameters()).dtype == dtype
+    kept = {p.dtype for part in ("time_embed", "out") for p in getattr(net, part).parameters()}
     assert kept == {torch.float32}
-    out = network.net(x, t, label)
+    out = net(x, t, label)
     assert out.dtype == torch.float32
     assert 0 < gap(out, expected) < 0.05  # 8 bits of bfloat16
 

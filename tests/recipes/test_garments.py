@@ -10,9 +10,12 @@ import pytest
 import torch
 
 import fewstep
-from fewstep.data.garments import WORDS, caption
+from fewstep.data.garments import WORDS, Garments, caption
+from fewstep.evaluate.agreement import prompts
+from fewstep.networks.features import load_feature_folder
 from recipes import garments, garments_features
 from recipes.garments_parts import library, make_tokenizer, merges, tokens_of
+from studies import garments_teacher
 from tests.support.clothes import write_clothes
 
 SMALL = ["--batch", "4", "--scenes", "24", "--checkpoint-every", "1"]
@@ -97,19 +100,32 @@ def test_the_folder_that_it_writes_is_a_pipeline(data, encoded, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("network", ["a", "b"])
-def test_a_judge_is_trained_and_written(network, data, tmp_path, monkeypatch):
+def test_judges_are_trained_and_written_and_judge(data, encoded, tmp_path, monkeypatch):
     for name, value in (("FITTED", 300), ("REFERENCE", 300), ("EXAMINED", 200), ("SCENES", 64)):
         monkeypatch.setattr(garments_features, name, value)
-    out, to = tmp_path / "run", tmp_path / "to"
-    common = ["--data", str(data), "--network", network, "--batch", "16", "--out", str(out)]
-    assert garments_features.main([*common, "--pictures", "32", "--export", str(to)]) == 0
-    from fewstep.networks.features import load_feature_folder
+    for network in ("a", "b"):
+        out, to = tmp_path / f"run-{network}", tmp_path / "judges" / f"garments-{network}"
+        common = ["--data", str(data), "--network", network, "--batch", "16", "--out", str(out)]
+        assert garments_features.main([*common, "--pictures", "32", "--export", str(to)]) == 0
+        assert load_feature_folder(to)(torch.zeros(2, 3, 32, 32)).shape == (2, 128)
+        card = json.loads((to / "card.json").read_text())
+        assert set(card["accuracy"]) >= {"garment", "colour", "background"}
 
-    net = load_feature_folder(to)
-    assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 128)
-    card = json.loads((to / "card.json").read_text())
-    assert set(card["accuracy"]) >= {"garment", "colour", "background"}
+    asked = prompts(300)
+    real = Garments(data, "test").pictures(range(300)).permute(0, 2, 3, 1).numpy()
+    judges = garments_teacher.Judges.load(tmp_path / "judges")
+    right, wrong = judges.row(real, asked), judges.row(255 - real, asked)
+    assert right["count"] == 300
+    assert wrong["frechet"] > right["frechet"]
+
+    run("decoder", "--data", data, "--out", encoded, "--pictures", 4, *SMALL)
+    run("unet", "--out", encoded, "--pictures", 4, *SMALL)
+    run("export", "--out", encoded, "--to", tmp_path / "garments")
+    given = ["--model", tmp_path / "garments", "--judges", tmp_path / "judges"]
+    options = ["--count", 3, "--nfe", 2, "--guidance", 1, 2, "--out", tmp_path / "rows.json"]
+    rows = garments_teacher.main([*map(str, [*given, *options])])
+    assert [row["guidance"] for row in rows] == [1, 2]
+    assert json.loads((tmp_path / "rows.json").read_text())["rows"] == rows
 
 
 @pytest.mark.parametrize(

@@ -213,18 +213,20 @@ def test_a_client_retries_when_the_queue_is_full(server):
         httpx.Client(base_url=address, timeout=30) as http,
     ):
         body = {"prompt": "bag", "n": 8, "nfe": 12, "stream": True, "progress": True}
-        with (
-            http.stream("POST", "/v1/images/generations", json={**body, "n": 10}) as one,
-            http.stream("POST", "/v1/images/generations", json=body) as other,
-        ):
+        path = "/v1/images/generations"
+        with http.stream("POST", path, json={**body, "n": 10}) as one:
+            while service.engine.waiting():
+                time.sleep(0.002)  # until the worker has them all: ten of its sixteen rows
+            other = http.send(http.build_request("POST", path, json=body), stream=True)
             assert one.status_code == other.status_code == 200
-            while service.engine.waiting() == 0 and service.engine.busy:
-                time.sleep(0.005)
+            while service.engine.waiting() == 8:
+                time.sleep(0.002)  # until it has six of these
             refused = http.post("/v1/images/generations", json={"prompt": "bag"})
             if service.engine.waiting():
                 assert refused.status_code == 429
                 assert int(refused.headers["retry-after"]) >= 1
                 assert refused.json()["error"]["code"] == "queue_full"
+            other.close()
         with openai.OpenAI(base_url=f"{address}/v1", api_key="x", max_retries=3) as client:
             assert client.images.generate(prompt="bag", extra_body={"nfe": 1}).data
 
@@ -448,3 +450,21 @@ def test_a_key_file_that_is_none_is_refused_without_its_keys(tmp_path, text, mat
     with pytest.raises(ValueError, match=match) as error:
         read_keys(path)
     assert KEY not in str(error.value)
+
+
+def test_an_error_in_the_middle_of_a_stream_is_raised_by_the_client():
+    with (
+        running() as (address, service),
+        openai.OpenAI(base_url=f"{address}/v1", api_key="x", max_retries=0) as client,
+    ):
+        given = {"nfe": 40, "solver": "ddim", "progress": True}
+        stream = client.images.generate(prompt="bag", stream=True, extra_body=given)
+        assert next(iter(stream)).b64_json
+        service.engine.stop(0)
+        with pytest.raises(openai.APIError, match="stopping") as error:
+            list(stream)
+        assert error.value.code == "stopping"
+        assert httpx.get(f"{address}/readyz").status_code == 503
+        refused = httpx.post(f"{address}/v1/images/generations", json={"prompt": "bag"})
+        assert refused.status_code == 503
+        assert int(refused.headers["retry-after"]) >= 1

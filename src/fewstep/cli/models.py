@@ -28,20 +28,30 @@ def models_command(
     ] = None,
     /,
     *,
+    preset: Annotated[
+        str | None, Parameter(help="Published settings that a network file must have.")
+    ] = None,
+    config: Annotated[
+        Path | None, Parameter(help="Settings that a network file does not say: JSON or YAML.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """List the built-in models, or show what is known of one; --json has all of it."""
     from fewstep.models import builtin, read_card
 
+    options = {"preset": preset, "config": config}
+    options = {key: value for key, value in options.items() if value is not None}
     if name and name not in builtin() and Path(name).is_file():
         from fewstep.models.formats.papers import describe
 
-        card, known = describe(name)
+        card, known = describe(name, **options)
         if as_json:
             print(json.dumps({**card.to_dict(), **known}, indent=2))
         else:
             Console().print(_file(card, known), highlight=False)
         return
+    if options:
+        raise ValueError("preset and config go with a network file of a paper; leave them out")
     cards = [read_card(one) for one in ([name] if name else builtin())]
     if as_json:
         values = [card.to_dict() for card in cards]

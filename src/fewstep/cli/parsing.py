@@ -97,7 +97,7 @@ def words(text: str, what: str = "a list") -> tuple[str, ...]:
 
 def refuse_beside(what: str, options: Mapping[str, Any]) -> None:
     """Raises ValueError that says `what` and names those of the options that were given."""
-    given = [name for name, value in options.items() if value not in (None, False)]
+    given = [name for name, value in options.items() if value is not None and value is not False]
     if given:
         raise ValueError(f"{what}: leave out {' and '.join(given)}")
 

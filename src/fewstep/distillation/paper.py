@@ -32,8 +32,8 @@ def subject(model: NetworkModel, told: tuple[str, ...], seed: int) -> Subject:
     card = model.card
     if told:
         raise ValueError(
-            f"a network of kind {card.kind!r} has no input for {', '.join(told)}; set gamma_input "
-            "to none, and guidance to one scale"
+            f"a network of kind {card.kind!r} has no input for {', '.join(told)}; set tell to "
+            "level, and guidance to one scale"
         )
     student = _weights(copy.deepcopy(model.net)).float().train().requires_grad_(True)
 

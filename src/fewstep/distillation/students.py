@@ -129,15 +129,14 @@ class Examination:
 
     def _fine(self, seeds: range) -> np.ndarray:
         """From the cache, or solved now: the same solves that comparisons are made with."""
-        channels, height, width = self.teacher.shape
-        images = np.empty((len(seeds), height, width, channels), np.uint8)
+        pictures: dict[int, np.ndarray] = {}
         for i, label in enumerate(self.labels):
-            mine = slice(i, None, len(self.labels))
-            if len(seeds[mine]):
+            mine = seeds[i :: len(self.labels)]
+            if len(mine):
                 solved = References(self.teacher, label=label, guidance=self.guidance)
-                ends = torch.from_numpy(solved.endpoints(seeds[mine])[:, 0])
-                images[mine] = self.teacher.decode(ends)
-        return images
+                ends = torch.from_numpy(solved.endpoints(mine)[:, 0])
+                pictures |= zip(mine, self.teacher.decode(ends), strict=True)
+        return np.stack([pictures[seed] for seed in seeds])
 
     def __call__(self, student: Model, guided: bool, sheet: Path | None) -> dict[str, float]:
         """Distances of the student's pictures at each of `EXAMINED` nfe.

@@ -184,17 +184,9 @@ def distill(
     name = check_slug("name", name or f"{model.card.name}-{recipe.method}")
     card = _card(recipe, known, step, model.card, pictures, name, sampler)
     place = None if out is None else Path(out)
-    inputs = {
-        "data": pictures.digest,
-        "weights of the teacher": model.card.weights_sha256,
-        "steps of the teacher": step.digest,
-    }
-    plan = Schedule(
-        recipe.total_steps,
-        recipe.batch,
-        checkpoint_every,
-        validate_every if validation_seeds else None,
-    )
+    inputs = _inputs(pictures, model, step)
+    validate = validate_every if validation_seeds else None
+    plan = Schedule(recipe.total_steps, recipe.batch, checkpoint_every, validate)
     device = next(known.student.parameters()).device
     with (
         team(device) as together,
@@ -217,6 +209,15 @@ def distill(
             known.save(place, task.averaged(), card)
         together.wait()
     return load(place, device=str(device))
+
+
+def _inputs(pictures: Data, model: Model, step: Stepper) -> dict[str, str]:
+    """Hashes of what a run depends on besides its recipe."""
+    return {
+        "data": pictures.digest,
+        "weights of the teacher": model.card.weights_sha256,
+        "steps of the teacher": step.digest,
+    }
 
 
 def _examined(

@@ -1,8 +1,8 @@
 """Prompt agreement: whether pictures of `garments` show what their prompts say.
 
-The head of the feature network `garments-a` tells the garment and its colour in each of two places,
-and the background. A picture agrees where all that its prompt names is told right; the two garments
-of a pair may have changed places.
+The head of `garments-a`, a feature network that recipes/garments_features.py trains, tells the
+garment and its colour in each of two places, and the background. A picture agrees where all that
+its prompt names is told right; the two garments of a pair may have changed places.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from torch import Tensor
 
 from fewstep.data.garments import BACKGROUNDS, COLOURS, KINDS, Scene, caption, scene
 from fewstep.data.idx import to_unit
-from fewstep.networks.features import FeatureNetwork, load_feature_network
+from fewstep.networks.features import FeatureNetwork
 
 __all__ = ["HEADS", "Agreement", "Prompt", "agreement", "told_right", "prompts", "targets"]
 
 NONE = "none"  # of the second place in a picture of one garment
-JUDGE = "garments-a"
 HEADS = {
     "first kind": (*KINDS, NONE),
     "first colour": (*COLOURS, NONE),
@@ -107,7 +106,7 @@ class Agreement:
 
     all: in which everything is right; error is its standard error
     garment, colour, background: in which these are
-    single, pair: `all` of the prompts for one garment and for two
+    single, pair: `all` of the prompts for one garment and for two; None where there are none
     """
 
     all: float
@@ -115,16 +114,29 @@ class Agreement:
     garment: float
     colour: float
     background: float
-    single: float
-    pair: float
+    single: float | None
+    pair: float | None
     count: int
 
 
-def agreement(images: np.ndarray, asked: Sequence[Prompt]) -> Agreement:
-    """Of pictures uint8 [n, h, w, 3] with their prompts. Raises: ValueError for other counts."""
+def agreement(images: np.ndarray, asked: Sequence[Prompt], judge: FeatureNetwork) -> Agreement:
+    """How well pictures go with their prompts.
+
+    Args:
+        images: uint8 [n, h, w, 3].
+        judge: `garments-a`, as recipes/garments_features.py writes it.
+
+    Raises:
+        ValueError: for other counts, or a network that was not trained to tell all this.
+    """
+    if {n: tuple(v) for n, v in judge.card.about.get("heads", {}).items()} != HEADS:
+        raise ValueError(
+            f"judge must tell {', '.join(HEADS)}, as garments-a does, got {judge.name}; "
+            "recipes/garments_features.py makes it"
+        )
     if len(images) != len(asked) or not len(asked):
         raise ValueError(f"there must be a picture per prompt, got {len(images)} of {len(asked)}")
-    right = told_right(answers(load_feature_network(JUDGE), images), asked)
+    right = told_right(answers(judge, images), asked)
     whole = np.all(right, axis=1)
     paired = np.array([len(one.scene.garments) == 2 for one in asked])
     return Agreement(
@@ -133,12 +145,12 @@ def agreement(images: np.ndarray, asked: Sequence[Prompt]) -> Agreement:
         garment=share(right[:, 0]),
         colour=share(right[:, 1]),
         background=share(right[:, 2]),
-        single=share(whole[~paired]),
-        pair=share(whole[paired]),
+        single=None if paired.all() else share(whole[~paired]),
+        pair=share(whole[paired]) if paired.any() else None,
         count=len(asked),
     )
 
 
 def share(values: np.ndarray) -> float:
-    """Of those that are true; NaN where there are none."""
-    return float(values.mean()) if len(values) else float("nan")
+    """Of those that are true."""
+    return float(values.mean())

@@ -157,14 +157,7 @@ def run_geometry(
         OSError: `out` cannot be written; all but the second before any work.
     """
     out, seeds = Path(out), tuple(int(seed) for seed in seeds)
-    if not seeds:
-        raise ValueError("seeds must name at least one trajectory")
-    if batch is not None and batch < 1:
-        raise ValueError(f"batch must be at least 1, got {batch}")
-    if get(solver).stochastic:
-        raise ValueError(
-            f"{solver} is stochastic; a trajectory here is the ODE's, so take another solver"
-        )
+    _check(seeds, batch, solver)
     loaded = load(model) if isinstance(model, str | Path) else model
     denoiser = loaded.denoiser(label, prompt, guidance)
     sigmas = _levels(denoiser, grid, points)
@@ -184,20 +177,7 @@ def run_geometry(
     size = batch or max(1, min(LARGEST_BATCH, most))
     in_check = 3 * len(sigmas) - 1
     total = len(missing) * len(sigmas) + len(few) * in_check
-    done = 0
-
-    def traced(part: Sequence[int], levels: Sequence[float], what: str) -> tuple[Tensor, Tensor]:
-        nonlocal done
-        begun = done
-
-        def progress(reached: int) -> None:
-            report(what, begun + reached * len(part), total)
-
-        curves = trace(denoiser, loaded.prior(part), solver, levels, progress)
-        done = begun + len(part) * len(levels)
-        _check_finite(curves, part, levels)
-        return curves
-
+    traced = _Tracer(loaded, denoiser, solver, report, total)
     for part in _split(missing, size):
         x, denoised = traced(part, sigmas, "trajectories")
         a, b = measure(x), measure(denoised)
@@ -225,6 +205,17 @@ def run_geometry(
     report("writing", total, total)
     write_json(out / "geometry.json", result.to_dict())
     return replace(result, files=(out / "geometry.json",))
+
+
+def _check(seeds: Sequence[int], batch: int | None, solver: str) -> None:
+    if not seeds:
+        raise ValueError("seeds must name at least one trajectory")
+    if batch is not None and batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
+    if get(solver).stochastic:
+        raise ValueError(
+            f"{solver} is stochastic; a trajectory here is the ODE's, so take another solver"
+        )
 
 
 def _levels(denoiser: Denoiser, grid: str | Sequence[float], points: int) -> tuple[float, ...]:
@@ -275,6 +266,32 @@ def _compare(coarse: Tensor, fine: Tensor) -> dict[str, float]:
         "largest": float(gap.max()),
         "share": float(moved.max()),
     }
+
+
+@dataclass
+class _Tracer:
+    """Traces trajectories and reports the points done, of `total`."""
+
+    model: Model
+    denoiser: Denoiser
+    solver: str
+    report: Callable[[str, int, int], None]
+    total: int
+    done: int = 0
+
+    def __call__(
+        self, seeds: Sequence[int], sigmas: Sequence[float], what: str
+    ) -> tuple[Tensor, Tensor]:
+        begun = self.done
+
+        def progress(reached: int) -> None:
+            self.report(what, begun + reached * len(seeds), self.total)
+
+        x_T = self.model.prior(seeds)
+        curves = trace(self.denoiser, x_T, self.solver, sigmas, progress)
+        self.done = begun + len(seeds) * len(sigmas)
+        _check_finite(curves, seeds, sigmas)
+        return curves
 
 
 @dataclass(frozen=True)

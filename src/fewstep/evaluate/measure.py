@@ -16,6 +16,7 @@ from fewstep.data.sources import Images, told
 from fewstep.evaluate.clip import ClipScorer
 from fewstep.evaluate.features import Extractor
 from fewstep.evaluate.gather import Gathered, Reference, Report, gather, open_reference, silent
+from fewstep.evaluate.pairs import kid, precision_recall
 from fewstep.evaluate.protocols import Protocol, check_orientation, check_protocol
 from fewstep.evaluate.settings import METRICS
 from fewstep.evaluate.statistics import (
@@ -23,9 +24,7 @@ from fewstep.evaluate.statistics import (
     Estimate,
     Statistics,
     bootstrap_frechet,
-    kid,
     own_bias,
-    precision_recall,
     write_statistics,
 )
 from fewstep.provenance import VERSION, machine

@@ -36,7 +36,7 @@ Source = Callable[[int, Seen | None], Values]  # (number of the interval, what i
 class Base:
     """What the learned values are inserted into.
 
-    ops: ops(sigmas, values, first, features, detach=False); detach: gradients do not reach from one
+    ops: ops(sigmas, values, afs, features, detach=False); detach: gradients do not reach from one
         interval into the next by way of the levels of past outputs
     restarts: a step needs nothing of the steps before it, so it may be trained from any state
     states: how many states it accepts in an interval

@@ -84,7 +84,7 @@ class LearnedSolver:
     @property
     def digest(self) -> str:
         """12 hexadecimal digits that name what was learned, wherever it is kept."""
-        facts = {**self._facts(), "nfe": None}
+        facts = self._facts(None)  # which follows from the rest
         facts["first"] = facts.pop("afs")  # the name that published digests were taken over
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         return digest.hexdigest()[:12]
@@ -127,7 +127,7 @@ class LearnedSolver:
         if data := self._data():
             write_whole(folder / PREDICTOR_FILE, data)
         about = {name: getattr(self, name) for name in ("model", "training", "validation")}
-        write_json(folder / SOLVER_FILE, {"format": FORMAT, **self._facts(), **about})
+        write_json(folder / SOLVER_FILE, {"format": FORMAT, **self._facts(self.nfe), **about})
 
     @classmethod
     def load(cls, folder: Path | str, nfe: int | None = None) -> LearnedSolver:
@@ -170,12 +170,12 @@ class LearnedSolver:
             raise ValueError(f"{path} cannot be used: {reason}; train or fetch it again") from None
         return solver
 
-    def _facts(self) -> dict[str, Any]:
+    def _facts(self, nfe: int | None) -> dict[str, Any]:
         data = self._data()
         return {
             "method": self.method.kind,
             "base": self.method.base,
-            "nfe": self.nfe,
+            "nfe": nfe,
             "afs": self.method.afs,
             "sigmas": list(self.method.sigmas),
             "settings": self.method.settings(),

@@ -124,14 +124,21 @@ def train(
             if not task.measured:
                 task.begin(untrained, folder)
             loop.train(task, folder, plan, report)
-        solver = task.solver(chosen.kind)
-        if line := unbeaten(chosen.settings.method, task.measured):
-            taken = chosen.settings.fallback
-            note(f"{line}; the result is {'that solver' if taken else 'kept as asked'}")
-            solver = settled(solver) if taken else solver
+        solver = _result(task, chosen, note)
         if folder.path is not None:
             solver.save(folder.path)
         return solver
+
+
+def _result(task: SolverTraining, chosen: Choices, note: Callable[[str], None]) -> LearnedSolver:
+    """What was trained, or the training-free solver that it did not beat."""
+    solver = task.solver(chosen.kind)
+    line = unbeaten(chosen.settings.method, task.measured)
+    if not line:
+        return solver
+    taken = chosen.settings.fallback
+    note(f"{line}; the result is {'that solver' if taken else 'kept as asked'}")
+    return settled(solver) if taken else solver
 
 
 def settled(solver: LearnedSolver) -> LearnedSolver:

@@ -74,7 +74,7 @@ SHIFT = 2.0  # in features; in pixels the means agree without it
 class Tuned:
     """One table.
 
-    base, sigmas, first: of the solver that it started from
+    base, sigmas, afs: of the solver that it started from
     sources: of its evaluations
     alphas, levels: of each evaluation's state and of the end, [k + 1]
     weights: n, [k + 1, k], strictly lower triangular

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from fewstep._lazy import lazily
 from fewstep.models.card import CARD_FILE, Card
-from fewstep.models.formats import FORMATS, format_of
+from fewstep.models.formats import format_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -112,14 +112,13 @@ def load(
     device, dtype = str(device), str(dtype).removeprefix("torch.")
     name = str(name_or_path)
     path = BUILTIN / name if name in builtin() else Path(name_or_path)
-    if (found := format_of(path)) is None:
-        if path.exists() or HUB_NAME.fullmatch(name) is None:
-            found, path = FORMATS[1], _folder(name_or_path)  # raises, and says why
-        else:
-            from fewstep.models.formats.diffusers import load_pipeline
+    if (found := format_of(path)) is not None:
+        return found.load(path, device, dtype, compile, **options)
+    if path.exists() or HUB_NAME.fullmatch(name) is None:
+        _folder(name_or_path)  # raises, and says why
+    from fewstep.models.formats.diffusers import load_pipeline
 
-            return load_pipeline(name, device, dtype, compile, **options)
-    return found.load(path, device, dtype, compile, **options)
+    return load_pipeline(name, device, dtype, compile, **options)
 
 
 def is_model(name_or_path: str | Path) -> bool:
@@ -152,15 +151,10 @@ def _folder(name_or_path: str | Path) -> Path:
     return folder
 
 
-# looked up on first use, since they need torch or diffusers
-_HOMES = {
-    "fingerprint": "fewstep.models.own",
-    "from_pipe": "fewstep.models.formats.diffusers",
-    "of": "fewstep.models.own",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'fewstep.models' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+__getattr__ = lazily(
+    __name__,
+    {
+        "fewstep.models.formats.diffusers": ("from_pipe",),
+        "fewstep.models.own": ("fingerprint", "of"),
+    },
+)

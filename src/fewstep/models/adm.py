@@ -17,7 +17,7 @@ arXiv:2303.01469; Rombach et al. 2022, arXiv:2112.10752.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -34,10 +34,10 @@ from fewstep.records import Int, Real, Slug, Text, as_slug, record, shown
 from fewstep.schedule import VP
 
 __all__ = [
+    "GUIDE",
+    "STAGE",
     "Classifier",
-    "Network",
     "Spec",
-    "as_model",
     "card_of",
     "model",
     "parts",
@@ -45,9 +45,10 @@ __all__ = [
     "spec_of",
 ]
 
-FIRST_STAGE, CLASSIFIER = "first_stage", "classifier"  # parts of a model folder, and of its card
 TIME_SCALE = 1000.0  # consistency models are told 1000 log(sigma) / 4
 NULL_CLASS = 1001  # rows of a class embedding whose last one stands for no class
+STAGE, GUIDE = "first_stage.", "classifier."  # prefixes of weights
+LEAST = 9  # tensors of one block, at least
 ROLES = {"eps": "eps prediction", "edm": "EDM's process", "consistency": "a consistency model"}
 RHO, POINTS, INDICES = 7, 40, (0, 22, 39)  # of the published sampling of consistency models
 
@@ -63,6 +64,7 @@ class Spec:
     clip: D is held in [-clip, clip]; None where it is free
     scale: a state is `scale` times the first stage's latents
     first_stage: of a latent diffusion
+    classifier: of noisy pictures, by which guidance goes then
     how: where the settings that shapes do not say are from
     points, indices: of a consistency model: the Karras grid of so many points, and where on it the
         published sampling stands
@@ -77,6 +79,7 @@ class Spec:
     clip: Real | None = None
     scale: Real = 1.0
     first_stage: AutoencoderConfig | None = None
+    classifier: ADMConfig | None = None
     how: Text = ""
     points: Int = POINTS
     indices: tuple[Int, ...] = INDICES
@@ -88,6 +91,8 @@ class Spec:
             )
         if not self.scale > 0:
             raise ValueError(f"scale must be positive, got {self.scale}")
+        if self.classifier is not None and (self.role != "eps" or self.first_stage is not None):
+            raise ValueError("classifier goes with guided-diffusion, of pixels and of eps")
         if (self.role == "eps") != bool(self.schedule):
             raise ValueError(f"a schedule goes with role eps, got {self.role!r}")
         rising = all(a < b for a, b in pairwise(self.indices))
@@ -98,23 +103,17 @@ class Spec:
 
     @property
     def classes(self) -> int:
-        """How many classes it knows, no class not counted."""
+        """How many classes it knows, no class not counted; else its classifier."""
+        if self.classifier is not None and not self.unet.classes:
+            return self.classifier.outputs
         rows = self.unet.context_rows
         return rows - (rows == NULL_CLASS) if rows else self.unet.classes
 
     @property
     def needs_label(self) -> bool:
         """Whether it cannot be used without a class."""
-        return self.classes > 0 and self.unet.context_rows != NULL_CLASS
-
-
-@dataclass(frozen=True, eq=False)
-class Network:
-    """What a file of the family holds."""
-
-    spec: Spec
-    net: ADM = field(repr=False)
-    first_stage: Autoencoder | None = field(default=None, repr=False)
+        rows = self.unet.context_rows
+        return rows != NULL_CLASS if rows else self.unet.classes > 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,7 +242,7 @@ def spec_of(card: Card) -> Spec:
     Raises:
         ValueError: that names the field, where it is none of this kind.
     """
-    values = {name: value for name, value in card.network.items() if name != CLASSIFIER}
+    values = dict(card.network)
     picture = {name: values.pop(name, None) for name in ("size", "channels")}
     try:
         spec = Spec(**values)
@@ -265,54 +264,24 @@ def _as_published(spec: Spec) -> dict[str, Any]:
     return {"auto": chosen, "screened": {nfe: (choice,) for nfe, choice in chosen.items()}}
 
 
-def as_model(
-    network: Network,
-    card: Card,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    compile: bool = False,
-    classifier: Classifier | None = None,
-    stats: Mapping[str, Tensor] | None = None,
-) -> NetworkModel:
-    """The model that samples; the network is moved and cast in place."""
-    spec, unet = network.spec, network.spec.unet
-    net = network.net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if dtype is not torch.float32:
-        cast_torso(net, dtype)
-    stage = network.first_stage
-    return NetworkModel(
-        card,
-        net,
-        dict(stats or {}),
-        net,
-        (unet.channels, unet.size, unet.size),
-        preconditions(spec),
-        torch.compile(net) if compile else None,
-        schedule=schedule_of(spec.schedule),
-        first_stage=None if stage is None else Latents(stage.to(device), spec.scale),
-        needs_label=spec.needs_label,
-        classifier=classifier,
-    )
-
-
 def parts(card: Card, tensors: int) -> dict[str, nn.Module]:
-    """The modules of such a model by the prefix of their weights, on the meta device."""
-    spec, rival = spec_of(card), card.network.get(CLASSIFIER)
-    if rival is not None and not isinstance(rival, dict):
-        raise ValueError("network.classifier must be a table")
-    try:
-        config = None if rival is None else ADMConfig(**rival)
-    except TypeError as error:
-        raise ValueError(f"network.classifier: {error}") from None
-    classes = spec.classes or (config.outputs if config else 0)
-    if len(card.classes) != classes:
-        raise ValueError(f"{len(card.classes)} class names for {classes} classes")
-    with torch.device("meta"):
+    """The modules of such a model by the prefix of their weights, on the meta device.
+
+    Raises:
+        ValueError: where a file of so many tensors cannot hold them.
+    """
+    spec = spec_of(card)
+    if len(card.classes) != spec.classes:
+        raise ValueError(f"{len(card.classes)} class names for {spec.classes} classes")
+    for config in (spec.unet, spec.first_stage, spec.classifier):
+        if config is not None and config.blocks * len(config.widths) * LEAST > tensors:
+            raise ValueError(f"the file has {tensors} tensors, too few for {config}")
+    with torch.device("meta"):  # takes no memory and draws no random numbers
         made: dict[str, nn.Module] = {"": ADM(spec.unet)}
         if spec.first_stage is not None:
-            made[f"{FIRST_STAGE}."] = Autoencoder(spec.first_stage)
-        if config is not None:
-            made[f"{CLASSIFIER}."] = Encoder(config)
+            made[STAGE] = Autoencoder(spec.first_stage)
+        if spec.classifier is not None:
+            made[GUIDE] = Encoder(spec.classifier)
     return made
 
 
@@ -324,16 +293,31 @@ def model(
     dtype: torch.dtype = torch.float32,
     compile: bool = False,
 ) -> NetworkModel:
-    """The model that samples, of modules with their weights."""
+    """The model that samples, of modules with their weights, which are moved and cast in place."""
     spec = spec_of(card)
-    ready: dict[str, Any] = {
-        prefix.rstrip("."): net.eval().requires_grad_(False) for prefix, net in made.items()
-    }
-    guide = None
-    if (rival := ready.get(CLASSIFIER)) is not None:
-        table = schedule_of(spec.schedule)
-        assert table is not None
-        guide = Classifier(rival.to(device), table)
-    network = Network(spec, ready[""], ready.get(FIRST_STAGE))
-    placed = {name: value.to(device) for name, value in stats.items()}
-    return as_model(network, card, device, dtype, compile, guide, placed)
+    schedule = schedule_of(spec.schedule)
+    ready = {name: module.to(device).eval().requires_grad_(False) for name, module in made.items()}
+    net = ready[""].to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    assert isinstance(net, ADM)
+    if dtype is not torch.float32:
+        cast_torso(net, dtype)
+    stage, guide = ready.get(STAGE), ready.get(GUIDE)
+    assert stage is None or isinstance(stage, Autoencoder)
+    classifier = None
+    if guide is not None:
+        assert isinstance(guide, Encoder)
+        assert schedule is not None
+        classifier = Classifier(guide, schedule)
+    return NetworkModel(
+        card,
+        net,
+        {name: value.to(device) for name, value in stats.items()},
+        net,
+        net.image_shape,
+        preconditions(spec),
+        torch.compile(net) if compile else None,
+        schedule=schedule,
+        first_stage=None if stage is None else Latents(stage, spec.scale),
+        needs_label=spec.needs_label,
+        classifier=classifier,
+    )

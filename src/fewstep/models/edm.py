@@ -138,7 +138,8 @@ def _precondition(spec: Spec) -> Precondition:
 
 
 def _ready(net: nn.Module, spec: Spec, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
-    net = net.to(device).eval().requires_grad_(False)
+    net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net = net.eval().requires_grad_(False)
     if isinstance(net, EDM2UNet):
         return net.prepare(dtype)
     return net if dtype is torch.float32 else narrow(net, dtype)

@@ -132,9 +132,6 @@ class Scheduled(Wrapper):
     def sigma_max(self) -> float:
         return self.schedule.sigma_max
 
-    def change(self, denoised: Tensor) -> Tensor:
-        return denoised
-
 
 @dataclass(frozen=True)
 class Process:

@@ -14,6 +14,7 @@ from fewstep.networks.unet_config import UNetConfig
 
 __all__ = ["model", "parts"]
 
+NEEDS = ("far_mean", "mean", "basis", "variances", "rest")  # statistics beside the weights
 TENSORS = 10  # of one block of the network, at least
 
 

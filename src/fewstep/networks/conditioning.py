@@ -50,10 +50,11 @@ def indices(names: Sequence[str], gamma: Tensor, guidance: Tensor) -> Tensor | N
 def guidance_embedding(index: Tensor, size: int = 256) -> Tensor:
     """The published sinusoidal embedding of an index, for networks that have an input for it.
 
-    returns [b, size], float32
-
     Args:
         index: [b]; the frequencies are 1000 * 10^(-4 k / (size/2 - 1)), sines first
+
+    Returns:
+        [b, size], float32.
     """
     if size < 4 or size % 2:
         raise ValueError(f"size must be even and at least 4, got {size}")

@@ -185,13 +185,13 @@ class Block(nn.Module):
             scale, shift = told.chunk(2, dim=1)
             h = F.silu(torch.addcmul(shift, self.norm1(h), scale + 1))
         else:
-            h = F.silu(self.norm1(h + told))
-        h = self.conv1(h) + (x if self.skip is None else self.skip(x))
-        h = h * self.scale if self.scale != 1 else h
+            h = F.silu(self.norm1(h.add_(told)))  # a convolution's gradient needs no output
+        h = self.conv1(h).add_(x if self.skip is None else self.skip(x))
+        h = h.mul_(self.scale) if self.scale != 1 else h
         if not self.heads:
             return h
-        h = self.proj(self._attend(self.qkv(self.norm2(h)))) + h
-        return h * self.scale if self.scale != 1 else h
+        h = self.proj(self._attend(self.qkv(self.norm2(h)))).add_(h)
+        return h.mul_(self.scale) if self.scale != 1 else h
 
     def _attend(self, rows: Tensor) -> Tensor:
         b, c, height, width = rows.shape

@@ -60,19 +60,19 @@ def choose(model: Model, settings: Settings, start: float | None = None) -> Fill
         check_weights(model, program)
         spent = program.evaluations
         return Filled(program, spent, head_start=settings.head_start)
-    chosen = known.get("grid", model.card.grid) if grid is None else grid
-    first = known.get("afs", "none") if afs is None else afs
-    if first == "mean":
+    grid = known.get("grid", model.card.grid) if grid is None else grid
+    afs = known.get("afs", "none") if afs is None else afs
+    if afs == "mean":
         level = model.card.sigma_max if begin is None else begin
-        check_mean_start(level if isinstance(chosen, str) else chosen[0], model.card.sigma_max)
-    if not isinstance(chosen, str):
-        asked = Settings(solver, nfe, tuple(chosen), first, final, end)
-        spent = resolve(asked).evaluations
-        _check_start(model, chosen[0], begin)
-        return Filled(solver, spent, asked.grid, first, final, head_start=settings.head_start)
-    stop = "sigma_min" if final else known.get("end", model.card.end)
-    stop = stop if end is None else end
-    return Filled(solver, nfe, chosen, first, final, stop, settings.head_start)
+        check_mean_start(level if isinstance(grid, str) else grid[0], model.card.sigma_max)
+    if not isinstance(grid, str):
+        grid = tuple(grid)
+        spent = resolve(Settings(solver, nfe, grid, afs, final, end)).evaluations
+        _check_start(model, grid[0], begin)
+        return Filled(solver, spent, grid, afs, final, head_start=settings.head_start)
+    if end is None:
+        end = "sigma_min" if final else known.get("end", model.card.end)
+    return Filled(solver, nfe, grid, afs, final, end, settings.head_start)
 
 
 def locate(model: Model, solver: str | Path, nfe: int | None) -> Solver | Runnable:
@@ -152,6 +152,10 @@ def plan_for(
     Raises:
         ValueError: also where the solver adapts to the network, and there is no model.
     """
+    if isinstance(settings.solver, Plan):
+        if model is not None:
+            choose(model, settings, sigma_max)  # raises where they do not go together
+        return settings.solver
     if model is None:
         if settings.solver == "auto":
             raise ValueError("auto is the best that a model's card knows; name a model too")
@@ -181,38 +185,39 @@ def _picked(
     known: dict[str, Any] = {}
     if isinstance(solver, str) and solver == "auto":
         top = start is None or starts_at(start, model.card.sigma_max)
-        known = _known(model.card, replace(settings, nfe=nfe), top)
         given = (settings.grid, settings.afs, settings.end) != (None, None, None)
         free = not given and not settings.final and top
         learned = model.card.learned(nfe) if free else None
-        solver = known.get("solver", "dpmpp-2m") if learned is None else str(learned)
+        known = {} if learned else _known(model.card, settings, nfe, top)
+        solver = str(learned) if learned else known.get("solver", "dpmpp-2m")
     if isinstance(solver, str | Path):
         found = locate(model, solver, settings.nfe)  # raises now for an unknown name
         return (found.name if isinstance(found, Solver) else found), known
     return solver, known
 
 
-def _known(card: Card, asked: Settings, top: bool) -> dict[str, Any]:
+def _known(card: Card, asked: Settings, nfe: int, top: bool) -> dict[str, Any]:
     """The card's entry for the budget, or for the next lower one that it has, where that fits what
     the caller has named.
 
     Args:
+        nfe: the budget; beside sigmas it is one evaluation on each interval
         top: whether the start is at sigma_max; below it, afs="mean" does not hold
     """
     sigmas = asked.grid if isinstance(asked.grid, tuple) else None
-    nfe = asked.nfe or DEFAULT_NFE if sigmas is None else len(sigmas) - 1
+    nfe = nfe if sigmas is None else len(sigmas) - 1
     below = [int(budget) for budget in card.auto if int(budget) <= nfe]
     entry = card.auto[str(max(below))].given() if below else {}
     if not top and entry.get("afs") == "mean":
         del entry["afs"]
-    begin = entry.get("afs", "none") if asked.afs is None else asked.afs
-    stop = asked.end or ("sigma_min" if asked.final else entry.get("end", card.end))
+    afs = entry.get("afs", "none") if asked.afs is None else asked.afs
+    end = asked.end or ("sigma_min" if asked.final else entry.get("end", card.end))
     try:
         solver = get(entry["solver"])
         if sigmas is not None:
             fits = solver.on(sigmas).evaluations == nfe
             return {"solver": entry["solver"]} if fits else {}
-        intervals_for(solver, nfe, begin, asked.final, stop)
+        intervals_for(solver, nfe, afs, asked.final, end)
     except (KeyError, ValueError):
         return {}
     return entry

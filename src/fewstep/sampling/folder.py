@@ -21,7 +21,7 @@ from fewstep.data.images import contact_sheet, read_metadata, read_png, write_pn
 from fewstep.files import open_folder
 from fewstep.models import Model
 from fewstep.sampling.choose import identify
-from fewstep.sampling.generate import Run, usual_batch
+from fewstep.sampling.generate import Run, batch_size
 from fewstep.sampling.request import Request
 from fewstep.sampling.settings import Settings
 
@@ -34,8 +34,14 @@ FREE = ("label", "prompt")  # may differ between the pictures of a folder
 
 @dataclass(frozen=True)
 class FolderResult:
-    """files: one per picture, in order; sheet: the contact sheet; settings: as in the files'
-    metadata; network_calls: of each picture."""
+    """What is in the folder now.
+
+    files: one per picture, in order
+    sheet: the contact sheet
+    skipped: how many of the files were there already
+    settings: as in the files' metadata
+    network_calls: of each picture
+    """
 
     files: tuple[Path, ...]
     sheet: Path
@@ -75,9 +81,7 @@ def sample_to_folder(
             written.
         OSError: the folder cannot be written.
     """
-    if batch is not None and batch < 1:
-        raise ValueError(f"batch must be at least 1, got {batch}")
-    out, size = Path(out), batch or usual_batch(model)
+    out, size = Path(out), batch_size(model, batch)
     run = Run.of(model, request, settings or Settings(), size)
     seeds, total = request.seeds, len(request.seeds)
     files = [out / f"{name}.png" for name in names or [f"{seed:06d}" for seed in seeds]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fewstep.data.images import fit_picture, read_picture
 from fewstep.denoiser import Counted, Denoiser, calls_per_eval
-from fewstep.loop import State, far_mean, finish, run, starts_at
+from fewstep.loop import far_mean, finish, run, starts_at
 from fewstep.plan import Program
 from fewstep.sampling.choose import choose, describe
 from fewstep.sampling.request import CONDITIONS, Request, one_per_seed
@@ -26,7 +26,7 @@ from fewstep.solving import Runnable, resolve
 if TYPE_CHECKING:
     from fewstep.models import Model, PictureModel
 
-__all__ = ["Batch", "Preview", "Run", "Samples", "generate", "sample", "usual_batch"]
+__all__ = ["Batch", "Run", "Samples", "batch_size", "load_images", "sample", "usual_batch"]
 
 DEFAULT_STRENGTH = 0.8  # that of diffusers' image-to-image pipeline for Stable Diffusion
 MOST_AT_A_TIME, NUMBERS_AT_A_TIME = 64, 2**17  # pictures, and numbers of their states, in a batch
@@ -57,34 +57,16 @@ class Samples:
 
 
 @dataclass(frozen=True, eq=False)
-class Preview:
-    """A batch on its way, after an accepted step.
-
-    Attributes:
-        start: the place of its first picture
-        seeds: one per picture
-        state: x, the last D, the level and the evaluations spent; `model.decode(state.denoised)`
-            shows what is to come
-    """
-
-    start: int
-    seeds: tuple[int, ...]
-    state: State
-
-
-@dataclass(frozen=True, eq=False)
 class Batch:
     """A batch of finished pictures.
 
     Attributes:
-        start: the place of its first picture
         seeds: one per picture
         images: uint8 [n, h, w, c]
         nfe: evaluations of the denoiser per picture
         network_calls: forward passes of the network per picture
     """
 
-    start: int
     seeds: tuple[int, ...]
     images: np.ndarray
     nfe: int
@@ -135,25 +117,25 @@ class Run:
             model = model.with_size(*request.size)  # type: ignore[attr-defined]
         count = len(request.seeds)
         each = {name for name, value in request.given.items() if one_per_seed(name, value, count)}
-        start, images = settings.head_start, None
-        if start is not None and starts_at(start, model.card.sigma_max):
-            settings, start = replace(settings, head_start=None), None  # nothing to be carried
+        level, images = settings.head_start, None
+        if level is not None and starts_at(level, model.card.sigma_max):
+            settings, level = replace(settings, head_start=None), None  # nothing to be carried
         if request.image is not None:
-            request, settings, start = _from_pictures(model, request, settings)
+            request, settings, level = _from_pictures(model, request, settings)
             images = load_images(request.image, *cast("PictureModel", model).picture)
             if len(images) > 1 and one_per_seed("image", images, count):
                 each.add("image")
-        filled = choose(model, settings, start)
-        if "label" in each:
+        filled = choose(model, settings, level)
+        if "label" in each:  # raises now for an unknown one in a later part
             model.denoiser(list(dict.fromkeys(request.label)))
         denoiser = _denoiser(model, _part(request, frozenset(each), 0, batch))
-        high = start if isinstance(filled.grid, str) else None
+        high = level if isinstance(filled.grid, str) else None
         program = resolve(filled, denoiser, sigma_max=high)
         if filled.afs == "mean":
-            far_mean(denoiser)
+            far_mean(denoiser)  # raises now where it is not known
         calls = calls_per_eval(denoiser)
-        made = cls(model, request, filled, images, frozenset(each), start, program, calls)
-        made.begin(0, 1)
+        made = cls(model, request, filled, images, frozenset(each), level, program, calls)
+        made.begin(0, 1)  # raises now for a start that the model cannot make
         return made
 
     def begin(self, start: int, size: int) -> Tensor:
@@ -167,37 +149,25 @@ class Run:
             return self.model.prior(seeds)
         return self.model.prior(seeds, sigma=self.level, label=given["label"])
 
-    def make(self, start: int, size: int) -> Batch:
-        """The pictures of seeds[start : start + size]. Raises FloatingPointError."""
-        (batch,) = self.steps(start, size, previews=False)
-        assert isinstance(batch, Batch)
-        return batch
+    def denoiser(self, start: int, size: int) -> Denoiser:
+        """D for seeds[start : start + size], under what is given for them."""
+        return _denoiser(self.model, self._given(start, size))
 
-    def steps(self, start: int, size: int, previews: bool = True) -> Iterator[Preview | Batch]:
-        """The same, each accepted state on the way first.
+    def make(self, start: int, size: int) -> Batch:
+        """The pictures of seeds[start : start + size].
 
         Raises:
             FloatingPointError: the network returned NaN or infinity; names the step and the seeds.
         """
         seeds = self.request.seeds[start : start + size]
         with torch.no_grad():
-            denoiser = Counted(_denoiser(self.model, self._given(start, size)))
-            x_T = x = self.begin(start, size)
-            if not previews:
-                x = finish(self.program, denoiser, x_T, seeds)
-        states = run(self.program, denoiser, x_T, seeds) if previews else iter(())
-        while True:
-            with torch.no_grad():  # not across a yield, where it would be the caller's too
-                state = next(states, None)
-            if state is None:
-                break
-            x = state.x
-            yield Preview(start, seeds, state)
-        if not torch.isfinite(x).all():
-            with torch.no_grad():
+            denoiser = Counted(self.denoiser(start, size))
+            x_T = self.begin(start, size)
+            x = finish(self.program, denoiser, x_T, seeds)
+            if not torch.isfinite(x).all():
                 raise FloatingPointError(_diagnose(self.program, denoiser, x_T, seeds))
         calls = denoiser.evaluations, denoiser.network_calls
-        yield Batch(start, seeds, self.model.decode(x), *calls)
+        return Batch(seeds, self.model.decode(x), *calls)
 
     def record(self) -> dict[str, Any]:
         """What makes the pictures besides their seeds, JSON-ready: known before they are made. What
@@ -213,37 +183,6 @@ class Run:
 
     def _given(self, start: int, size: int) -> dict[str, Any]:
         return _part(self.request, self.each, start, size)
-
-
-def generate(
-    model: Model,
-    request: Request,
-    settings: Settings | None = None,
-    *,
-    batch: int | None = None,
-    previews: bool = False,
-) -> Generator[Preview | Batch, None, None]:
-    """Sample a request batch by batch; closing the generator cancels the rest.
-
-    Args:
-        model: loaded
-        request: what is sampled
-        settings: how; the card's best where left out
-        batch: pictures at a time; unless given 64, and fewer of large ones (see `usual_batch`)
-        previews: whether each accepted state comes too, before the batch that it belongs to
-
-    Raises:
-        ValueError: what the model or the solver cannot do, before any work.
-        FloatingPointError: the network returned NaN or infinity; names the step and the seeds.
-    """
-    size = _batch_of(model, batch)
-    made = Run.of(model, request, settings or Settings(), size)
-
-    def going() -> Generator[Preview | Batch, None, None]:
-        for start in range(0, len(request.seeds), size):
-            yield from made.steps(start, size, previews)
-
-    return going()
 
 
 def sample(
@@ -288,7 +227,7 @@ def sample(
     """
     settings = Settings(solver, nfe, grid, afs, final, end, head_start)  # type: ignore[arg-type]
     request = Request(seeds, label, prompt, negative, guidance, image, strength, size)  # type: ignore[arg-type]
-    at_a_time = _batch_of(model, batch)
+    at_a_time = batch_size(model, batch)
     made = Run.of(model, request, settings, at_a_time)
     batches = []
     for start in range(0, len(request.seeds), at_a_time):
@@ -327,7 +266,12 @@ def load_images(image: Any, height: int, width: int, channels: int) -> np.ndarra
     return np.stack([fit_picture(one, height, width, channels) for one in found])
 
 
-def _batch_of(model: Model, batch: int | None) -> int:
+def batch_size(model: Model, batch: int | None) -> int:
+    """Pictures at a time: as asked for, else the usual number.
+
+    Raises:
+        ValueError: for fewer than 1.
+    """
     if batch is not None and batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
     return batch or (usual_batch(model) if hasattr(model, "shape") else 1)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["CONDITIONS", "Request"]
+__all__ = ["CONDITIONS", "Request", "one_per_seed"]
 
 CONDITIONS = ("label", "prompt", "negative", "guidance")
 

@@ -1,4 +1,4 @@
-"""How a solver is run: one frozen object in place of seven loose arguments."""
+"""How a solver is run, as one frozen object."""
 
 from __future__ import annotations
 

@@ -23,6 +23,7 @@ from fewstep.serve.answers import in_events, in_one, model_facts
 from fewstep.serve.errors import ApiError, as_api_error
 from fewstep.serve.gate import Gate
 from fewstep.serve.keys import Clients, Key
+from fewstep.serve.memory import settle, tended
 from fewstep.serve.metrics import metrics
 from fewstep.serve.pictures import FORMATS, encode, pixel_error
 from fewstep.serve.schema import Edit, Generation, Preview, Refinement, Variation
@@ -76,8 +77,10 @@ def create_app(
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         if warm:
             await service.warm_up()
+            settle()
             ready["warm"] = True
-        yield
+        async with tended():
+            yield
 
     app = FastAPI(
         title="fewstep",

@@ -30,8 +30,6 @@ from fewstep.serve.together import Share, together
 
 __all__ = ["Engine", "Event", "Full", "Job", "Stopping"]
 
-SECONDS_KEPT = 5.0  # over which the speed is measured
-
 
 class Full(Exception):
     """The queue has no room. `seconds`: when it may have."""
@@ -227,6 +225,7 @@ class Engine:
                 self._queue.remove(job)
             if job.taken == 0:
                 job.open = 0
+            job.listen = silent
             self._news.notify_all()
 
     def waiting(self) -> int:
@@ -434,6 +433,8 @@ class Engine:
     def _say(self, job: Job, event: Event) -> None:
         with suppress(Exception):  # a listener's faults are its own
             job.listen(event)
+        if event.kind in ("ended", "failed"):
+            job.listen = silent  # it mostly knows the job: without this, memory waits for a sweep
 
     def _seconds(self, jobs: Sequence[Job] | deque[Job]) -> float:
         """How long all that runs and these jobs take; needs the lock."""
@@ -442,6 +443,10 @@ class Engine:
             total = len(job.order.seeds) * job.order.nfe - job.spent
             work += max(0, total) * job.order.rows
         return work / self.stats.speed
+
+
+def silent(event: Event) -> None:
+    """Listens to a job that has ended."""
 
 
 class Merged:

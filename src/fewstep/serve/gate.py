@@ -86,6 +86,7 @@ class Answer:
         self.id = given if GIVEN_ID.fullmatch(given) else f"req_{secrets.token_hex(10)}"
         self.status, self.taken, self.begun = 0, 0, time.perf_counter()
         self.facts: dict[str, Any] = {}
+        self.over = False
         self.origin = self._allowed_origin()
 
     async def go(self) -> None:
@@ -110,6 +111,7 @@ class Answer:
             await self.gate.app(self.scope, self.receive, self.send)
         except ApiError as error:
             if self.status == 0:
+                self.over = False
                 await self._plain(error.status, error.headers, error.body)
         finally:
             if client is not None:
@@ -121,11 +123,14 @@ class Answer:
     async def receive(self) -> MutableMapping[str, Any]:
         message = await self._receive()
         self.taken += len(message.get("body", b""))
-        if self.taken > self._most:
+        if self.taken > self._most:  # the application may make another error of it, see `send`
+            self.over = True
             raise _too_large(self._most)
         return message
 
     async def send(self, message: MutableMapping[str, Any]) -> None:
+        if self.over and self.status == 0:
+            raise _too_large(self._most)
         if message["type"] == "http.response.start":
             self.status = message["status"]
             self._add_headers(message)

@@ -112,9 +112,7 @@ def order(
     """
     with torch.no_grad():
         run = Run.of(model, request, settings, len(request.seeds))
-        given = run.request.given
-        text = {} if given["negative"] is None else {"negative": given["negative"]}
-        denoiser = run.model.denoiser(given["label"], given["prompt"], given["guidance"], **text)
+        denoiser = run.denoiser(0, len(request.seeds))
         made = Order(name, run, denoiser, None if mixes is None else tuple(mixes))
         if mixes is not None and run.settings.head_start is not None:
             raise ValueError("a picture with a head start has no variations; leave out head_start")

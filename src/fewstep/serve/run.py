@@ -21,7 +21,7 @@ from fewstep.serve.engine import Engine
 from fewstep.serve.limits import Limits
 from fewstep.serve.service import Service
 
-__all__ = ["Server", "faster", "is_loopback", "listen", "make_service", "start_log"]
+__all__ = ["Server", "is_loopback", "listen", "make_service", "start_log"]
 
 
 def is_loopback(host: str) -> bool:
@@ -72,18 +72,7 @@ def make_service(
         threads = max(1, total // workers)
     rows = batch or (16 if on_cpu else 64)
     engine = Engine(rows=rows, workers=workers, threads=threads, most_waiting=limits.most_waiting)
-    return Service({name: faster(model) for name, model in models.items()}, engine, limits)
-
-
-def faster(model: Model) -> Model:
-    """The same model with its convolutions' weights laid out channels last, which is faster on
-    most machines. Pictures change by rounding only."""
-    import torch
-
-    network = getattr(model, "net", None)
-    if isinstance(network, torch.nn.Module):
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model
+    return Service(models, engine, limits)
 
 
 class Facts(logging.Formatter):

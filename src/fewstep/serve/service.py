@@ -59,7 +59,16 @@ class Asked:
 
 @dataclass(eq=False)
 class Work:
-    """A request on its way: its job, and what has come of it so far."""
+    """A request on its way.
+
+    Attributes:
+        asked, order: what it wants
+        events: that were not read yet
+        job: in the engine
+        latest: where a preview comes after each evaluation, the newest of each picture: a client
+            that reads slowly gets fewer, and takes no more memory
+        shown: how many previews of each picture were given
+    """
 
     asked: Asked
     order: Order
@@ -67,7 +76,16 @@ class Work:
     job: Job | None = None
     latest: dict[int, Event] = field(default_factory=dict)
     shown: dict[int, int] = field(default_factory=dict)
-    begun: float = field(default_factory=time.perf_counter)
+
+    def add(self, event: Event) -> None:
+        """Something has happened; called in the event loop."""
+        if event.kind != "preview" or self.asked.partial is not None:
+            self.events.put_nowait(event)
+            return
+        waits = event.index in self.latest
+        self.latest[event.index] = event
+        if not waits:
+            self.events.put_nowait(event)
 
     @property
     def count(self) -> int:
@@ -126,7 +144,7 @@ class Service:
         work = Work(asked, found, asyncio.Queue())
 
         def listen(event: Event) -> None:
-            loop.call_soon_threadsafe(work.events.put_nowait, event)
+            loop.call_soon_threadsafe(work.add, event)
 
         try:
             work.job = self.engine.submit(found, listen, _shown_at(asked.partial, found.nfe))
@@ -143,48 +161,39 @@ class Service:
         """What comes of a request: facts with the keys `kind` ("queued", "partial", "picture"),
         `index` and so on. Leaving it cancels what is not done.
 
-        Of previews that were not read in time, the newest of each picture comes. Raises ApiError.
+        Raises ApiError.
         """
         assert work.job is not None
         ended, place = False, -1
         try:
             while not ended:
-                for event in await self._news(work):
-                    if event is None:
-                        now, seconds = self.engine.place(work.job)
-                        if work.job.started is None and now != place:
-                            place = now
-                            yield {"kind": "queued", "position": now, "seconds": round(seconds, 2)}
-                    elif event.kind == "preview":
-                        yield await self._partial(work, event)
-                    elif event.kind == "picture":
-                        yield await self._picture(work, event)
-                    elif event.kind == "failed":
-                        assert event.error is not None
-                        raise as_api_error(event.error)
-                    else:
-                        ended = True
+                event = await self._next(work)
+                if event is None:
+                    now, seconds = self.engine.place(work.job)
+                    if work.job.started is None and now != place:
+                        place = now
+                        yield {"kind": "queued", "position": now, "seconds": round(seconds, 2)}
+                elif event.kind == "preview":
+                    yield await self._partial(work, event)
+                elif event.kind == "picture":
+                    yield await self._picture(work, event)
+                elif event.kind == "failed":
+                    assert event.error is not None
+                    raise as_api_error(event.error)
+                else:
+                    ended = True
         finally:
             if not ended:
                 self.cancel(work)
 
-    async def _news(self, work: Work) -> list[Event | None]:
-        """All events that are there, after the first one; None after a while without any."""
+    async def _next(self, work: Work) -> Event | None:
+        """The next event; None after a while without any."""
         try:
             async with asyncio.timeout(0.5 if work.job and work.job.started is None else 10):
-                found: list[Event | None] = [await work.events.get()]
+                event = await work.events.get()
         except TimeoutError:
-            return [None]
-        while not work.events.empty():
-            found.append(work.events.get_nowait())
-        if len(found) > 1:
-            newest = {one.index: one for one in found if one is not None and one.kind == "preview"}
-            found = [
-                one
-                for one in found
-                if one is None or one.kind != "preview" or newest[one.index] is one
-            ]
-        return found
+            return None
+        return work.latest.pop(event.index, event) if event.kind == "preview" else event
 
     def _order(self, asked: Asked) -> Order:
         """By the thread that prepares. Raises ValueError."""

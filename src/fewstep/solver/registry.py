@@ -1,7 +1,8 @@
 """What a solver is to the rest: a name, coefficients, and the properties that it declares.
 
 A solver is a function `ops(sigmas)` that yields `Eval` and `Combine`, and one
-`register(Solver(...))`.
+`register(Solver(...))`. Here are also what goes around the operations of any solver, an analytic
+first step and a last denoising step, and the intervals that spend a budget (`intervals_for`).
 """
 
 from __future__ import annotations

@@ -35,13 +35,17 @@ from torch import Tensor
 from fewstep.schedule import PURE_NOISE
 
 __all__ = [
+    "Weights",
     "adams_log",
     "adams_sigma",
     "dpmpp_2m",
     "dpmpp_3m",
     "exp_adams",
+    "expm1",
     "interpolatory",
     "ipndm",
+    "is_zero",
+    "log",
     "phi",
     "trapezoid",
     "unic",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 __all__ = ["Condition", "Family", "Sizes"]
@@ -30,6 +30,7 @@ class Family:
     patch: side of a token of the network, in its own pixels
     step: the network halves its input so often that sides must be multiples of this, in its own
         pixels, given the network; 1 where it takes any size
+    options: what its class in diffusers is told besides its components
     """
 
     network: str
@@ -41,3 +42,4 @@ class Family:
     tap: Callable[[Any], str] = lambda net: "mid_block"
     patch: Callable[[Any], int] = lambda net: 1
     step: Callable[[Any], int] = lambda net: 1
+    options: Mapping[str, Any] = field(default_factory=dict)

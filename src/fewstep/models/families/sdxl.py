@@ -32,4 +32,5 @@ SDXL = Family(
     "vae",
     encode,
     tokenizers=(("tokenizer", 0), ("tokenizer_2", 0)),
+    options={"add_watermarker": False},
 )

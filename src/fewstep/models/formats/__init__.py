@@ -51,6 +51,7 @@ class Format:
 
 PIPELINE_OPTIONS = ("config", "size", "slicing", "tiling")
 PIPELINE = "fewstep.models.formats.diffusers:load_pipeline"
+PAPER = "fewstep.models.formats.papers:load_file"
 FORMATS = (
     Format(
         "a pipeline of diffusers",  # with a card beside its index, or without
@@ -81,10 +82,10 @@ def load_single(path: Path, device: str, dtype: str, compile: bool, **options: A
             its reader does not have.
     """
     kind, _ = recognise(path)
-    if kind is None or kind.advice or not kind.home:
+    if kind is None or not kind.source:
         whole = Format("a pipeline in one file", Path.is_file, PIPELINE, PIPELINE_OPTIONS)
     else:
-        whole = Format(kind.name, Path.is_file, kind.home, kind.options)
+        whole = Format(kind.name, Path.is_file, PAPER, kind.options)
     return whole.load(path, device, dtype, compile, **options)
 
 

@@ -14,8 +14,8 @@ diffusion are named as the network's own, without any dot.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,7 @@ import torch
 from torch import Tensor
 
 from fewstep.files import file_hash
-from fewstep.models.adm import (
-    CLASSIFIER,
-    FIRST_STAGE,
-    Classifier,
-    Network,
-    Spec,
-    as_model,
-    card_of,
-    schedule_of,
-)
-from fewstep.models.card import Card
+from fewstep.models.adm import GUIDE, STAGE, Spec, card_of
 from fewstep.models.formats.adm_settings import (
     PRESETS,
     check_against,
@@ -43,23 +33,13 @@ from fewstep.models.formats.adm_settings import (
     read_config,
 )
 from fewstep.models.formats.adm_settings import preset as named_preset
+from fewstep.models.formats.papers import Source
 from fewstep.models.formats.state import open_tensors
-from fewstep.models.network import NetworkModel
-from fewstep.networks.adm import ADM, ADMConfig, Encoder
-from fewstep.networks.autoencoder import Autoencoder, AutoencoderConfig
-from fewstep.networks.device import check_device, check_dtype
+from fewstep.networks.adm import ADMConfig
+from fewstep.networks.autoencoder import AutoencoderConfig
 from fewstep.records import shown
 
-__all__ = [
-    "Examined",
-    "describe_file",
-    "examine",
-    "filled",
-    "load_file",
-    "open_parts",
-    "read",
-    "read_classifier",
-]
+__all__ = ["Examined", "examine", "examine_classifier", "open_source"]
 
 RAW, EMA, FIRST = "model.diffusion_model.", "model_ema.", "first_stage_model."
 EMBEDDER = "cond_stage_model.embedding.weight"
@@ -76,19 +56,16 @@ class Examined:
     """What a file holds, before its numbers are read.
 
     names, stage: from our names of the network's and the first stage's weights to the file's
-    legacy: whether the rows of qkv lie head after head
+    unet_rows: where the rows of qkv lie head after head, how many heads an attention of so many
+        channels has
+    preset: the published settings that it has
     """
 
     spec: Spec
     names: dict[str, str]
     stage: dict[str, str]
-    legacy: bool
-
-
-def is_adm(names: Mapping[str, Any]) -> bool:
-    """Whether a state dict is of this family."""
-    prefix = RAW if any(name.startswith(RAW) for name in names) else ""
-    return f"{prefix}input_blocks.0.0.weight" in names and f"{prefix}time_embed.0.weight" in names
+    unet_rows: Callable[[int], int] | None
+    preset: str | None
 
 
 def kind_of(shapes: Mapping[str, tuple[int, ...]]) -> str:
@@ -156,46 +133,20 @@ def examine(
                 f"on {found.embedded}"
             )
         spec = replace(spec, first_stage=found)
-    return Examined(spec, names, stage, _legacy(kind, chosen, where))
+    rows = spec.unet.heads_of if _legacy(kind, chosen, where) else None
+    return Examined(spec, names, stage, rows, chosen.get("preset"))
 
 
-def read(
-    tensors: Tensors,
-    where: str,
-    name: str | None = None,
-    config: str | Path | Mapping[str, Any] | None = None,
-) -> Network:
-    """The network in a state dict. Arguments and errors as of `examine`."""
-    small = {key: tensors[key] for key in SMALL if key in tensors}
-    found = examine(tensors, small, where, name, config)
-    return filled(found, tensors, where)
-
-
-def filled(found: Examined, tensors: Tensors, where: str) -> Network:
-    """The network that was examined, with its weights."""
-    spec, weights = found.spec, {ours: tensors[theirs] for ours, theirs in found.names.items()}
-    net = _with_weights(ADM, weights, spec.unet, found.legacy, where)
-    if spec.first_stage is None:
-        return Network(spec, net)
-    stage = {ours: tensors[theirs].float() for ours, theirs in found.stage.items()}
-    return Network(spec, net, _with_stage(stage, spec.first_stage, where))
-
-
-def load_file(
-    path: Path,
-    device: str | torch.device = "cpu",
-    dtype: str | torch.dtype = "float32",
-    compile: bool = False,
-    *,
+def open_source(
+    path: Path | str,
     preset: str | None = None,
     config: str | Path | Mapping[str, Any] | None = None,
     classifier: str | Path | None = None,
-) -> NetworkModel:
-    """The model in a file of torch.save or safetensors; nothing in it is run.
+) -> Source:
+    """What a file of torch.save or safetensors holds; nothing in it is run, no weight is read.
 
     Args:
         path: of the file
-        device, dtype, compile: as of `fewstep.load`
         preset: see `fewstep.models.formats.adm_settings.PRESETS`
         config: settings by their published names, or a JSON or YAML file of them
         classifier: the file of a noisy classifier, by which guidance goes then
@@ -204,77 +155,70 @@ def load_file(
         OSError: where a file cannot be read.
         ValueError: as of `examine`.
     """
-    kind, place = check_dtype(dtype), check_device(device)
+    path = Path(path)
     file = open_tensors(path)
     small = file.load([name for name in SMALL if name in file.entries])
     found = examine(file.entries, small, str(path), preset, config)
-    guide = None
+    spec, named = found.spec, [(file, found.names, "", found.unet_rows)]
+    if found.stage:
+        named.append((file, found.stage, STAGE, None))
     if classifier is not None:
-        guide = _load_classifier(Path(classifier), config, found.spec, place)
-    chosen = {*found.names.values(), *found.stage.values()}
-    network = filled(found, file.load(chosen), str(path))
-    card = card_of(found.spec, path.stem, file_hash(path), source=path.name)
-    if guide is not None:
-        card = _guided_card(card, found.spec, guide)
-    return as_model(network, card, place, kind, compile, guide)
-
-
-def open_parts(
-    path: Path,
-    preset: str | None = None,
-    config: str | Path | Mapping[str, Any] | None = None,
-    classifier: str | Path | None = None,
-) -> tuple[Card, dict[str, tuple[int, ...]], Callable[[], Iterator[tuple[str, Tensor]]]]:
-    """What a model folder of the network in a file holds: (card, shapes, weights one by one).
-
-    Arguments and errors as of `load_file`.
-    """
-    file = open_tensors(path)
-    small = file.load([name for name in SMALL if name in file.entries])
-    found = examine(file.entries, small, str(path), preset, config)
-    unet, legacy, guide = found.spec.unet, found.legacy, None
-    card = card_of(found.spec, path.stem, file_hash(path), source=path.name)
-    if classifier is not None:
-        guide = _load_classifier(Path(classifier), config, found.spec, torch.device("cpu"))
-        card = _guided_card(card, found.spec, guide)
-        rival = {CLASSIFIER: asdict(guide.net.config)}
-        card = replace(card, network={**card.network, **rival})
+        other = open_tensors(Path(classifier))
+        guide, rows = examine_classifier(other.entries, str(classifier), spec, config)
+        spec = replace(spec, classifier=guide)
+        named.append((other, {name: name for name in other.entries}, GUIDE, rows))
+    shapes = {
+        prefix + ours: _shape(prefix + ours, tuple(one.entries[theirs].shape))
+        for one, names, prefix, _ in named
+        for ours, theirs in names.items()
+    }
 
     def values() -> Iterator[tuple[str, Tensor]]:
-        for ours, theirs in found.names.items():
-            yield ours, _arranged(ours, file.load([theirs])[theirs], unet, legacy)
-        for ours, theirs in found.stage.items():
-            yield f"{FIRST_STAGE}.{ours}", file.load([theirs])[theirs]
-        for name, value in guide.net.state_dict().items() if guide else ():
-            yield f"{CLASSIFIER}.{name}", value
+        for one, names, prefix, heads in named:
+            ours = {theirs: name for name, theirs in names.items()}
+            for theirs, value in one.stream(ours):
+                name = prefix + ours[theirs]
+                yield name, _arranged(name, value, heads)
 
-    shapes = {ours: _flat(ours, file.entries[theirs].shape) for ours, theirs in found.names.items()}
-    for ours, theirs in found.stage.items():
-        shapes[f"{FIRST_STAGE}.{ours}"] = tuple(file.entries[theirs].shape)
-    for name, value in guide.net.state_dict().items() if guide else ():
-        shapes[f"{CLASSIFIER}.{name}"] = tuple(value.shape)
-    return card, shapes, values
+    card = card_of(spec, path.stem, file_hash(path), source=path.name)
+    return Source(path, card, found.preset, shapes, values)
 
 
-def _flat(name: str, shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape of a parameter as the network keeps it."""
-    squeezed = name.endswith(SQUEEZED) and math.prod(shape[2:]) == 1
-    return tuple(shape[:2] if squeezed else shape)
-
-
-def describe_file(
-    path: Path,
-    *,
-    preset: str | None = None,
+def examine_classifier(
+    entries: Mapping[str, Any],
+    where: str,
+    spec: Spec,
     config: str | Path | Mapping[str, Any] | None = None,
-) -> tuple[Card, int]:
-    """The card of the model in a file, and its number of parameters, without its weights."""
-    file = open_tensors(path)
-    small = file.load([name for name in SMALL if name in file.entries])
-    found = examine(file.entries, small, str(path), preset, config)
-    chosen = {*found.names.values(), *found.stage.values()}
-    count = sum(math.prod(file.entries[name].shape) for name in chosen)
-    return card_of(found.spec, path.stem, file_hash(path), source=path.name), count
+) -> tuple[ADMConfig, Callable[[int], int] | None]:
+    """The shape of a noisy classifier, and how the rows of its attentions lie.
+
+    Args:
+        entries, where: as of `examine`
+        spec: the network beside it
+        config: those settings whose names begin with classifier_ are meant
+
+    Raises:
+        ValueError: where it is none, or does not go with the network.
+    """
+    shapes = {key: tuple(value.shape) for key, value in entries.items()}
+    if "input_blocks.0.0.weight" not in shapes or (kind := kind_of(shapes)) != "classifier":
+        raise ValueError(
+            f"{where} is no noisy classifier of guided-diffusion (out.2.positional_embedding)"
+        )
+    derived, given = _derived(shapes, kind, where), read_config(config, classifier=True)
+    chosen, _ = _choose(kind, derived, given, None, where)
+    if "num_heads" not in chosen:
+        chosen.setdefault("num_head_channels", 64)  # a constant of the published code
+    unet = ADMConfig(**{**derived, **_heads(kind, chosen, where)})
+    ours = spec.unet
+    if (unet.channels, unet.size) != (ours.channels, ours.size):
+        raise ValueError(
+            f"{where} classifies {unet.channels} channels of {unet.size} pixels, and the network "
+            f"has {ours.channels} of {ours.size}"
+        )
+    if spec.classes not in (0, unet.outputs):
+        raise ValueError(f"{where} knows {unet.outputs} classes, and the network {spec.classes}")
+    return unet, unet.heads_of if _legacy(kind, chosen, where) else None
 
 
 def _derived(shapes: Mapping[str, tuple[int, ...]], kind: str, where: str) -> dict[str, Any]:
@@ -282,58 +226,6 @@ def _derived(shapes: Mapping[str, tuple[int, ...]], kind: str, where: str) -> di
         return of_shapes(shapes)
     except ValueError as error:
         raise ValueError(f"{where} is of {kind}, but damaged: {error}") from None
-
-
-def _load_classifier(path: Path, config: Any, spec: Spec, place: torch.device) -> Classifier:
-    if spec.role != "eps" or spec.first_stage is not None:
-        raise ValueError("classifier goes with guided-diffusion, which works on pixels and on eps")
-    file = open_tensors(path)
-    guide = read_classifier(file.load(file.entries), str(path), None, config, spec.schedule)
-    unet, ours = guide.net.config, spec.unet
-    if (unet.channels, unet.size) != (ours.channels, ours.size):
-        raise ValueError(
-            f"{path} classifies {unet.channels} channels of {unet.size} pixels, and the network "
-            f"has {ours.channels} of {ours.size}"
-        )
-    if spec.classes not in (0, unet.outputs):
-        raise ValueError(f"{path} knows {unet.outputs} classes, and the network {spec.classes}")
-    guide.net.to(place)
-    return guide
-
-
-def _guided_card(card: Card, spec: Spec, guide: Classifier) -> Card:
-    """The classes of the classifier, where the network itself has none."""
-    classes = card.classes or tuple(map(str, range(guide.net.config.outputs)))
-    return replace(card, classes=classes)
-
-
-def read_classifier(
-    tensors: Tensors,
-    where: str,
-    name: str | None = None,
-    config: str | Path | Mapping[str, Any] | None = None,
-    schedule: tuple[str | float, ...] = (),
-) -> Classifier:
-    """The noisy classifier in a state dict. Arguments and errors as of `read`.
-
-    config: those whose names begin with classifier_ are meant
-    schedule: of the network beside it, on whose time it was trained; its preset's where left out
-    """
-    shapes = {key: tuple(value.shape) for key, value in tensors.items()}
-    if not is_adm(shapes) or (kind := kind_of(shapes)) != "classifier":
-        raise ValueError(
-            f"{where} is no noisy classifier of guided-diffusion (out.2.positional_embedding)"
-        )
-    derived, given = _derived(shapes, kind, where), read_config(config, classifier=True)
-    chosen, _ = _choose(kind, derived, given, name, where)
-    if "num_heads" not in chosen:
-        chosen.setdefault("num_head_channels", 64)  # a constant of the published code
-    fields = {**derived, **_heads(kind, chosen, where)}
-    unet, legacy = ADMConfig(**fields), _legacy(kind, chosen, where)
-    net = _with_weights(Encoder, tensors, unet, legacy, where)
-    table = schedule_of(schedule or _named_betas({"noise_schedule": "linear", **chosen}))
-    assert table is not None
-    return Classifier(net, table)
 
 
 def _choose(
@@ -348,7 +240,7 @@ def _choose(
         if named["kind"] != kind:
             raise ValueError(f"{where} is of {kind}, and preset {name} is of {named['kind']}")
         check_against(named, derived, f"preset {name}")
-        return _merged(config, named, derived, name), f"preset {name}"
+        return _merged(config, named, derived, name) | {"preset": name}, f"preset {name}"
     check_against(config, derived, "config")
     fits = fitting(derived, kind)
     if kind == "consistency-models" and "distillation" not in given:
@@ -364,7 +256,8 @@ def _choose(
             fits[0],
         )
         named = PRESETS[found]
-        return _merged(config, named, derived, found), f"preset {found}, by the shapes"
+        merged = _merged(config, named, derived, found) | {"preset": found}
+        return merged, f"preset {found}, by the shapes"
     return config, "config" if given else "the shapes"
 
 
@@ -516,42 +409,21 @@ def _first_stage_names(names: Iterable[str], where: str) -> dict[str, str]:
     return found
 
 
-def _with_weights(kind: Any, weights: Tensors, config: ADMConfig, legacy: bool, where: str) -> Any:
-    """The network of a configuration with these weights, float32."""
-    with torch.device("meta"):
-        net = kind(config)
-    found = {name: _arranged(name, value, config, legacy) for name, value in weights.items()}
-    return _loaded(net, found, where)
+def _shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a parameter as the network keeps it."""
+    if name.startswith(STAGE):
+        return shape
+    matrix = name.endswith(SQUEEZED) and len(shape) > 2 and math.prod(shape[2:]) == 1
+    return shape[:2] if matrix else shape
 
 
-def _with_stage(weights: dict[str, Tensor], config: AutoencoderConfig, where: str) -> Autoencoder:
-    with torch.device("meta"):
-        net = Autoencoder(config)
-    return _loaded(net, weights, f"{where}: first stage")
-
-
-def _loaded(net: Any, found: dict[str, Tensor], where: str) -> Any:
-    """The network with these as its weights. Raises ValueError where one does not fit."""
-    wanted = {name: tuple(value.shape) for name, value in net.state_dict().items()}
-    for name in sorted({*wanted, *found}):
-        shape = tuple(found[name].shape) if name in found else None
-        if wanted.get(name) != shape:
-            raise ValueError(
-                f"{where}: {name} must have shape {wanted.get(name, 'none, as it has no place')}, "
-                f"got {shape or 'none'}"
-            )
-    net.load_state_dict(found, assign=True)
-    return net.eval().requires_grad_(False)
-
-
-def _arranged(name: str, value: Tensor, config: ADMConfig, legacy: bool) -> Tensor:
+def _arranged(name: str, value: Tensor, heads_of: Callable[[int], int] | None) -> Tensor:
     """A parameter as the network keeps it: float32, 1 x 1 convolutions of tokens as matrices, the
-    rows of an attention as [q | k | v]."""
-    value = value.float()
-    if name.endswith(SQUEEZED):
-        value = value.flatten(1) if value.shape[2:].numel() == 1 else value
-    if legacy and name.endswith((".qkv.weight", ".qkv.bias")) and value.shape[0] % 3 == 0:
-        heads, rows = config.heads_of(value.shape[0] // 3), value.shape[0]
+    rows of an attention as [q | k | v]; heads_of: where they lie head after head, how many there
+    are of so many channels."""
+    value = value.float().reshape(_shape(name, tuple(value.shape)))
+    if heads_of is not None and name.endswith((".qkv.weight", ".qkv.bias")):
+        heads, rows = heads_of(value.shape[0] // 3), value.shape[0]
         if heads and rows % (3 * heads) == 0:
             parts = value.reshape(heads, 3, rows // (3 * heads), *value.shape[1:])
             value = parts.transpose(0, 1).reshape(value.shape)

@@ -44,14 +44,14 @@ class Kind:
     name: in a message, after "is"
     is_it: told from the contents; the first of `KINDS` that fits is meant
     advice: what to do instead, where fewstep has no reader for it
-    home: module and function that load it, "module:function"; that of pipelines where left out
+    source: module and function that open it as a network of a paper, "module:function"
     options: the names of further options
     """
 
     name: str
     is_it: Callable[[Contents], bool]
     advice: str = ""
-    home: str = ""
+    source: str = ""
     options: tuple[str, ...] = ()
 
 
@@ -62,7 +62,7 @@ def _sd(parts: Iterable[str]) -> Callable[[Contents], bool]:
 ALONE = "it lacks {}; load the whole model, a folder of diffusers or a file with all its parts"
 UNET, QUANTISER = "model.diffusion_model.", "first_stage_model.quantize."
 EMBEDDER = "cond_stage_model.embedding.weight"  # of a class-conditional latent diffusion
-ADM, ADM_OPTIONS = "fewstep.models.formats.adm:load_file", ("preset", "config", "classifier")
+ADM, ADM_OPTIONS = "fewstep.models.formats.adm:open_source", ("preset", "config", "classifier")
 KINDS: tuple[Kind, ...] = (
     Kind(
         "a LoRA",
@@ -72,7 +72,7 @@ KINDS: tuple[Kind, ...] = (
     Kind(
         "a network pickle of NVlabs/edm, edm2 or diff-sampler",
         lambda c: any("persistence" in name for name in c.classes),
-        home="fewstep.models.formats.papers:load_file",
+        source="fewstep.models.formats.papers:open_pickle",
         options=("preset", "vae", "guide"),
     ),
     Kind(
@@ -90,7 +90,7 @@ KINDS: tuple[Kind, ...] = (
             c.has("model.diffusion_model.", "first_stage_model.")
             and any(map(c.has, (f"{UNET}middle_block.1.qkv.", EMBEDDER, QUANTISER)))
         ),
-        home=ADM,
+        source=ADM,
         options=ADM_OPTIONS[:2],
     ),
     Kind(
@@ -121,7 +121,7 @@ KINDS: tuple[Kind, ...] = (
     Kind(
         "a state dict of openai/guided-diffusion or consistency_models",
         lambda c: c.has("input_blocks.0.0.", "time_embed.0."),
-        home=ADM,
+        source=ADM,
         options=ADM_OPTIONS,
     ),
     Kind(

@@ -376,7 +376,12 @@ def _read(source: Source, index: dict[str, Any], family: Family, dtype: str) -> 
     import diffusers
 
     with quiet():
-        kind = getattr(diffusers, index["_class_name"])
+        kind = getattr(diffusers, index["_class_name"], None)
+    if kind is None:
+        raise ValueError(
+            f"{source.where} is a {index['_class_name']}, which diffusers {diffusers.__version__} "
+            "does not have; install a newer one"
+        )
     options: dict[str, Any] = dict.fromkeys(LEFT_OUT[:1]) if "safety_checker" in index else {}
     options |= {name: None for name in LEFT_OUT[1:] if name in index}
     there = _components(index)
@@ -387,9 +392,7 @@ def _read(source: Source, index: dict[str, Any], family: Family, dtype: str) -> 
     }
     if "requires_safety_checker" in index:
         options["requires_safety_checker"] = False
-    if index["_class_name"] == "StableDiffusionXLPipeline":
-        options["add_watermarker"] = False
-    options[_dtype_key()] = getattr(torch, dtype)
+    options |= {**family.options, _dtype_key(): getattr(torch, dtype)}
     try:
         with _loading():
             if source.single is not None:

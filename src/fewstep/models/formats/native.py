@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ __all__ = [
     "check_shapes",
     "fill",
     "kind_of",
+    "laid_out",
     "load_folder",
     "save_folder",
     "shapes_of",
@@ -82,7 +83,9 @@ def load_folder(
     try:
         parts = kind.parts(card, len(header))
         check_shapes(shapes_of(parts), {n: e.shape for n, e in header.items() if not _is_stat(n)})
-        _check_statistics(header, parts[""].image_shape, len(card.classes))
+        _check_statistics(
+            header, parts[""].image_shape, len(card.classes), getattr(kind, "NEEDS", ())
+        )
         if card.feature_module and not has_module(parts[""], card.feature_module):
             raise ValueError(f"feature_module {card.feature_module!r} is no module of the network")
     except (RuntimeError, TypeError, ValueError) as error:
@@ -146,6 +149,12 @@ def fill(parts: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:
         net.load_state_dict({n: tensors[prefix + n] for n in net.state_dict()}, assign=True)
 
 
+def laid_out(value: Tensor) -> Tensor:
+    """A weight as networks keep it, float32 and channels last, so that none is there twice."""
+    value = value.float()
+    return value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value
+
+
 def kind_of(card: Card) -> Any:
     """The module of a card's kind.
 
@@ -184,9 +193,11 @@ def check_shapes(
             )
 
 
-def _check_statistics(header: Mapping[str, Entry], shape: tuple[int, ...], classes: int) -> None:
+def _check_statistics(
+    header: Mapping[str, Entry], shape: tuple[int, ...], classes: int, needs: Sequence[str]
+) -> None:
     """Raise ValueError where a tensor named stats.* is unknown, or of another shape than the
-    module's docstring says."""
+    module's docstring says, and where one of those that the kind needs is missing."""
     found = {name: entry.shape for name, entry in header.items() if _is_stat(name)}
     rows, pixels, variances = classes + 1, math.prod(shape), found.get("stats.variances", ())
     k = min(variances[-1] if variances else 0, pixels)
@@ -197,4 +208,5 @@ def _check_statistics(header: Mapping[str, Entry], shape: tuple[int, ...], class
         "stats.variances": (rows, k),
         "stats.rest": (rows,),
     }
-    check_shapes({name: wanted.get(name, ()) for name in found}, found)
+    names = {*found, *(STATISTICS + name for name in needs)}
+    check_shapes({name: wanted.get(name, ()) for name in names}, found)

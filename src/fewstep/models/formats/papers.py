@@ -6,6 +6,7 @@ in the file until the network takes them, one tensor at a time.
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from fewstep.models.network import NetworkModel
 
-__all__ = ["Source", "describe", "load_file", "open_source"]
+__all__ = ["Source", "describe", "load_file", "open_pickle", "open_source"]
 
 GUIDE, VAE = "guide.", "vae."
 BUFFERS = ("resample_filter", "freqs", "phases")
@@ -77,7 +78,7 @@ class Source:
         except (RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"{clean(self.path)}: {reason}") from None
-        native.fill(parts, {name: value.float() for name, value in self.values()})
+        native.fill(parts, {name: native.laid_out(value) for name, value in self.values()})
         return kind.model(self.card, parts, {}, place, arithmetic, compile)
 
 
@@ -104,14 +105,14 @@ def load_file(
     return open_source(path, **options).model(device, dtype, compile)
 
 
-def describe(path: Path | str) -> tuple[Card, dict[str, Any]]:
+def describe(path: Path | str, **options: Any) -> tuple[Card, dict[str, Any]]:
     """What a file is, without its network: its card; kind, preset, parameters.
 
     Raises:
         OSError: where the file cannot be read.
         ValueError: where it holds none of these networks.
     """
-    source = open_source(path)
+    source = open_source(path, **options)
     known = {"file": str(path), "kind": source.card.kind, "preset": source.preset}
     return source.card, {**known, "parameters": source.parameters}
 
@@ -124,7 +125,7 @@ def open_source(path: Path | str, **options: Any) -> Source:
         options: preset, the name of published settings that it must have; vae, a folder of
             diffusers with Stable Diffusion's autoencoder, for states that are latents; guide, a
             file with the second network of guidance; config and classifier, as of
-            `fewstep.models.formats.adm.load_file`
+            `fewstep.models.formats.adm.open_source`
 
     Raises:
         OSError: where a file cannot be read.
@@ -135,30 +136,23 @@ def open_source(path: Path | str, **options: Any) -> Source:
     if not path.is_file():
         raise ValueError(f"{clean(path)} is no file; give a network file of a paper")
     kind, _ = recognise(path)
-    home = kind.home.partition(":")[0].rpartition(".")[2] if kind else ""
-    if kind is None or home not in READERS:
+    if kind is None or not kind.source:
         what = f"is {kind.name}" if kind else "is no network that fewstep knows"
         raise ValueError(f"{clean(path)} {what}; a network file of a paper is meant here")
     if unknown := [name for name in options if name not in kind.options]:
         have = ", ".join(kind.options)
         raise ValueError(f"{', '.join(unknown)}: {kind.name} has no such options; it has {have}")
-    return READERS[home](path, **options)
+    module, _, function = kind.source.partition(":")
+    return getattr(importlib.import_module(module), function)(path, **options)
 
 
-def _adm(path: Path, **options: Any) -> Source:
-    from fewstep.models.formats.adm import open_parts
-
-    card, shapes, values = open_parts(path, **options)
-    words = card.summary.rpartition("preset ")[2].partition(",")[0]
-    return Source(path, card, words if "preset " in card.summary else None, shapes, values)
-
-
-def _nvlabs(
+def open_pickle(
     path: Path,
     preset: str | None = None,
     vae: Path | str | None = None,
     guide: Path | str | None = None,
 ) -> Source:
+    """What a network pickle of NVlabs holds. Arguments and errors as of `open_source`."""
     file = read_pickle(path)
     spec, tensors = read(file, preset)
     named: list[tuple[Pickled, dict[str, Tensor]]] = [(file, tensors)]
@@ -186,6 +180,3 @@ def _nvlabs(
 
     card = card_of(spec, path.stem, file_hash(path), source=path.name)
     return Source(path, card, preset_of(spec), shapes, values)
-
-
-READERS: dict[str, Callable[..., Source]] = {"papers": _nvlabs, "adm": _adm}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,15 @@ class TensorFile:
     """The tensors of a file.
 
     entries: by name, each with its shape
-    load: the numbers of some of them, on the CPU, each in memory of its own
+    stream: gives the numbers of some of them, one after the other, on the CPU
     """
 
     entries: Mapping[str, Any]
-    load: Callable[[Iterable[str]], dict[str, Tensor]]
+    stream: Callable[[Iterable[str]], Iterator[tuple[str, Tensor]]]
+
+    def load(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The numbers of some of them, each in memory of its own."""
+        return dict(self.stream(names))
 
 
 def open_tensors(path: Path) -> TensorFile:
@@ -42,14 +46,15 @@ def open_tensors(path: Path) -> TensorFile:
         found = pickles.read(path)
         tensors = pickles.tensors(found.root)
         return TensorFile(
-            tensors, lambda names: pickles.load(found, {name: tensors[name] for name in names})
+            tensors, lambda names: pickles.stream(found, {name: tensors[name] for name in names})
         )
     header = read_header(path)
 
-    def load(names: Iterable[str]) -> dict[str, Tensor]:
+    def stream(names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         chosen = list(names)
         check_room(sum(header[name].nbytes for name in chosen), str(path))
         with safetensors.safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name).clone() for name in chosen}
+            for name in chosen:
+                yield name, file.get_tensor(name).clone()
 
-    return TensorFile(header, load)
+    return TensorFile(header, stream)

@@ -93,7 +93,7 @@ function show(card, event, subject) {
   card.image.hidden = false;
   card.image.classList.toggle("small", parseInt(event.size, 10) <= 128);
   card.button.classList.remove("waiting");
-  card.left.textContent = `seed ${event.seed}`;
+  card.left.textContent = `#${event.seed}`;
   card.right.textContent = `${event.nfe} / ${card.total}`;
   card.bar.style.width = `${(100 * event.nfe) / card.total}%`;
   const what = `${subject}, seed ${event.seed}`;
