@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Generator, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeGuard
@@ -112,6 +112,7 @@ class Program:
     name: for the record
     learned_on: for what was trained: the hash of the network's weights, "" where they are not known
     draws: whether it draws noise on the way
+    checksums: of these weights as they were in memory, by dtype, where they are known
     """
 
     start: Callable[[], Ops]
@@ -123,6 +124,7 @@ class Program:
     name: str = "custom"
     learned_on: str | None = None
     draws: bool = False
+    checksums: Mapping[str, str] = field(default_factory=dict)
 
     def program(self) -> Program:
         """Itself."""

@@ -220,6 +220,7 @@ def test_tuned_ends_at_zero_and_learns_to(name):
         batch=40,
         inner=15,
         validation_seeds=16,
+        fallback=False,
     )
     assert (solver.sigmas[-1], solver.method.base) == (0.0, "dpmpp-2m")
     assert solver.training["grid"] == "trailing"

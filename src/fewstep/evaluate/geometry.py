@@ -26,7 +26,7 @@ from fewstep.files import open_folder, write_json, write_whole
 from fewstep.grid import check_grid, make_grid
 from fewstep.models import Model, load
 from fewstep.provenance import machine_line, software_line
-from fewstep.sampling.choose import choose, describe
+from fewstep.sampling.choose import choose, describe, identify
 from fewstep.sampling.settings import Settings
 from fewstep.solver import get
 from fewstep.solving import DEFAULT_RANGE
@@ -166,6 +166,7 @@ def run_geometry(
             loaded, choose(loaded, Settings(solver, grid=sigmas)), prompt=prompt, guidance=guidance
         ),
         "label": label,
+        **identify(loaded),
     }
     open_folder(out)
     store = _Store(out / "geometry.safetensors", settings)

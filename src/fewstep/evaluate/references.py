@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from fewstep.cache import cache_folder, kept_at, recall
 from fewstep.evaluate.settings import Fine
 from fewstep.models import Model
+from fewstep.sampling.choose import identify
 from fewstep.solving import solve
 
 __all__ = ["References"]
@@ -111,7 +113,12 @@ class References:
         return (self.folder or cache_folder()) / "references"
 
     def _key(self, seeds: Sequence[int]) -> dict[str, Any]:
-        return {**self.facts(), "seeds": tuple(seeds)}
+        return {**self.facts(), **self._known, "seeds": tuple(seeds)}
+
+    @cached_property
+    def _known(self) -> dict[str, Any]:
+        """What else the endpoints depend on: the model's settings and its weights in memory."""
+        return {**getattr(self.model, "facts", dict)(), **identify(self.model)}
 
     def _chunk(self, seeds: tuple[int, ...]) -> np.ndarray:
         if not self.model.card.weights_sha256:

@@ -349,7 +349,7 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
     def _from_stage(self, index: int) -> Program:
         """The plan from there on; or the solver anew on the rest of the grid, where the plan needs
         outputs that this run does not have."""
-        full, solver = self._full, self._solver
+        full = self._full
         if index == 0 or (self._fixed is not None and full.begins_at(index)):
             return full.program(index)
         if self._fixed is not None:
@@ -357,7 +357,7 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
                 f"the plan of {full.plan.solver} cannot start at its evaluation {index}: it "
                 "uses what came before. Take strength=1, or a solver by name, which starts anew"
             )
-        levels, stage = full.plan.sigmas, full.stages[index]
+        solver, levels, stage = self._solver, full.plan.sigmas, full.stages[index]
         rest = levels[levels.index(stage.sigma) :] if stage.sigma in levels else ()
         if len(rest) > 1:
             staged = Staged.cut(solver.plan(rest, "none", self.config["final"]))

@@ -26,6 +26,7 @@ from fewstep.loop import starts_at
 from fewstep.models.formats.diffusers import from_pipe
 from fewstep.models.pipeline import PipelineModel
 from fewstep.plan import Program
+from fewstep.sampling.choose import check_weights
 from fewstep.solver import Solver
 from fewstep.solving import Runnable, find, iterate
 
@@ -145,6 +146,7 @@ class FewstepPipeline:
             negative=negative_prompt if guided else None,  # as diffusers has it
             **sizes,  # type: ignore[arg-type]
         )
+        check_weights(model, program)
         x = _start(model, program, len(prompts), generator, seeds, latents)
         x = self._run(model, denoiser, x, program, callback)
         return self._output(model, x, output_type, return_dict)

@@ -9,7 +9,7 @@ from fewstep.cache import cache_folder
 from fewstep.denoiser import Denoiser
 from fewstep.learned.prompts import prompted
 from fewstep.learned.solver import LearnedSolver
-from fewstep.learned.training import train
+from fewstep.learned.training import known_of, train
 from fewstep.learned.validation import Conditions
 from fewstep.loop import starts_at
 from fewstep.models import Model
@@ -58,6 +58,7 @@ def train_on_model(
         "guidance": guidance,
         **({"prompts": digest} if digest else {}),
         **({} if negative is None else {"negative": negative}),
+        **known_of(model),
     }
     if texts:
         conditions = prompted(model, texts, negative=negative, guidance=guidance)

@@ -92,8 +92,13 @@ class LearnedSolver:
     def program(self) -> Program:
         """For the loop."""
         program = self.method.program()
-        weights = str(self.model.get("weights") or "")
-        return replace(program, name=f"{program.name} {self.digest}", learned_on=weights)
+        weights, known = str(self.model.get("weights") or ""), self.model.get("checksums")
+        return replace(
+            program,
+            name=f"{program.name} {self.digest}",
+            learned_on=weights,
+            checksums=known if isinstance(known, dict) else {},
+        )
 
     def plan(self, denoiser: Denoiser | None = None, x_T: Tensor | None = None) -> Plan:
         """The same as a static plan, every number in it; `fewstep.plan.levels(plan.ops)` are the

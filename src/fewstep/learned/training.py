@@ -43,7 +43,7 @@ from fewstep.train.loop import Folder, Progress, Schedule, Step
 from fewstep.train.optimiser import Adam, check_finite
 from fewstep.train.run import Identity, Run
 
-__all__ = ["School", "SolverTraining", "train"]
+__all__ = ["School", "SolverTraining", "known_of", "train"]
 
 WARM_UP = 20  # updates of a rate that decays
 LOOKED_AT = 4  # samples by whose D a denoiser is known again
@@ -159,7 +159,13 @@ def _facts_of(model: Model | dict[str, Any] | None) -> dict[str, Any]:
     """What the record says of a model."""
     if model is None or isinstance(model, dict):
         return model or {}
-    return {"name": model.card.name, "weights": model.card.weights_sha256}
+    return {"name": model.card.name, "weights": model.card.weights_sha256, **known_of(model)}
+
+
+def known_of(model: Model) -> dict[str, Any]:
+    """What else is known of a loaded model: checksums of its weights, and its settings."""
+    sums, facts = getattr(model, "checksums", dict), getattr(model, "facts", dict)
+    return {"checksums": sums(), "settings": facts()}
 
 
 class School:

@@ -15,12 +15,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.data.idx import to_pixels, to_unit
 from fewstep.denoiser import Bound, Evaluation, Guided, Wrapper, calls_per_eval, per_sample
 from fewstep.models.card import Card
 from fewstep.models.exact import gaussian_flow
+from fewstep.models.identity import checksums, differ, digest_of, of_component
 from fewstep.networks.conditioning import indices
 from fewstep.networks.preconditioning import denoise
 from fewstep.networks.taps import as_map, hear
@@ -225,6 +226,37 @@ class NetworkModel:
     @property
     def device(self) -> torch.device:
         return next((p.device for p in self.net.parameters()), torch.device("cpu"))
+
+    def facts(self) -> dict[str, Any]:
+        """What pictures depend on besides the weights, JSON-ready."""
+        card = self.card
+        return {
+            "shape": list(self.shape),
+            "range": [card.sigma_min, card.sigma_max],
+            "sigma_data": card.sigma_data,
+            "network": digest_of([card.kind, card.network, card.told, card.classes]),
+            "schedule": None if self.schedule is None else _levels(self.schedule),
+        }
+
+    def components(self) -> dict[str, Any]:
+        """A hash of every network as it is in memory. Reads all weights once."""
+        named = {
+            "network": self,
+            "autoencoder": self.first_stage,
+            "classifier": self.classifier,
+            "guide": self.guide,
+        }
+        nets = {name: getattr(part, "net", None) for name, part in named.items()}
+        found = {n: of_component(net) for n, net in nets.items() if isinstance(net, nn.Module)}
+        return {"components": found}
+
+    def checksums(self) -> dict[str, str]:
+        """Of the network's weights in memory, by dtype: see `fewstep.models.identity`."""
+        return checksums(self.net, self.dtype)
+
+    def differs(self, known: Any) -> bool | None:
+        """Whether the network's weights are others than those of `checksums`; None: unknown."""
+        return differ(known, self.net, self.dtype)
 
     @property
     def picture(self) -> tuple[int, int, int]:
@@ -436,3 +468,9 @@ class NetworkModel:
         height, width, channels = self.picture
         x = x.reshape(-1, channels, height, width)
         return to_pixels(x).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _levels(schedule: Schedule) -> list[float]:
+    """Sigma at a few of its times, by which it is known."""
+    low, high = schedule.t_min, schedule.t_max
+    return [float(schedule.sigma(low + i / 4 * (high - low))) for i in range(5)]

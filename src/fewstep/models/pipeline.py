@@ -33,7 +33,8 @@ from fewstep.models.components import (
     told_guidance,
 )
 from fewstep.models.families import Condition, Family
-from fewstep.models.process import Process, Scheduled, betas_of, read_process
+from fewstep.models.identity import checksums, differ, of_component
+from fewstep.models.process import Process, Scheduled, betas_of, read_process, said_of_process
 from fewstep.models.texts import TextCache, on_leaves, warn_of_cuts
 from fewstep.networks.taps import has_module
 from fewstep.noise import normal
@@ -43,6 +44,17 @@ __all__ = ["PipelineModel", "process_of"]
 Text = str | Sequence[str] | None
 Size = tuple[int, int]
 LARGEST = 16_384  # pixels to a side
+# what pictures depend on besides weights: of the pipeline, its autoencoder, the latter's config
+CONDITIONING = ("force_zeros_for_empty_prompt", "requires_aesthetics_score")
+DECODING = (
+    "use_slicing",
+    "use_tiling",
+    "tile_sample_min_size",
+    "tile_latent_min_size",
+    "tile_overlap_factor",
+)
+SCALING = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast")
+UNUSED = ("scheduler", "safety_checker", "feature_extractor", "image_encoder")  # of its components
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +122,35 @@ class PipelineModel:
     def schedule(self) -> Any:
         """The schedule by whose time grids are uniform."""
         return self.process.grid_schedule
+
+    def facts(self) -> dict[str, Any]:
+        """What pictures depend on besides the weights, JSON-ready."""
+        vae = self.autoencoder
+        used = [name for name in CONDITIONING if name in self.pipe.config]
+        decoding = {name: getattr(vae, name) for name in DECODING if hasattr(vae, name)}
+        scaling = {name: vae.config[name] for name in SCALING if vae and name in vae.config}
+        return {
+            "size": list(self.size),
+            "scheduler": said_of_process(self.pipe.scheduler),
+            "autoencoder": {**decoding, **scaling},
+            "conditioning": {name: self.pipe.config[name] for name in used},
+        }
+
+    def components(self) -> dict[str, Any]:
+        """A hash of every component that has weights or a vocabulary, as it is in memory. Reads
+        all weights once."""
+        parts = {name: part for name, part in self.pipe.components.items() if part is not None}
+        used = {name: part for name, part in parts.items() if name not in UNUSED}
+        return {"components": {name: of_component(part) for name, part in used.items()}}
+
+    def checksums(self) -> dict[str, str]:
+        """Of the network's weights as they are in memory, by dtype: see `fewstep.models.identity`.
+        Reads them once for each dtype."""
+        return checksums(self.net, self.dtype)
+
+    def differs(self, known: Any) -> bool | None:
+        """Whether the network's weights are others than those of `checksums`; None: unknown."""
+        return differ(known, self.net, self.dtype)
 
     def with_size(self, height: int, width: int) -> PipelineModel:
         """The same model for pictures of another size, in pixels."""

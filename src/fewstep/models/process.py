@@ -21,6 +21,7 @@ sigma = 4096 stands for it, as in diffusers. A network that predicts eps says no
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,10 +33,33 @@ from torch import Tensor
 from fewstep.denoiser import Wrapper
 from fewstep.schedule import VP, Flow, Schedule, Value
 
-__all__ = ["Process", "Scheduled", "Shifted", "betas_of", "read_process"]
+__all__ = ["Process", "Scheduled", "Shifted", "betas_of", "read_process", "said_of_process"]
 
 PREDICTION = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
 FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+# the fields of a scheduler's configuration that say anything of the process
+READ = (
+    "prediction_type",
+    "timestep_type",
+    "clip_sample",
+    "clip_sample_range",
+    "thresholding",
+    "sample_max_value",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "rescale_betas_zero_snr",
+    "num_train_timesteps",
+    "use_flow_sigmas",
+    "shift",
+    "flow_shift",
+    "use_dynamic_shifting",
+    "base_image_seq_len",
+    "max_image_seq_len",
+    "base_shift",
+    "max_shift",
+    "time_shift_type",
+)
 ZERO_SNR_SIGMA = 4096.0  # abar = 2^-24, the stand-in of diffusers' own schedulers
 
 
@@ -166,6 +190,16 @@ def read_process(
         )
     schedule = VP.from_betas(betas.double(), ZERO_SNR_SIGMA if ends_in_noise else None)
     return Process(schedule, schedule, PREDICTION[kind], clip=_clip(config))
+
+
+def said_of_process(scheduler: Any) -> dict[str, Any]:
+    """What a scheduler says of its process, JSON-ready; its table as a hash."""
+    found = {name: scheduler.config[name] for name in READ if name in scheduler.config}
+    betas = betas_of(scheduler)
+    if betas is not None:
+        digest = hashlib.sha256(betas.double().numpy().tobytes()).hexdigest()
+        found["table of betas"] = digest[:16]
+    return found
 
 
 def _flow(config: Mapping[str, Any], tokens: int) -> Process:

@@ -19,7 +19,7 @@ from fewstep.solving import DEFAULT_GRID, DEFAULT_NFE, Runnable, find, is_folder
 if TYPE_CHECKING:
     from fewstep.models import Card, Model
 
-__all__ = ["choose", "describe", "draws_noise", "locate", "plan_for"]
+__all__ = ["check_weights", "choose", "describe", "draws_noise", "identify", "locate", "plan_for"]
 
 AVERAGED = range(1_000_000, 1_000_064)  # seeds behind the plan of a solver that reads features
 
@@ -57,7 +57,7 @@ def choose(model: Model, settings: Settings, start: float | None = None) -> Fill
     if not isinstance(solver, str | Solver):
         program = resolve(replace(settings, solver=_named(solver), grid=grid, head_start=None))
         _check_start(model, program.sigmas[0], begin, own=True)
-        _check_weights(model, program)
+        check_weights(model, program)
         spent = program.evaluations
         return Filled(program, spent, head_start=settings.head_start)
     grid = known.get("grid", model.card.grid) if grid is None else grid
@@ -111,7 +111,7 @@ def describe(model: Model, settings: Filled, **conditions: Any) -> dict[str, Any
         settings: filled in
         conditions: prompt, guidance and the like
     """
-    facts = getattr(model, "facts", None)
+    facts = getattr(model, "facts", dict)
     return {
         "model": model.card.name,
         "weights": model.card.weights_sha256,
@@ -121,8 +121,14 @@ def describe(model: Model, settings: Filled, **conditions: Any) -> dict[str, Any
         "head_start": settings.head_start,
         **conditions,
         "dtype": str(model.dtype).removeprefix("torch."),
-        **({} if facts is None else facts()),
+        **facts(),
     }
+
+
+def identify(model: Model) -> dict[str, Any]:
+    """What `describe` leaves out, since it takes a pass over all weights, JSON-ready: hashes of the
+    model's components as they are in memory."""
+    return getattr(model, "components", dict)()
 
 
 def plan_for(
@@ -240,10 +246,15 @@ def _named(solver: Runnable) -> Program:
     return program
 
 
-def _check_weights(model: Model, program: Program) -> None:
-    """Warn of a solver that was trained on another network, where both are known."""
-    known = model.card.weights_sha256
-    if program.learned_on and known and program.learned_on != known:
+def check_weights(model: Model, program: Program) -> None:
+    """Warn of a solver that was trained on another network, where both are known: by the weights in
+    memory, which adapters change, else by the hashes of files. Reads the network's weights once."""
+    known, apart = model.card.weights_sha256, None
+    if program.checksums and hasattr(model, "differs"):
+        apart = model.differs(program.checksums)  # type: ignore[attr-defined]
+    if apart is None:
+        apart = bool(program.learned_on and known and program.learned_on != known)
+    if apart:
         warnings.warn(
             f"{program.name} was trained on other weights than those of {model.card.name}; "
             "expect less of it, or train one for this model",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any, TextIO
 from fewstep.data.images import contact_sheet, read_metadata, read_png, write_png
 from fewstep.files import open_folder
 from fewstep.models import Model
+from fewstep.sampling.choose import identify
 from fewstep.sampling.generate import Run, batch_size
 from fewstep.sampling.request import Request
 from fewstep.sampling.settings import Settings
@@ -88,7 +89,7 @@ def sample_to_folder(
         raise ValueError(
             f"each of {total} pictures needs a name of its own; is a seed there twice?"
         )
-    record = run.record()
+    record = {**run.record(), **identify(run.model)}
     varying = run.each.union(FREE)
     common = {name: value for name, value in record.items() if name not in varying}
 
@@ -215,8 +216,22 @@ def _check_alike(path: Path, found: dict[str, Any] | None, wanted: dict[str, Any
     if found is None:
         how = "and was not made by fewstep"
     else:
-        keys = [key for key in wanted if found.get(key) != wanted[key]]
-        if not keys:
+        apart = list(itertools.islice(_differences(found, wanted), 3))
+        if not apart:
             return
-        how = "made with " + ", ".join(f"{k}={found.get(k)} (now {wanted[k]})" for k in keys[:3])
+        how = "made with " + ", ".join(apart)
     raise ValueError(f"{path} is there already, {how}; choose another --out")
+
+
+def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[str]:
+    """What differs, in words; of tables their entries."""
+    for key, value in wanted.items():
+        if found.get(key) == value:
+            continue
+        theirs = found.get(key)
+        if isinstance(value, dict) and isinstance(theirs, dict):
+            keys = dict.fromkeys([*value, *theirs])
+            ours, theirs = ({f"{key}.{n}": one.get(n) for n in keys} for one in (value, theirs))
+            yield from _differences(theirs, ours)
+        else:
+            yield f"{key}={theirs} (now {value})"

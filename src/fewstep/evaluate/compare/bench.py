@@ -25,7 +25,7 @@ from fewstep.loop import finish
 from fewstep.models import Model
 from fewstep.models.card import POPULATION_FOLDER
 from fewstep.plan import Program
-from fewstep.sampling.choose import describe
+from fewstep.sampling.choose import describe, identify
 from fewstep.sampling.settings import Filled
 from fewstep.solving import resolve
 from fewstep.text import slug
@@ -111,6 +111,7 @@ class Workbench:
         """Sample the seeds, or read what was sampled before."""
         facts = {
             **describe(self.model, settings, prompt=self.references.prompt, guidance=self.guidance),
+            **identify(self.model),
             "label": self.references.label,
             "reference": self.references.facts(),
         }

@@ -29,7 +29,6 @@ from fewstep.models.components import pixels_per_latent, quiet, sample_sides
 from fewstep.models.families import FAMILIES, Family
 from fewstep.models.formats.checks import check_folder, check_pickle
 from fewstep.models.formats.contents import recognise, tensor_names
-from fewstep.models.own import fingerprint
 from fewstep.models.pipeline import PipelineModel, Size, process_of
 from fewstep.models.process import Process
 from fewstep.models.texts import TextCache
@@ -133,8 +132,8 @@ def from_pipe(pipe: Any, *, size: Size | None = None, compile: bool = False) -> 
     """The model of a pipeline that is in memory; its parts are shared, and left as they are.
 
     Texts are encoded anew at each call, since the text encoders may change between two. The card
-    has a hash of the weights only where adapters were added, so that a solver for the plain ones
-    is not taken for theirs.
+    has no hash of a file of weights. A learned solver is told apart by the weights in memory, see
+    `fewstep.models.identity`.
 
     Args:
         pipe: of one of the classes that `load_pipeline` reads; what was changed on it (adapters,
@@ -150,9 +149,7 @@ def from_pipe(pipe: Any, *, size: Size | None = None, compile: bool = False) -> 
     family = FAMILIES[kind]
     net = getattr(pipe, family.network)
     check_network(kind, net)
-    adapted = any("lora_" in name for name, _ in net.named_parameters())
-    digest = fingerprint({family.network: net}) if adapted else ""
-    return replace(_model(pipe, family, kind, digest, size, compile), texts=TextCache(limit=0))
+    return replace(_model(pipe, family, kind, "", size, compile), texts=TextCache(limit=0))
 
 
 def _model(
