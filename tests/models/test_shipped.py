@@ -266,6 +266,7 @@ def test_the_command_takes_the_means_of_the_models_samples(tmp_path):
         trajectories=2,
         batch=2,
         validation_seeds=1,
+        fallback=False,
     )
     learned.save(tmp_path)
     with pytest.raises(ValueError, match="reads the network's features"):
