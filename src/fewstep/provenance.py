@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
-import re
-from pathlib import Path
 from typing import Any
 
 __all__ = ["VERSION", "machine", "machine_line", "software_line"]
@@ -15,11 +12,15 @@ VERSION = "0.1.0"  # pyproject.toml has the same
 
 def machine() -> dict[str, Any]:
     """The processor, the threads and the versions, JSON-ready."""
+    import platform
+    import re
+
     import torch
 
     name = platform.processor() or platform.machine()
     try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            text = file.read()
         name = (re.findall(r"model name\s*:\s*(.+)", text) or [name])[0]
     except OSError:
         pass
@@ -35,6 +36,8 @@ def machine() -> dict[str, Any]:
 
 def software_line() -> str:
     """The versions, in words."""
+    import platform
+
     import torch
 
     python = platform.python_version()
@@ -43,6 +46,8 @@ def software_line() -> str:
 
 def machine_line() -> str:
     """The machine, in words."""
+    import platform
+
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -12,6 +12,7 @@ import pytest
 from fewstep.integrations.configs import OTHER_PREDICTIONS, REFUSED, REPLACED, SPACINGS
 from fewstep.integrations.diffusers import KNOWN, FewstepScheduler
 from fewstep.models.process import FLOWS
+from fewstep.solver import get
 from tests.support import pipelines
 
 diffusers: Any = pipelines.diffusers
@@ -186,3 +187,18 @@ def test_auto_is_what_the_cards_of_pipelines_have() -> None:
         for scheduler in (auto, named):
             scheduler.set_timesteps(4)
         assert auto._full == named._full
+
+
+@pytest.mark.parametrize("solver", ["ddim", "heun"])
+def test_a_plan_from_above_the_network_s_noise_is_refused(solver: str) -> None:
+    plan = get(solver).plan((80.0, 10.0, 1.0, 0.0))
+    with pytest.raises(
+        ValueError, match=r"starts at sigma 80, and the pipeline's noise ends at 14"
+    ):
+        from_config(SD, solver=plan)
+    with pytest.raises(ValueError, match="solver must be a name here"):
+        FewstepScheduler(**SD, solver=plan)  # type: ignore[arg-type]
+    scheduler = FewstepScheduler(**SD)
+    with pytest.raises(ValueError, match="starts at sigma 20"):
+        scheduler.set_timesteps(sigmas=[20.0, 1.0])
+    scheduler.set_timesteps(sigmas=[14.615, 1.0])  # as published, of 14.6146

@@ -30,7 +30,7 @@ from torch import Tensor
 from fewstep.denoiser import PREDICTIONS
 from fewstep.extras import needs
 from fewstep.grid import check_grid, make_grid
-from fewstep.loop import Stepper
+from fewstep.loop import Stepper, starts_at
 from fewstep.models.process import FLOWS, Process, Shifted, read_process
 from fewstep.plan import Combine, Plan, Program
 from fewstep.solver import Solver, end_at, get
@@ -239,6 +239,11 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
     @property
     def _solver(self) -> Solver:
         name = self.config["solver"]
+        if not isinstance(name, str):
+            raise ValueError(
+                f"solver must be a name here, got {name!r:.80}; a plan, a learned solver or its "
+                "folder goes into from_config or from_plan"
+            )
         return get(AUTO if name == "auto" else name)
 
     def _named_spacing(self, flow: bool) -> str | None:
@@ -303,6 +308,12 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
                 "an analytic first step or another level; take afs='none'"
             )
         schedule, scale = self.process.schedule, self.process.time_scale
+        start, most = staged.plan.sigmas[0], schedule.sigma_max
+        if start > most and not starts_at(start, most):
+            raise ValueError(
+                f"this starts at sigma {start:.10g}, and the pipeline's noise ends at {most:.10g}; "
+                "take a solver that was trained for it, or another grid"
+            )
         times = [schedule.t(stage.told) * scale for stage in staged.stages]
         self.timesteps = torch.tensor(times, dtype=torch.float32, device=device)
         levels = [*(stage.sigma for stage in staged.stages), staged.end]
