@@ -22,12 +22,13 @@ from fewstep.cli.options import (
 )
 from fewstep.cli.parsing import parse_seeds, parse_size, refuse_beside
 from fewstep.cli.work import AsJson, resumable
-from fewstep.sampling.request import Request
+from fewstep.sampling.request import Request, drawn_label
 from fewstep.sampling.settings import Settings
 
 HELPS = {
     "prompt": "A text, for all pictures.",
-    "label": "Class name or index. Several, with commas, take turns: the first seed has the first.",
+    "label": "Class name or index. Several, with commas, take turns: the first seed has the first; "
+    "all: draw one for each seed.",
 }
 SEEDS = (
     "Seeds, one per picture: 0-63 or 1,5,7-9. Default: 0-15. With --prompts: one for all, or one "
@@ -118,6 +119,10 @@ def sample_command(
     options |= {"guide": guide, "classifier": classifier}
     machine = {name: given.pop(name) for name in ("device", "dtype", "compile")}
     loaded = load(model, **machine, **{name: one for name, one in options.items() if one})
+    if label == "all":
+        pictures["label"] = [
+            drawn_label(seed, len(loaded.card.classes)) for seed in pictures["seeds"]
+        ]
     names, batch = pictures.pop("names", None), given.pop("batch")
     how = Settings(**{field.name: given.pop(field.name) for field in fields(Settings)})
     begun, count = time.perf_counter(), len(pictures["seeds"])

@@ -310,7 +310,7 @@ class NetworkModel:
             )
         if label is None and self.needs_label:
             raise ValueError(
-                f"{self.card.name} always wants a class; give label, from 0 to "
+                f"{self.card.name} always wants a class; give label (--label), from 0 to "
                 f"{len(self.card.classes) - 1}"
             )
         rows = self._rows(label)
