@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 import fewstep
 from fewstep.cli.run import run
+from fewstep.models import PictureModel
 from fewstep.models.convert import convert
-from fewstep.models.network import NetworkModel
 from fewstep.noise import key
 from fewstep.sampling.generate import load_images
 from fewstep.solver.registry import names
@@ -56,10 +56,10 @@ def some(*everyday: str) -> list[Any]:
     return [f if f in everyday else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
 
 
-def converted(family: str, folder: Path) -> NetworkModel:
+def converted(family: str, folder: Path) -> PictureModel:
     path, said = FAMILIES[family](folder)
     convert(path, folder / "model", draws=1, **said)
-    return fewstep.load(folder / "model")
+    return cast("PictureModel", fewstep.load(folder / "model"))
 
 
 @pytest.mark.parametrize("family", some("edm-ddpmpp", "guided-diffusion-classes"))
