@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 import fewstep
 from benchmarks.real_sizes import SIZES, build
@@ -41,7 +42,7 @@ GUIDANCE = 7.5
 WAYS = ("eager", "channels-last", "compile", "compile-overhead", "graph")
 BATCHES = (2, 4, 8, 16, 32)
 BUDGETS = (1, 2, 5, 8)  # beside 4
-SOLVER = {"solver": "dpmpp-2m", "grid": "trailing", "end": "zero"}
+SOLVER: dict[str, Any] = {"solver": "dpmpp-2m", "grid": "trailing", "end": "zero"}
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Graph:
         self.kept: dict[Any, tuple[Any, list[torch.Tensor], torch.Tensor]] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        leaves, tree = torch.utils._pytree.tree_flatten((args, kwargs))
+        leaves, tree = pytree.tree_flatten((args, kwargs))
         inputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         plain = [leaf for leaf in leaves if not isinstance(leaf, torch.Tensor)]
         key = str(tree), str(plain), tuple((tuple(one.shape), one.dtype) for one in inputs)
@@ -86,7 +87,7 @@ class Graph:
 
     def _capture(self, leaves: list[Any], tree: Any) -> Any:
         fixed = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        args, kwargs = torch.utils._pytree.tree_unflatten(fixed, tree)
+        args, kwargs = pytree.tree_unflatten(fixed, tree)
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):

@@ -10,7 +10,7 @@ base-1.0 and stable-diffusion-3-medium on the Hugging Face hub.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -124,7 +124,7 @@ SIZES: dict[str, Callable[[], Any]] = {"tiny": tiny, "sd15": sd15, "sdxl": sdxl,
 
 
 def _unet(
-    levels: tuple[int, ...], blocks: list[tuple[str, str]], context: int, side: int, **more: Any
+    levels: tuple[int, ...], blocks: Sequence[tuple[str, str]], context: int, side: int, **more: Any
 ) -> Any:
     diffusers: Any = importlib.import_module("diffusers")
     return diffusers.UNet2DConditionModel(

@@ -96,7 +96,7 @@ def mixture() -> GaussianMixture:
 def errors(denoiser: Any, shape: tuple[int, ...], solvers: Sequence[Any], test: int) -> list[float]:
     """Mean root mean square distance to fine solves on the test seeds. solvers: keywords of
     `fewstep.solve`."""
-    ends = {"sigma_min": LEVELS[0], "sigma_max": LEVELS[1]}
+    ends: dict[str, Any] = {"sigma_min": LEVELS[0], "sigma_max": LEVELS[1]}
     x_T = LEVELS[1] * normal(range(test), shape, "prior")
     exact = fewstep.solve(denoiser, x_T, **FINE, **ends)
     found = []

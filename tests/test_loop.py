@@ -490,3 +490,10 @@ def test_a_step_that_reaches_further_back_than_the_history_is_refused(mixture):
 def test_errors_in_arguments_come_before_the_first_state():
     with pytest.raises(ValueError, match="no solver called"):
         iterate(Mixture(), noise(3, 1.0), "no-such-solver")
+
+
+@pytest.mark.parametrize("x_T", [5.0, np.ones((2, 3)), [[1.0, 2.0]], torch.tensor(1.0), None])
+def test_a_start_that_is_no_tensor_of_pictures_is_refused_by_name(x_T: Any) -> None:
+    for begin in (solve, iterate):
+        with pytest.raises(ValueError, match=r"x_T must be a tensor \[b"):
+            begin(Mixture(), x_T, "ddim", 2)

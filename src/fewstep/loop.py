@@ -289,8 +289,11 @@ def run(
         reuse: as in `Stepper`
 
     Raises:
-        ValueError: seeds do not fit x_T, or D has another shape than x.
+        ValueError: x_T is no tensor [b, ...], seeds do not fit it, or D has another shape than x.
     """
+    if not isinstance(x_T, Tensor) or x_T.ndim < 1:
+        found = f"shape {tuple(x_T.shape)}" if isinstance(x_T, Tensor) else type(x_T).__name__
+        raise ValueError(f"x_T must be a tensor [b, ...], one row a picture, got {found}")
     if seeds is not None and len(seeds) != len(x_T):
         raise ValueError(f"seeds must have one entry per picture, got {len(seeds)} for {len(x_T)}")
     return _run(Stepper(program, x_T, None if seeds is None else seeded(seeds), reuse), denoiser)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from fewstep import solvers as solver_names
 from fewstep.models import read_card
-from tests.support.command import in_process
+from tests.support.command import command, in_process
 
 
 def test_plan_shows_what_auto_is_on_a_model(capsys: pytest.CaptureFixture[str]) -> None:
@@ -44,3 +45,27 @@ def test_plan_lists_every_solver(capsys: pytest.CaptureFixture[str]) -> None:
     in_process("plan", "--list")
     listed = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()}
     assert {"ddim", "unipc-3-bh1", "dpmpp-2m-sde"} <= listed
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('raise RuntimeError("boom")', "RuntimeError: boom"),
+        ("def rule(:", "SyntaxError: "),
+        ("import no_such_module_here", "No module named 'no_such_module_here'"),
+        ("from fewstep import no_such_name", "ImportError: "),
+        (None, "looked for here and on PYTHONPATH"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_named(
+    text: str | None, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"rules_{abs(hash(text))}"
+    if text is not None:
+        (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    ran = command("plan", "ddim", "--nfe", 2, "--import", name)
+    assert ran.exit_code == 2
+    assert ran.stderr.count("\n") == 1
+    assert f"--import {name}: " in ran.stderr
+    assert words in ran.stderr

@@ -64,7 +64,7 @@ def test_an_adapter_starts_at_its_teacher_and_its_students_come_back(
         tolerance = 1e-6 * max(1.0, float(theirs.abs().max()))
         torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
     assert any(weight.requires_grad for weight in known.student.parameters())
-    bound = known.bind(known.student, known.card)
+    bound: Any = known.bind(known.student, known.card)
     assert not any(weight.requires_grad for weight in bound.net.parameters())
     saved = known.save(tmp_path / "student", known.student, known.card)
     again = fewstep.load(tmp_path / "student")

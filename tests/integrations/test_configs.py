@@ -6,18 +6,15 @@ import inspect
 import json
 from typing import Any
 
-import pytest
-
-pytest.importorskip("diffusers")
-
-import diffusers
 import numpy as np
+import pytest
 
 from fewstep.integrations.configs import OTHER_PREDICTIONS, REFUSED, REPLACED, SPACINGS
 from fewstep.integrations.diffusers import KNOWN, FewstepScheduler
 from fewstep.models.process import FLOWS
 from tests.support import pipelines
 
+diffusers: Any = pipelines.diffusers
 SD = pipelines.SD_TABLE
 OWN = inspect.signature(FewstepScheduler.__init__).parameters.keys() - {"self"}
 SET: dict[str, Any] = {  # values that would change a picture
@@ -41,6 +38,10 @@ def from_config(config: Any, **given: Any) -> Any:
     return FewstepScheduler.from_config(config, **given)
 
 
+def made(**given: Any) -> Any:
+    return FewstepScheduler(**SD, **given)
+
+
 @pytest.mark.parametrize("flag", SPACINGS)
 @pytest.mark.parametrize("steps", [1, 2, 5, 12])
 @pytest.mark.parametrize("by", ["config", "argument", "constructor"])
@@ -52,7 +53,7 @@ def test_levels_by_a_flag_are_those_of_diffusers(flag: str, steps: int, by: str)
     ours = {
         "config": lambda: from_config(theirs.config),
         "argument": lambda: from_config(diffusers.DDIMScheduler(**SD).config, **{flag: True}),
-        "constructor": lambda: FewstepScheduler(**SD, **{flag: True}),
+        "constructor": lambda: made(**{flag: True}),
     }[by]()
     ours.set_timesteps(steps)
     np.testing.assert_allclose(ours.sigmas, theirs.sigmas, rtol=2e-5, atol=1e-7)
@@ -73,7 +74,7 @@ def test_what_the_caller_names_goes_before_the_configuration(flag: str) -> None:
         with pytest.raises(ValueError, match=f"{flag} .*leave out"):
             from_config(SD, **{flag: True}, **other)
         with pytest.raises(ValueError, match=f"{flag} .*leave out"):
-            FewstepScheduler(**SD, **{flag: True}, **other)
+            made(**{flag: True}, **other)
     with pytest.raises(ValueError, match="not with flows"):
         from_config(diffusers.FlowMatchEulerDiscreteScheduler().config, **{flag: True})
 

@@ -137,7 +137,7 @@ def test_dyweight_is_a_plan_equal_to_its_loop(tmp_path, afs, gain):
     torch.testing.assert_close(ours, x, rtol=0, atol=1e-9)
 
 
-def shares(numbers: dict[str, Tensor], temperature: float) -> dict[str, Tensor]:
+def shares(numbers: dict[str, Tensor], temperature: float) -> dict[str, Any]:
     return {
         "r": torch.sigmoid(numbers["r_params"]),
         "w": torch.softmax(numbers["weight_s"], -1),
@@ -175,7 +175,7 @@ def test_side_by_side_evaluations_are_a_plan_equal_to_their_loop(tmp_path, kind)
     torch.testing.assert_close(ours, x, rtol=0, atol=1e-8)
 
 
-def predicted(w: dict[str, Tensor], features: Tensor, cur: float, nxt: float) -> dict[str, Tensor]:
+def predicted(w: dict[str, Tensor], features: Tensor, cur: float, nxt: float) -> dict[str, Any]:
     def linear(name: str, y: Tensor) -> Tensor:
         return y @ w[f"{name}.weight"].T.double() + w[f"{name}.bias"].double()
 

@@ -51,7 +51,7 @@ def test_d_of_guided_diffusion_is_x_minus_sigma_eps_of_the_first_channels(
 ):
     weights = tensors(GUIDED)
     path = saved(tmp_path / f"x{ending}", weights)
-    model = fewstep.load(path, config={**SAID, "noise_schedule": schedule})
+    model: Any = fewstep.load(path, config={**SAID, "noise_schedule": schedule})
     t, gen = torch.tensor([3, 400, 900]), torch.Generator().manual_seed(0)
     sigma = torch.tensor(model.schedule.sigmas, dtype=torch.float64)[t].float()
     root = torch.sqrt(1 + sigma**2)[:, None, None, None]
@@ -69,7 +69,7 @@ def test_d_of_guided_diffusion_is_x_minus_sigma_eps_of_the_first_channels(
 def test_d_of_consistency_models_has_their_scalings(tmp_path, student):
     weights = tensors(CM)
     path = saved(tmp_path / "x.pt", weights)
-    model = fewstep.load(path, config={**TEACHER, "distillation": student})
+    model: Any = fewstep.load(path, config={**TEACHER, "distillation": student})
     sigma, gen = torch.tensor([0.002, 1.0, 80.0]), torch.Generator().manual_seed(0)
     x = (1 + sigma)[:, None, None, None] * torch.randn(3, 3, 16, 16, generator=gen)
     s = sigma.double()[:, None, None, None]
@@ -85,7 +85,7 @@ def test_d_of_consistency_models_has_their_scalings(tmp_path, student):
 @torch.no_grad()
 def test_a_student_is_sampled_at_its_published_indices(tmp_path):
     path = saved(tmp_path / "x.pt", tensors(CM))
-    model = fewstep.load(path, config={**TEACHER, "distillation": True})
+    model: Any = fewstep.load(path, config={**TEACHER, "distillation": True})
     levels = fewstep.grid.karras(40, 80.0, 0.002)
     assert model.card.auto["2"].grid == pytest.approx((80.0, levels[22], 0.0))
     denoiser, x = model.denoiser(), model.prior([1])
@@ -102,7 +102,7 @@ def test_a_student_is_sampled_at_its_published_indices(tmp_path):
 def test_the_begin_of_a_name_tells_teacher_from_student_where_nothing_else_does(tmp_path):
     weights, said = tensors(CM), {"num_head_channels": 16}
     for begin, role in (("edm_", "edm"), ("cd_", "consistency"), ("ct_", "consistency")):
-        model = fewstep.load(saved(tmp_path / f"{begin}x.pt", weights), config=said)
+        model: Any = fewstep.load(saved(tmp_path / f"{begin}x.pt", weights), config=said)
         assert spec_of(model.card).role == role
     refused(saved(tmp_path / "x.pt", weights), "teacher .edm. or a student", config=said)
 
@@ -200,7 +200,7 @@ def test_a_class_conditional_network_without_a_null_class_wants_a_label(tmp_path
     s = {**GD, "legacy": False, "num_classes": 7}
     weights = tensors(s)
     config = {**SAID, "use_new_attention_order": True}
-    model = fewstep.load(saved(tmp_path / "x.pt", weights), config=config)
+    model: Any = fewstep.load(saved(tmp_path / "x.pt", weights), config=config)
     assert model.card.classes == tuple("0123456")
     with pytest.raises(
         ValueError, match=r"always wants a class; give label \(--label\), from 0 to 6"
@@ -233,7 +233,7 @@ def test_guidance_by_a_classifier_adds_its_gradient(tmp_path):
     guide = tensors(s, seed=1)
     file = saved(tmp_path / "c.pt", guide)
     config = {**SAID, "classifier_width": 32, "classifier_num_head_channels": 16}
-    model = fewstep.load(path, config=config, classifier=file)
+    model: Any = fewstep.load(path, config=config, classifier=file)
     assert model.card.classes == tuple("01234")
     x, sigma = model.prior([1, 2]), torch.tensor([5.0, 5.0])
     plain = model.denoiser()(x, sigma)
@@ -289,8 +289,9 @@ def checkpoint(path: Path, kind: str = "vq", ema: bool = True, **more: Any) -> d
 def test_a_latent_diffusion_is_sampled_with_averaged_weights_and_decoded(tmp_path, kind, ema):
     path = tmp_path / "model.ckpt"
     made = checkpoint(path, kind, ema, scale_factor=torch.tensor(0.5))
-    assert recognise(path)[0].name == "a latent diffusion of CompVis"
-    model = fewstep.load(path, config=UNET_SAID)
+    known: Any = recognise(path)[0]
+    assert known.name == "a latent diffusion of CompVis"
+    model: Any = fewstep.load(path, config=UNET_SAID)
     assert model.shape == (3, 16, 16)
     assert model.picture == (32, 32, 3)
     assert spec_of(model.card).schedule == ("scaled_linear", 1000, 0.0015, 0.0195)
@@ -309,7 +310,7 @@ def test_a_latent_diffusion_is_sampled_with_averaged_weights_and_decoded(tmp_pat
 
 @torch.no_grad()
 def test_decoding_takes_the_nearest_code_and_encoding_does_not():
-    stage = stage_of("vq")
+    stage: Any = stage_of("vq")
     z = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     table = stage.quantize["embedding"].weight
     far = (z.permute(0, 2, 3, 1)[..., None, :] - table).square().sum(-1)
@@ -345,9 +346,9 @@ def test_a_kl_first_stage_is_that_of_diffusers():
 def test_classes_of_a_latent_diffusion_go_in_by_cross_attention(tmp_path):
     path = tmp_path / "model.ckpt"
     table = torch.randn(1001, 8, generator=torch.Generator().manual_seed(0))
-    more = {"cond_stage_model.embedding.weight": table}
+    more: dict[str, Any] = {"cond_stage_model.embedding.weight": table}
     checkpoint(path, unet={"context_dim": 8}, **more)
-    model = fewstep.load(path, config=UNET_SAID)
+    model: Any = fewstep.load(path, config=UNET_SAID)
     assert len(model.card.classes) == 1000
     x, sigma = model.prior([1]), torch.tensor([3.0])
     plain, one, two = (model.denoiser(label)(x, sigma) for label in (None, 3, 4))
@@ -400,7 +401,7 @@ def test_a_card_says_what_the_file_is_without_its_weights(tmp_path):
 
 @pytest.mark.parametrize("name", ["x", "pt"])
 def test_features_are_those_of_the_middle(tmp_path, name):
-    model = fewstep.load(saved(tmp_path / f"{name}.pt", tensors(CM)), config=TEACHER)
+    model: Any = fewstep.load(saved(tmp_path / f"{name}.pt", tensors(CM)), config=TEACHER)
     x, sigma = model.prior([1, 2]), torch.tensor([5.0, 5.0])
     denoised, features = model.denoiser().with_features(x, sigma)
     assert features.shape == (2, 64, 8, 8)

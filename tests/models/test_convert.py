@@ -28,7 +28,8 @@ FAMILIES: dict[str, Any] = {
 def test_a_folder_answers_as_its_file(family: str, tmp_path: Path) -> None:
     path = FAMILIES[family](tmp_path / "net.pkl")
     card = convert(path, tmp_path / "out", draws=2)
-    ours, theirs = fewstep.load(tmp_path / "out"), fewstep.load(path)
+    ours: Any = fewstep.load(tmp_path / "out")
+    theirs: Any = fewstep.load(path)
     x, sigma = torch.randn(2, *ours.shape), torch.tensor([0.5, 9.0])
     label = 1 if card.classes else None
     with torch.no_grad():
@@ -72,7 +73,7 @@ def test_guides_lie_in_the_folder(tmp_path: Path) -> None:
 def test_latents_want_their_autoencoder(tmp_path: Path) -> None:
     settings = {"encoder": "StabilityVAEEncoder", "img_channels": 4}
     path = write_edm2(tmp_path / "net.pkl", **settings)[0]
-    model = fewstep.load(path)
+    model: Any = fewstep.load(path)
     assert model.shape == (4, 8, 8)
     with pytest.raises(ValueError, match="its states are latents: give the autoencoder"):
         fewstep.sample(model, solver="ddim", nfe=1, seeds=[0])
@@ -93,7 +94,7 @@ def test_latents_with_an_autoencoder(tmp_path: Path) -> None:
     settings = {"encoder": "StabilityVAEEncoder", "img_channels": 4}
     path = write_edm2(tmp_path / "net.pkl", **settings)[0]
     card = convert(path, tmp_path / "out", vae=tmp_path / "vae", draws=0)
-    model = fewstep.load(tmp_path / "out")
+    model: Any = fewstep.load(tmp_path / "out")
     assert card.picture == model.picture == (64, 64, 3)
     x = torch.randn(1, 4, 8, 8)
     raw = x / 0.5 * torch.tensor([4.17, 4.62, 3.71, 3.28])[:, None, None]
@@ -141,7 +142,8 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     path = write_edm(tmp_path / "net.pkl", label_dim=3)[0]
     assert run(["models", str(path), "--json"]) == 0
     known = json.loads(capsys.readouterr().out)
-    weights = sum(p.numel() for p in fewstep.load(path).net.parameters())
+    model: Any = fewstep.load(path)
+    weights = sum(p.numel() for p in model.net.parameters())
     assert (known["kind"], known["preset"], known["parameters"]) == ("edm", None, weights)
     assert (known["sigma_min"], known["sigma_max"], len(known["classes"])) == (0.002, 80.0, 3)
     assert run(["models", str(path)]) == 0

@@ -104,12 +104,24 @@ def test_points_are_samples_and_no_pictures() -> None:
         model.decode(x)
 
 
+def test_sampling_points_is_refused_before_the_network_is_called() -> None:
+    def never(x: Tensor, sigma: Tensor) -> Tensor:
+        raise AssertionError("it was called")
+
+    model = fewstep.models.of(never, name="points", shape=(2,))
+    with pytest.raises(ValueError, match=r"has no pictures.* solve\(model.denoiser"):
+        fewstep.sample(model, nfe=2, seeds=[0])
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"name": "../x"}, "name must be letters"),
         ({"shape": ()}, "shape must be positive integers"),
         ({"shape": (1, 0, 4)}, "shape must be positive integers"),
+        ({"shape": 2}, "shape must be positive integers"),
+        ({"shape": "2"}, "shape must be positive integers"),
+        ({"net": "weights.pt"}, "net must be the torch module"),
         ({"sigma_min": 80.0}, "need 0 < sigma_min < sigma_max"),
         ({"far_mean": torch.zeros(3)}, "far_mean must have shape"),
     ],
@@ -117,3 +129,9 @@ def test_points_are_samples_and_no_pictures() -> None:
 def test_what_does_not_fit_is_refused(net: Small, options: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         fewstep.models.of(net, **{"name": "mine", "shape": (1, 4, 4), **options})
+
+
+@pytest.mark.parametrize("denoiser", ["unet.safetensors", None, torch.zeros(2)])
+def test_what_cannot_be_called_is_no_denoiser(denoiser: object) -> None:
+    with pytest.raises(ValueError, match="denoiser must be a function"):
+        fewstep.models.of(denoiser, name="mine", shape=(2,))  # type: ignore[arg-type]

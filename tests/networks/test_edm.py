@@ -56,7 +56,7 @@ def inputs(model: Any, count: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_raw_network_is_its_reference(variant: str, tmp_path: Path) -> None:
     path, weights, settings = write_edm(tmp_path / "a.pkl", **VARIANTS[variant])
-    model = fewstep.load(path)
+    model: Any = fewstep.load(path)
     x, level = inputs(model)
     classes = settings.get("label_dim", 0)
     label = torch.tensor([1, classes])
@@ -74,7 +74,7 @@ def test_a_raw_network_is_its_reference(variant: str, tmp_path: Path) -> None:
 def test_a_denoiser_is_by_the_table_of_the_paper(outer: str, tmp_path: Path) -> None:
     given = PRECONDITIONS[outer]
     path, weights, settings = write_edm(tmp_path / "a.pkl", outer, **given)
-    model = fewstep.load(path)
+    model: Any = fewstep.load(path)
     x, sigma = inputs(model)
     reference = Reference(weights, {**settings, "model_type": "SongUNet"})
     s, sd = sigma.double()[:, None, None, None], given.get("sigma_data", 0.5)
@@ -179,7 +179,7 @@ def test_a_magnitude_preserving_network_is_its_reference(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
     path, weights, own = write_edm2(tmp_path / "a.pkl", **settings)
-    model = fewstep.load(path)
+    model: Any = fewstep.load(path)
     x, level = inputs(model)
     with torch.no_grad():
         raw = model.net(x, level, torch.zeros(2, dtype=torch.long))

@@ -203,7 +203,7 @@ def test_a_table_of_a_folder_is_told_from_a_pipeline_in_memory(dtype, tmp_path, 
 
 
 def test_weights_changed_on_a_loaded_model_are_noticed(tmp_path, recwarn):
-    model = fewstep.load(pipelines.saved("sd", tmp_path / "sd"))
+    model: Any = fewstep.load(pipelines.saved("sd", tmp_path / "sd"))
     solver = table(model)
     fewstep.sample(model, solver=solver, seeds=[0], prompt="a")
     assert not [w for w in recwarn if "trained on other weights" in str(w.message)]

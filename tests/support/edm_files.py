@@ -60,7 +60,7 @@ def write_edm(
     given |= {"num_blocks": 1, "attn_resolutions": [4], **settings}
     given.setdefault("model_type", "SongUNet")
     own = {k: v for k, v in given.items() if k in EDMConfig.__dataclass_fields__}
-    own = {k: tuple(v) if isinstance(v, list) else v for k, v in own.items()}
+    own: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in own.items()}
     own["out_channels"] = own["img_channels"] * (2 if outer == "iDDPMPrecond" else 1)
     if "resample_filter" in own:
         own["resample_filter"] = tuple(map(float, own["resample_filter"]))
@@ -85,7 +85,7 @@ def write_edm2(
     given = {"img_resolution": 8, "img_channels": 3, "model_channels": 8, "channel_mult": [1, 2]}
     given |= {"num_blocks": 1, "attn_resolutions": [4], "channels_per_head": 8}
     given |= {"logvar_channels": 4, **settings}
-    own = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    own: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     net = randomise(EDM2UNet(EDM2Config(**own)), seed).half()
     whole = persistent(net, "Precond", {**given, "use_fp16": True})
     whole.state["_modules"]["unet"].state["_init_kwargs"] = {}
@@ -185,11 +185,12 @@ class Reference:
             angles = torch.outer(level, ((1 / 10_000) ** k).double())
         cos, sin = angles.cos(), angles.sin()
         emb = torch.cat((sin, cos) if self.song else (cos, sin), dim=1)
-        classes = one_hot is not None and "map_label.weight" in self.w
-        if self.song and classes:
+        if "map_label.weight" not in self.w:
+            one_hot = None
+        if self.song and one_hot is not None:
             emb = emb + self.linear("map_label", one_hot * math.sqrt(one_hot.shape[1]))
         emb = self.linear("map_layer1", F.silu(self.linear("map_layer0", emb)))
-        if not self.song and classes:
+        if not self.song and one_hot is not None:
             emb = emb + self.linear("map_label", one_hot)
         return F.silu(emb)
 

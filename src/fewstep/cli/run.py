@@ -116,7 +116,10 @@ def _import(modules: Sequence[str]) -> None:
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
-            raise ValueError(f"--import {name}: {error}") from error
+            where = "; it is looked for here and on PYTHONPATH" if error.name == name else ""
+            raise ValueError(f"--import {name}: {error}{where}") from error
+        except Exception as error:  # whatever a module of one's own may raise
+            raise ValueError(f"--import {name}: {type(error).__name__}: {error}") from error
     from importlib.metadata import entry_points  # help does not wait for it
 
     for plugin in entry_points(group=PLUGINS):

@@ -140,7 +140,7 @@ def sample_command(
     if as_json:
         print(json.dumps({**result.to_dict(), "seconds": round(seconds, 3)}))
         return
-    what = {"label": label, "prompt": prompt and repr(prompt), "prompts": prompts}
+    what = {"label": label, "prompt": None if prompt is None else repr(prompt), "prompts": prompts}
     what["image"] = given["image"]
     print(show.sampling_line(count - result.skipped, result, what, seconds))
     print(f"{result.sheet}")

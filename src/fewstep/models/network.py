@@ -266,7 +266,10 @@ class NetworkModel:
             ValueError: samples are no pictures.
         """
         if len(self.shape) != 3:
-            raise ValueError(f"{self.card.name} has no pictures: its samples are {self.shape}")
+            raise ValueError(
+                f"{self.card.name} has no pictures: its samples are {self.shape}, not (c, h, w); "
+                "solve(model.denoiser(), model.prior(seeds), ...) gives them as they are"
+            )
         channels, height, width = self.shape
         if self.first_stage is not None:
             return self.first_stage.picture(height, width)

@@ -57,9 +57,15 @@ def of(
     Raises:
         ValueError: where a value does not fit, or there is no such module.
     """
-    sizes = tuple(shape)
+    sizes = tuple(shape) if isinstance(shape, Sequence) else ()
     if not sizes or not all(type(side) is int and side > 0 for side in sizes):
-        raise ValueError(f"shape must be positive integers, got {shape!r}")
+        raise ValueError(
+            f"shape must be positive integers, such as (3, 64, 64) or (2,), got {shape!r}"
+        )
+    if not callable(denoiser):
+        raise ValueError(f"denoiser must be a function D(x, sigma), got {denoiser!r:.80}")
+    if net is not None and not isinstance(net, nn.Module):
+        raise ValueError(f"net must be the torch module behind the denoiser, got {net!r:.80}")
     module = denoiser if net is None and isinstance(denoiser, nn.Module) else net
     if feature_module and (module is None or not has_module(module, feature_module)):
         raise ValueError(f"feature_module {feature_module!r} is not a module of the network")

@@ -111,6 +111,7 @@ class Run:
             raise ValueError(
                 f"model must be a loaded model, got {model!r:.80}; load it first: fewstep.load(...)"
             )
+        getattr(model, "picture", None)  # raises now where the samples are no pictures
         if request.size is not None:
             if not hasattr(model, "with_size"):
                 raise ValueError(f"{model.card.name} has one size of pictures; leave out size")
