@@ -22,7 +22,7 @@ from fewstep.cli.options import (
 )
 from fewstep.cli.parsing import parse_seeds, parse_size, refuse_beside
 from fewstep.cli.work import AsJson, resumable
-from fewstep.sampling.request import Request, drawn_label
+from fewstep.sampling.request import Request
 from fewstep.sampling.settings import Settings
 
 HELPS = {
@@ -97,6 +97,7 @@ def sample_command(
     were made with other settings, nothing is touched and the command says so.
     """
     from fewstep.models import load
+    from fewstep.models.network import drawn_label
     from fewstep.plan import Plan
     from fewstep.report import terminal as show
     from fewstep.sampling.folder import sample_to_folder

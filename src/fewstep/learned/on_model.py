@@ -13,7 +13,7 @@ from fewstep.learned.training import known_of, train
 from fewstep.learned.validation import Conditions
 from fewstep.loop import starts_at
 from fewstep.models import Model
-from fewstep.sampling.request import drawn_label
+from fewstep.models.network import drawn_label
 
 __all__ = ["train_on_model"]
 

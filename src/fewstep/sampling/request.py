@@ -7,9 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from fewstep.noise import key
-
-__all__ = ["CONDITIONS", "Request", "drawn_label", "one_per_seed"]
+__all__ = ["CONDITIONS", "Request", "one_per_seed"]
 
 CONDITIONS = ("label", "prompt", "negative", "guidance")
 
@@ -57,17 +55,6 @@ class Request:
     def given(self) -> dict[str, Any]:
         """The conditions by name; None where one is left out."""
         return {name: getattr(self, name) for name in CONDITIONS}
-
-
-def drawn_label(seed: int, count: int) -> int:
-    """The class that a seed draws of so many, the same wherever it is sampled.
-
-    Raises:
-        ValueError: there are no classes.
-    """
-    if not count:
-        raise ValueError("label all draws a class, and this model has no classes; leave out label")
-    return key(seed, "label") % count
 
 
 def one_per_seed(name: str, value: Any, count: int) -> bool:
