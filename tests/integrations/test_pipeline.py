@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import fewstep
 from fewstep.integrations.diffusers import FewstepPipeline, FewstepScheduler
@@ -255,3 +256,103 @@ def test_a_scheduler_takes_learned_solvers_that_read_nothing(models, pipes, tmp_
     assert FewstepScheduler.from_config(made[0].config).config["plan"] == made[0].config["plan"]
     with pytest.raises(ValueError, match=r"reads the network's features.*FewstepPipeline"):
         FewstepScheduler.from_config(config, solver=learned(models["sd"]))
+
+
+# --- encoded prompts, skipped layers, pictures ----------------------------------------------------
+
+
+def encoded(pipe: Any, name: str, **options: Any) -> dict[str, Any]:
+    """What diffusers' own encoder makes of the prompts, as arguments of a call."""
+    more = {"prompt_2": None, "prompt_3": None} if name == "sd3" else {}
+    found = pipe.encode_prompt(
+        prompt=PROMPTS,
+        **more,
+        device="cpu",
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=True,
+        negative_prompt=["on", "a"],
+        **options,
+    )
+    names = ["prompt_embeds", "negative_prompt_embeds"]
+    names += ["pooled_prompt_embeds", "negative_pooled_prompt_embeds"] if len(found) == 4 else []
+    return dict(zip(names, found, strict=True))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("name", NAMES)
+def test_encoded_prompts_are_those_of_the_texts(name, guidance, models, pipes):
+    fast = FewstepPipeline(pipes[name], learned(models[name]))
+    run = {"guidance_scale": guidance, "seeds": [3, 4], "output_type": "latent"}
+    plain = fast(PROMPTS, negative_prompt=["on", "a"], **run).images
+    found = fast(**encoded(pipes[name], name), **run).images
+    assert_close(found, plain)
+
+
+@torch.no_grad()
+def skipping(pipe: Any) -> dict[str, Any]:
+    """The same of Stable Diffusion 1 without the last layer, whose encode_prompt does not work."""
+    encoder, made = pipe.text_encoder, []
+    for texts in (PROMPTS, ["on", "a"]):
+        read = pipe.tokenizer(texts, padding="max_length", max_length=12, return_tensors="pt")
+        states = encoder(read.input_ids, output_hidden_states=True).hidden_states
+        assert len(states) == encoder.config.num_hidden_layers + 1
+        made.append(getattr(encoder, "text_model", encoder).final_layer_norm(states[-2]))
+    return {"prompt_embeds": made[0], "negative_prompt_embeds": made[1]}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_clip_skip_is_that_of_diffusers(name, models, pipes):
+    fast = FewstepPipeline(pipes[name], learned(models[name]))
+    run = {"guidance_scale": 3.0, "seeds": [3, 4], "output_type": "latent"}
+    found = fast(PROMPTS, negative_prompt=["on", "a"], clip_skip=1, **run).images
+    given = skipping(pipes["sd"]) if name == "sd" else encoded(pipes[name], name, clip_skip=1)
+    assert_close(found, fast(**given, **run).images)
+    assert (found - fast(PROMPTS, negative_prompt=["on", "a"], **run).images).abs().max() > 1e-4
+
+
+def test_a_picture_is_where_the_grid_begins(models, pipes):
+    model = models["sd"]
+    sigma = model.level(0.5)
+    plan = fewstep.solver.get("dpmpp-2m").plan((sigma, sigma / 4, 0.0))
+    fast = FewstepPipeline(pipes["sd"], plan)
+    picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    run = {"guidance_scale": 3.0, "seeds": [3, 4], "output_type": "latent"}
+    found = fast(PROMPTS, image=picture, strength=0.5, **run).images
+    x, level = model.start(picture[None], [3, 4], 0.5)
+    assert level == sigma
+    denoiser = model.denoiser(prompt=PROMPTS, guidance=3.0)
+    with torch.no_grad():
+        assert_close(found, fewstep.solve(denoiser, x, plan))
+    assert_close(fast(PROMPTS, image=Image.fromarray(picture), **run).images, found)
+    with pytest.raises(ValueError, match=r"starts at the level of strength=0\.5, got 0\.7"):
+        fast(PROMPTS, image=picture, strength=0.7, **run)
+    with pytest.raises(ValueError, match="or give the image to start from"):
+        fast(PROMPTS, **run)
+    with pytest.raises(ValueError, match="strength is of a picture"):
+        fast(PROMPTS, strength=0.5, **run)
+    with pytest.raises(ValueError, match="image must be one, or one per picture, got 3 for 2"):
+        fast(PROMPTS, image=[picture] * 3, **run)
+
+
+@pytest.mark.parametrize(
+    "name, given, words",
+    [
+        ("sd", {}, "give prompt or prompt_embeds"),
+        ("sd", {"prompt": "a", "prompt_embeds": torch.zeros(1, 12, 32)}, "give prompt or prompt_"),
+        ("sd", {"prompt": "a", "clip_skip": -1}, "clip_skip must be a number of layers"),
+        ("sd", {"prompt_embeds": torch.zeros(12, 32)}, "must be a tensor of 3 dimensions"),
+        ("sd", {"prompt": "a", "pooled_prompt_embeds": torch.zeros(1, 32)}, "two text encoders"),
+        ("sdxl", {"prompt_embeds": torch.zeros(1, 12, 64)}, "and pooled_prompt_embeds; give both"),
+        (
+            "sd",
+            {
+                "prompt_embeds": torch.zeros(1, 12, 32),
+                "negative_prompt_embeds": torch.zeros(2, 12, 32),
+            },
+            r"must have the shape of prompt_embeds, \[1, 12, 32\], got \[2, 12, 32\]",
+        ),
+    ],
+)
+def test_encoded_prompts_that_do_not_fit_are_refused(name, given, words, models, pipes):
+    with pytest.raises(ValueError, match=words):
+        FewstepPipeline(pipes[name], learned(models[name]))(**given)

@@ -396,7 +396,7 @@ def test_a_run_that_was_stopped_ends_where_the_other_does(method, at, tmp_path):
 
 def test_other_settings_do_not_go_on_with_a_run(tmp_path):
     short(tmp_path)
-    with pytest.raises(ValueError, match=r"lr=0.005 \(now 0.01\)"):
+    with pytest.raises(ValueError, match=r"lr=0.02 \(now 0.01\)"):
         short(tmp_path, lr=0.01)
     (tmp_path / "checkpoint.safetensors").write_bytes(b"\x08")
     with pytest.raises(ValueError, match="cannot be read"):

@@ -123,9 +123,18 @@ def _import(modules: Sequence[str]) -> None:
     from importlib.metadata import entry_points  # help does not wait for it
 
     for plugin in entry_points(group=PLUGINS):
-        loaded = plugin.load()
-        if callable(loaded):
-            loaded()
+        try:
+            loaded = plugin.load()
+            if callable(loaded):
+                loaded()
+        except Exception as error:
+            where = f"the installed plugin {plugin.name} ({plugin.value})"
+            raise ValueError(f"{where}: {_named(error)}; mend or remove it") from error
+
+
+def _named(error: Exception) -> str:
+    named = isinstance(error, ModuleNotFoundError | ValueError)
+    return str(error) if named else f"{type(error).__name__}: {error}"
 
 
 def _refuse_ranks(words: Sequence[str]) -> None:

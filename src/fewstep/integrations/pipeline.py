@@ -22,7 +22,8 @@ from torch import Tensor
 
 from fewstep.denoiser import Denoiser, per_sample
 from fewstep.extras import needs
-from fewstep.loop import starts_at
+from fewstep.integrations.given import Embedded, check_start, clean_states
+from fewstep.models.components import told_guidance
 from fewstep.models.formats.diffusers import from_pipe
 from fewstep.models.pipeline import PipelineModel
 from fewstep.plan import Program
@@ -74,7 +75,7 @@ class FewstepPipeline:
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         *,
         height: int | None = None,
         width: int | None = None,
@@ -85,6 +86,13 @@ class FewstepPipeline:
         generator: Generators = None,
         seeds: Sequence[int] | None = None,
         latents: Tensor | None = None,
+        image: Any = None,
+        strength: float | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        clip_skip: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Any = None,
@@ -100,6 +108,11 @@ class FewstepPipeline:
             generator, seeds, latents: the start, one of them at most. A generator draws what
                 diffusers draws from it, seeds what `fewstep.sample` does, one per picture; latents
                 are noise of variance 1, [n, c, h, w].
+            image: start from pictures, at the first level of the solver's grid: a file, uint8
+                [h, w, c] or a PIL picture, or one per picture
+            strength: of image; has to be that of the solver's first level, which it names
+            prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds,
+                negative_pooled_prompt_embeds, clip_skip: as in diffusers' call
             output_type: "pil", "np", "pt", or "latent", which is the clean latents that are decoded
             callback_on_step_end: called as callback(pipe, i, t, {"latents": x_t}) after each
                 accepted state; the latents that it returns are gone on from, and `pipe._interrupt =
@@ -117,11 +130,7 @@ class FewstepPipeline:
                 f"{program.name} goes its own {intervals} intervals; leave num_inference_steps "
                 f"out, got {num_inference_steps}"
             )
-        if not starts_at(program.sigmas[0], model.process.sigma_max):
-            raise ValueError(
-                f"{program.name} starts at sigma {program.sigmas[0]:g}, and the pipeline at "
-                f"{model.process.sigma_max:g}; train a solver on this pipeline"
-            )
+        check_start(model, program, image, strength)
         if output_type not in OUTPUTS:
             raise ValueError(
                 f"output_type must be one of {', '.join(OUTPUTS)}, got {output_type!r}"
@@ -134,20 +143,19 @@ class FewstepPipeline:
                 "callback_on_step_end_tensor_inputs can hold latents alone, got "
                 f"{list(callback_on_step_end_tensor_inputs)}"
             )
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        prompts = [text for text in prompts for _ in range(num_images_per_prompt)]
-        if negative_prompt is not None and not isinstance(negative_prompt, str):
-            negative_prompt = [t for t in negative_prompt for _ in range(num_images_per_prompt)]
-        scale = _default(self.pipe, "guidance_scale") if guidance_scale is None else guidance_scale
-        guided = scale > 1
-        denoiser = model.denoiser(
-            prompt=prompts,
-            guidance=scale if guided else None,
-            negative=negative_prompt if guided else None,  # as diffusers has it
-            **sizes,  # type: ignore[arg-type]
+        embedded = Embedded(
+            prompt_embeds,
+            negative_prompt_embeds,
+            pooled_prompt_embeds,
+            negative_pooled_prompt_embeds,
+            clip_skip,
         )
+        embedded.check(model, prompt, negative_prompt)
+        scale = _default(self.pipe, "guidance_scale") if guidance_scale is None else guidance_scale
+        asked = prompt, negative_prompt, num_images_per_prompt, scale
+        denoiser, count = _denoiser(model, embedded, *asked, sizes)
         check_weights(model, program)
-        x = _start(model, program, len(prompts), generator, seeds, latents)
+        x = _start(model, program, count, generator, seeds, latents, image)
         x = self._run(model, denoiser, x, program, callback)
         return self._output(model, x, output_type, return_dict)
 
@@ -206,6 +214,36 @@ def _default(pipe: Any, name: str) -> Any:
     return inspect.signature(type(pipe).__call__).parameters[name].default
 
 
+def _denoiser(
+    model: PipelineModel,
+    embedded: Embedded,
+    prompt: str | Sequence[str] | None,
+    negative: str | Sequence[str] | None,
+    copies: int,
+    scale: float,
+    sizes: dict[str, tuple[int, int]],
+) -> tuple[Denoiser, int]:
+    """D under the conditions, and how many pictures they are for."""
+    guided = scale > 1
+    negative = negative if guided else None  # as diffusers has it
+    prompts = [prompt] if isinstance(prompt, str) else None if prompt is None else list(prompt)
+    if embedded.given():
+        plain = {"original_size": model.size, "target_size": model.size}
+        wanted = {"crops_coords_top_left": (0, 0), **plain, **sizes}
+        if told_guidance(model.net):
+            raise ValueError("this network is told its guidance and takes prompts alone")
+        pair = embedded.conditions(model, prompts, negative, copies, guided, wanted)
+        strength = torch.tensor(float(scale)) if guided else None
+        return model.under(*pair, strength), len(pair[0]["encoder_hidden_states"])
+    assert prompts is not None
+    prompts = [text for text in prompts for _ in range(copies)]
+    if negative is not None and not isinstance(negative, str):
+        negative = [text for text in negative for _ in range(copies)]
+    guidance = scale if guided else None
+    found = model.denoiser(prompt=prompts, guidance=guidance, negative=negative, **sizes)  # type: ignore[arg-type]
+    return found, len(prompts)
+
+
 def _start(
     model: PipelineModel,
     program: Program,
@@ -213,6 +251,7 @@ def _start(
     generator: Generators,
     seeds: Sequence[int] | None,
     latents: Tensor | None,
+    image: Any = None,
 ) -> Tensor:
     """The state at the start of the grid, float32 [n, c, h, w]."""
     given = {"generator": generator, "seeds": seeds, "latents": latents}
@@ -222,7 +261,9 @@ def _start(
     if seeds is not None:
         if len(seeds) != count:
             raise ValueError(f"seeds must be one per picture, got {len(seeds)} for {count}")
-        return model.prior(seeds)
+        if image is None:
+            return model.prior(seeds)
+        latents = model.prior(seeds) * model.process.schedule.alpha(model.process.sigma_max)
     shape = (count, *model.shape)
     if latents is None:
         if isinstance(generator, Sequence) and len(generator) != count:
@@ -233,4 +274,7 @@ def _start(
         latents = randn_tensor(shape, generator=many, device=model.device, dtype=model.dtype)
     if tuple(latents.shape) != shape:
         raise ValueError(f"latents must be {list(shape)}, got {list(latents.shape)}")
-    return latents.to(model.device).float() / model.process.schedule.alpha(program.sigmas[0])
+    z, first = latents.to(model.device).float(), program.sigmas[0]
+    if image is not None:
+        return clean_states(model, image, count) + first * z
+    return z / model.process.schedule.alpha(first)

@@ -217,6 +217,17 @@ class PipelineModel:
         if uncond is None:
             return self._finish(Bound(self._network(), cond))
         assert scale is not None
+        return self.under(cond, uncond, scale)
+
+    def under(self, cond: Condition, uncond: Condition | None, scale: Tensor | None) -> Any:
+        """D(x, sigma) under conditions that are encoded already.
+
+        Args:
+            cond, uncond: as the family's `encode` makes them; no guidance where uncond is None
+            scale: of guidance, [] or [b]
+        """
+        if uncond is None or scale is None:
+            return self._finish(Bound(self._network(), cond))
         one = float(scale) if scale.ndim == 0 else scale
         if scale.ndim == 0 and one == 0:
             return self._finish(Bound(self._network(), uncond))

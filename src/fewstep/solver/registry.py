@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import difflib
 import functools
+import inspect
 import operator
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -69,7 +70,8 @@ class Solver:
         exactly on any grid
     evaluations: only for a solver that adapts to the network's replies, and so has no plan: how
         many it spends on so many intervals
-    options: the keyword arguments of ops that a user may set, with their defaults
+    options: the keyword arguments of ops that a user may set, with their defaults, as pairs:
+        (("eta", 1.0), ("noise", 1.003))
     ranges: what each of them may be; any finite number where nothing is said
     consistency: only for networks that were distilled into consistency functions, D(x, sigma) = the
         end of the path through x; of others it draws from another law than that of the data
@@ -88,6 +90,25 @@ class Solver:
     summary: str = ""
     ranges: tuple[tuple[str, Range], ...] = ()
     consistency: bool = False
+
+    def __post_init__(self) -> None:
+        for what, pairs in (("options", self.options), ("ranges", self.ranges)):
+            if not isinstance(pairs, tuple) or not all(map(_is_named, pairs)):
+                wanted = '(("eta", 1.0),)' if what == "options" else '(("eta", Range(0, 1)),)'
+                raise ValueError(
+                    f"{what} of {self.name} must be pairs in a tuple, like {wanted}, got {pairs!r}"
+                )
+        known, ranges = dict(self.options), dict(self.ranges)
+        for name, value in known.items():
+            allowed = ranges.get(name, Range())
+            if type(value) not in (int, float) or value not in allowed:
+                raise ValueError(f"{name} of {self.name} must be {allowed}, got {value!r}")
+        unknown = [*(ranges.keys() - known), *(known.keys() - _accepted(self.ops, known))]
+        if unknown:
+            raise ValueError(
+                f"{self.name} has options {', '.join(known) or 'none'}, and {unknown[0]!r} is not "
+                "both one of them and a keyword argument of its operations"
+            )
 
     def __repr__(self) -> str:
         law = "stochastic, " if self.stochastic else ""
@@ -195,6 +216,21 @@ class Solver:
             ops=functools.partial(self.ops, **values),
             options=tuple(known.items()),
         )
+
+
+def _is_named(pair: object) -> bool:
+    return isinstance(pair, tuple) and len(pair) == 2 and str(pair[0]).isidentifier()
+
+
+def _accepted(ops: Callable[..., Ops], names: Iterable[str]) -> set[str]:
+    """Those of the names that the operations take as keyword arguments."""
+    try:
+        taken = inspect.signature(ops).parameters.values()
+    except (TypeError, ValueError):  # of C
+        return set(names)
+    if any(one.kind is one.VAR_KEYWORD for one in taken):
+        return set(names)
+    return {one.name for one in taken if one.kind in (one.KEYWORD_ONLY, one.POSITIONAL_OR_KEYWORD)}
 
 
 def _number(value: float) -> str:
