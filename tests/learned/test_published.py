@@ -15,6 +15,7 @@ from torch import Tensor
 
 import fewstep
 from fewstep import pickles
+from fewstep.cli.run import run
 from fewstep.learned import LearnedSolver, published
 from fewstep.learned.ops import PUBLISHED, dpm_multistep
 from fewstep.noise import normal
@@ -397,3 +398,20 @@ def test_a_damaged_folder_is_refused(tmp_path):
     path.write_text(json.dumps(values))
     with pytest.raises(ValueError, match="cannot be used"):
         LearnedSolver.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["dyweight", "epd", "adasde", "amed"])
+def test_convert_makes_a_folder_of_it_and_says_what_it_is(tmp_path, capsys, kind):
+    path = tmp_path / "x.pkl"
+    made = {"dyweight": lambda: dyweight(path, True), "amed": lambda: amed(path)}
+    made.get(kind, lambda: parallel(path, kind))()
+    out = tmp_path / "out"
+    assert run(["convert", str(path), "--out", str(out)]) == 0
+    assert published.describe(read(path)) in " ".join(capsys.readouterr().out.split())
+    assert LearnedSolver.load(out).digest == read(path).digest
+    assert run(["convert", str(path), "--out", str(out)]) == 2
+    assert "is not empty; name another folder" in capsys.readouterr().err
+    options = ["--out", str(tmp_path / "other"), "--preset", "imagenet64-adm"]
+    assert run(["convert", str(path), *options]) == 2
+    assert "leave out --preset" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()

@@ -202,7 +202,9 @@ def test_a_class_conditional_network_without_a_null_class_wants_a_label(tmp_path
     config = {**SAID, "use_new_attention_order": True}
     model: Any = fewstep.load(saved(tmp_path / "x.pt", weights), config=config)
     assert model.card.classes == tuple("0123456")
-    with pytest.raises(ValueError, match="always wants a class; give label, from 0 to 6"):
+    with pytest.raises(
+        ValueError, match=r"always wants a class; give label \(--label\), from 0 to 6"
+    ):
         model.denoiser()
     with pytest.raises(ValueError, match="cannot be used without a class"):
         model.denoiser(label=3, guidance=2.0)

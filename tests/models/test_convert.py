@@ -14,6 +14,9 @@ from fewstep.cli.run import run
 from fewstep.distillation import distill
 from fewstep.files import file_hash
 from fewstep.models.convert import convert
+from tests.models.test_adm import GUIDED, SAID, saved
+from tests.networks.test_adm import SMALL
+from tests.support.adm_files import tensors
 from tests.support.edm_files import write_edm, write_edm2
 
 FAMILIES: dict[str, Any] = {
@@ -68,6 +71,23 @@ def test_guides_lie_in_the_folder(tmp_path: Path) -> None:
         wanted = theirs.denoiser(1, guidance=2.0)(x, sigma)
         assert torch.equal(ours.denoiser(1, guidance=2.0)(x, sigma), wanted)
         assert not torch.equal(ours.denoiser(1)(x, sigma), wanted)
+
+
+def test_a_classifier_lies_in_the_folder(tmp_path: Path) -> None:
+    path = saved(tmp_path / "net.pt", tensors(GUIDED))
+    s = {**SMALL, "legacy": True, "pooled": 5, "image_size": 16, "num_res_blocks": 2}
+    guide = saved(tmp_path / "guide.pt", tensors(s, seed=1))
+    config = {**SAID, "classifier_width": 32, "classifier_num_head_channels": 16}
+    convert(path, tmp_path / "out", classifier=guide, config=config, draws=0)
+    ours = fewstep.load(tmp_path / "out")
+    theirs = fewstep.load(path, classifier=guide, config=config)
+    x, sigma = torch.randn(2, *ours.shape), torch.tensor([0.5, 9.0])
+    with torch.no_grad():
+        plain = ours.denoiser()(x, sigma)
+        for label in (0, 4):
+            found = ours.denoiser(label, guidance=2.0)(x, sigma)
+            assert torch.equal(found, theirs.denoiser(label, guidance=2.0)(x, sigma))
+            assert not torch.equal(found, plain)
 
 
 def test_latents_want_their_autoencoder(tmp_path: Path) -> None:

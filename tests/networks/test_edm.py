@@ -11,6 +11,7 @@ import torch
 
 import fewstep
 from fewstep.denoiser import calls_per_eval
+from fewstep.networks.edm2 import EDM2UNet
 from fewstep.networks.preconditioning import IDDPM, VE, VP
 from tests.support.edm_files import Reference, write_edm, write_edm2
 
@@ -184,6 +185,17 @@ def test_a_magnitude_preserving_network_is_its_reference(
         raw = model.net(x, level, torch.zeros(2, dtype=torch.long))
     wanted = magnitude_preserving(weights, own, x.double(), level.double())
     torch.testing.assert_close(raw.double(), wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+
+
+def test_weights_that_were_readied_come_back(tmp_path: Path) -> None:
+    weights = write_edm2(tmp_path / "net.pkl")[1]
+    net = fewstep.load(tmp_path / "net.pkl").net
+    assert isinstance(net, EDM2UNet)
+    ready = {name: value.clone() for name, value in net.state_dict().items()}
+    for name, value in net.restore().state_dict().items():
+        torch.testing.assert_close(value, weights[name].float(), rtol=1e-6, atol=0)
+    for name, value in net.prepare(torch.float32).state_dict().items():
+        torch.testing.assert_close(value, ready[name], rtol=1e-6, atol=0)
 
 
 def test_guidance_by_a_second_network(tmp_path: Path) -> None:

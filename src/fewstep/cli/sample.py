@@ -27,7 +27,8 @@ from fewstep.sampling.settings import Settings
 
 HELPS = {
     "prompt": "A text, for all pictures.",
-    "label": "Class name or index. Several, with commas, take turns: the first seed has the first.",
+    "label": "Class name or index. Several, with commas, take turns: the first seed has the first; "
+    "all: draw one for each seed.",
 }
 SEEDS = (
     "Seeds, one per picture: 0-63 or 1,5,7-9. Default: 0-15. With --prompts: one for all, or one "
@@ -96,6 +97,7 @@ def sample_command(
     were made with other settings, nothing is touched and the command says so.
     """
     from fewstep.models import load
+    from fewstep.models.network import drawn_label
     from fewstep.plan import Plan
     from fewstep.report import terminal as show
     from fewstep.sampling.folder import sample_to_folder
@@ -118,6 +120,10 @@ def sample_command(
     options |= {"guide": guide, "classifier": classifier}
     machine = {name: given.pop(name) for name in ("device", "dtype", "compile")}
     loaded = load(model, **machine, **{name: one for name, one in options.items() if one})
+    if label == "all":
+        pictures["label"] = [
+            drawn_label(seed, len(loaded.card.classes)) for seed in pictures["seeds"]
+        ]
     names, batch = pictures.pop("names", None), given.pop("batch")
     how = Settings(**{field.name: given.pop(field.name) for field in fields(Settings)})
     begun, count = time.perf_counter(), len(pictures["seeds"])

@@ -111,6 +111,7 @@ def train_solver_command(
             **own,
         )
     try_it = f"fewstep sample {shlex.quote(model)} --solver {_typed(out)}"
+    try_it += f" --label {shlex.quote(label)}" if label else ""
     try_it += f" --prompt {shlex.quote(texts[0])}" if texts else ""
     try_it += f" --guidance {guidance:g}" if texts and guidance is not None else ""
     print(clean(f"{out}: {_result(solver, given['validation_seeds'])}; try: {try_it}"))

@@ -176,7 +176,9 @@ def clean_states(model: PipelineModel, image: Any, count: int) -> Tensor:
         ValueError: for what is neither, and for another number.
         OSError: there is no such file.
     """
-    many = list(image) if isinstance(image, Sequence) and not isinstance(image, str) else [image]
+    many: list[Any] = (
+        list(image) if isinstance(image, Sequence) and not isinstance(image, str) else [image]
+    )
     plain = [np.asarray(one.convert("RGB")) if hasattr(one, "convert") else one for one in many]
     pictures = np.concatenate([load_images(one, *model.picture) for one in plain])
     if len(pictures) not in (1, count):

@@ -13,7 +13,7 @@ from fewstep.learned.training import known_of, train
 from fewstep.learned.validation import Conditions
 from fewstep.loop import starts_at
 from fewstep.models import Model
-from fewstep.noise import key
+from fewstep.models.network import drawn_label
 
 __all__ = ["train_on_model"]
 
@@ -89,10 +89,10 @@ def labelled(model: Model, label: str | None, guidance: float | None) -> Conditi
     if label is None:
         denoiser = model.denoiser(None, None, guidance)
         return lambda seeds: denoiser
-    names, count = [one.strip() for one in label.split(",")], len(model.card.classes)
+    names = [one.strip() for one in label.split(",")]
     chosen: Callable[[int], Any] = lambda seed: names[seed % len(names)]  # noqa: E731
     if label == "all":
-        chosen = lambda seed: key(seed, "label") % count  # noqa: E731
+        chosen = lambda seed: drawn_label(seed, len(model.card.classes))  # noqa: E731
 
     def conditions(seeds: Sequence[int]) -> Denoiser:
         return model.denoiser([chosen(seed) for seed in seeds], None, guidance)

@@ -296,8 +296,11 @@ def model(
     """The model that samples, of modules with their weights, which are moved and cast in place."""
     spec = spec_of(card)
     schedule = schedule_of(spec.schedule)
-    ready = {name: module.to(device).eval().requires_grad_(False) for name, module in made.items()}
-    net = ready[""].to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    ready = {
+        name: module.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
+        for name, module in made.items()
+    }
+    net = ready[""]
     assert isinstance(net, ADM)
     if dtype is not torch.float32:
         cast_torso(net, dtype)

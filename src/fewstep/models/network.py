@@ -25,10 +25,10 @@ from fewstep.models.identity import checksums, differ, digest_of, of_component
 from fewstep.networks.conditioning import indices
 from fewstep.networks.preconditioning import denoise
 from fewstep.networks.taps import as_map, hear
-from fewstep.noise import normal
+from fewstep.noise import key, normal
 from fewstep.schedule import Schedule
 
-__all__ = ["Conditional", "FirstStage", "NetworkModel", "Precondition"]
+__all__ = ["Conditional", "FirstStage", "NetworkModel", "Precondition", "drawn_label"]
 
 DECODED = 8  # states that a first stage decodes at a time
 
@@ -183,6 +183,17 @@ class ByNetwork(Wrapper):
         return ref + per_sample(self.scale, x) * (denoised - ref), features
 
 
+def drawn_label(seed: int, count: int) -> int:
+    """The class that a seed draws of so many, the same wherever it is sampled.
+
+    Raises:
+        ValueError: there are no classes.
+    """
+    if not count:
+        raise ValueError("label all draws a class, and this model has no classes; leave out label")
+    return key(seed, "label") % count
+
+
 @dataclass(frozen=True, eq=False)
 class NetworkModel:
     """A trained network with its card and statistics: everything from noise to pixels but the
@@ -313,7 +324,7 @@ class NetworkModel:
             )
         if label is None and self.needs_label:
             raise ValueError(
-                f"{self.card.name} always wants a class; give label, from 0 to "
+                f"{self.card.name} always wants a class; give label (--label), from 0 to "
                 f"{len(self.card.classes) - 1}"
             )
         rows = self._rows(label)

@@ -33,11 +33,16 @@ EPS = 1e-4
 SILU = 0.596
 
 
-def normalize(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """x / (1e-4 + rms over some dimensions)."""
+def size(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """1e-4 + rms over some dimensions, which stay as 1; float32."""
     count = math.prod(x.shape[dim] for dim in dims)
     norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.float32)
-    return x / torch.add(EPS, norm, alpha=1 / math.sqrt(count)).to(x.dtype)
+    return torch.add(EPS, norm, alpha=1 / math.sqrt(count))
+
+
+def normalize(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """x divided by its size over some dimensions."""
+    return x / size(x, dims).to(x.dtype)
 
 
 def silu(x: Tensor) -> Tensor:
@@ -62,13 +67,20 @@ def concat(a: Tensor, b: Tensor, t: float) -> Tensor:
 class Conv(nn.Module):
     """A convolution or, with kernel (), a matrix, of normalised rows.
 
-    ready: the weight was normalised for good, and divided by sqrt(fan in)
+    sizes: of the rows, once the weight is divided by them and by sqrt(fan in) for good
     """
+
+    sizes: Tensor | None
 
     def __init__(self, c_in: int, c_out: int, kernel: tuple[int, ...]) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(c_out, c_in, *kernel))
-        self.ready = False
+        self.register_buffer("sizes", None, persistent=False)
+
+    @property
+    def ready(self) -> bool:
+        """Whether the weight is as inference wants it."""
+        return self.sizes is not None
 
     def forward(self, x: Tensor, gain: Tensor | None = None) -> Tensor:
         w = self.weight
@@ -83,16 +95,16 @@ class Conv(nn.Module):
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Normalise the weight once, for inference; matrices stay float32."""
-        w = normalize(self.weight.data.float(), tuple(range(1, self.weight.ndim)))
-        w = w.div_(math.sqrt(w[0].numel()))
+        w = self.weight.data.float()
+        self.sizes = size(w, tuple(range(1, w.ndim)))
+        w = (w / self.sizes).div_(math.sqrt(w[0].numel()))
         self.weight.data = w if w.ndim == 2 else w.to(dtype)
-        self.ready = True
 
     def restore(self) -> None:
-        """Take back what `prepare` did, but for the norm of the rows."""
-        if self.ready:
+        """Take back what `prepare` did: x / (1e-4 + rms) twice is not the same as once."""
+        if self.sizes is not None:
             w = self.weight.data.float()
-            self.weight.data, self.ready = w * math.sqrt(w[0].numel()), False
+            self.weight.data, self.sizes = w * math.sqrt(w[0].numel()) * self.sizes, None
 
 
 class Fourier(nn.Module):
