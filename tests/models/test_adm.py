@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fewstep
+from fewstep.cli.run import run
 from fewstep.models.adm import Classifier, card_of, spec_of
 from fewstep.models.card import Card
 from fewstep.models.formats.adm import examine, open_source
@@ -116,6 +117,26 @@ def test_what_the_file_does_not_say_must_be_said(tmp_path):
     ):
         refused(path, words, config={k: v for k, v in SAID.items() if k != name})
     refused(path, "how many heads .* name a preset")
+
+
+def test_a_file_that_leaves_something_unsaid_is_still_described(tmp_path, capsys):
+    weights = tensors({**GUIDED, "num_classes": 7})
+    path = saved(tmp_path / "x.pt", weights)
+    assert run(["models", str(path), "--json"]) == 0
+    known = json.loads(capsys.readouterr().out)
+    assert known["kind"] == "guided-diffusion"
+    assert known["parameters"] == sum(value.numel() for value in weights.values())
+    assert (known["classes"], known["widths"]) == (7, [32, 64])
+    assert "how many heads" in known["unsaid"]
+    assert "imagenet64-adm" in known["presets"]
+    assert run(["models", str(path)]) == 0
+    assert "imagenet64-adm" in capsys.readouterr().out
+    config = tmp_path / "said.json"
+    config.write_text(json.dumps(SAID))
+    assert run(["models", str(path), "--config", str(config), "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["classes"]) == 7
+    assert run(["models", str(path), "--preset", "imagenet64-adm"]) == 2
+    assert "says num_channels = 192" in capsys.readouterr().err
 
 
 CONTRADICTIONS = {

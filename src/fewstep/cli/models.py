@@ -46,9 +46,10 @@ def models_command(
 
         card, known = describe(name, **options)
         if as_json:
-            print(json.dumps({**card.to_dict(), **known}, indent=2))
+            print(json.dumps({**(card.to_dict() if card else {}), **known}, indent=2))
         else:
-            Console().print(_file(card, known), highlight=False)
+            table = _file(card, known) if card else _unsaid(known)
+            Console().print(table, highlight=False)
         return
     if options:
         raise ValueError("preset and config go with a network file of a paper; leave them out")
@@ -114,6 +115,26 @@ def _file(card: Card, known: dict[str, Any]) -> Table:
         ("features", card.feature_module),
         ("SHA-256", card.weights_sha256),
         ("try", f"fewstep convert {shlex.quote(known['file'])} --out FOLDER"),
+    ]
+    for heading, value in rows:
+        table.add_row(heading, styled(value))
+    return table
+
+
+def _unsaid(known: dict[str, Any]) -> Table:
+    """What is known of a file that leaves something unsaid, and what may be chosen."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    rows = [
+        ("file", known["file"]),
+        ("kind", known["kind"]),
+        ("parameters", f"{known['parameters']:,}"),
+        ("channels", f"{known['channels']}, then {', '.join(map(str, known['widths']))}"),
+        ("classes", str(known["classes"] or "none")),
+        ("not known", known["unsaid"]),
+        ("presets", ", ".join(known["presets"])),
+        ("try", f"fewstep models {shlex.quote(known['file'])} --preset NAME, or --config FILE"),
     ]
     for heading, value in rows:
         table.add_row(heading, styled(value))

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from fewstep.files import file_hash
-from fewstep.models.adm import GUIDE, STAGE, Spec, card_of
+from fewstep.models.adm import GUIDE, NULL_CLASS, STAGE, Spec, card_of
 from fewstep.models.formats.adm_settings import (
     PRESETS,
+    Unsaid,
     check_against,
     fitting,
     numbers,
@@ -39,7 +40,7 @@ from fewstep.networks.adm import ADMConfig
 from fewstep.networks.autoencoder import AutoencoderConfig
 from fewstep.records import shown
 
-__all__ = ["Examined", "examine", "examine_classifier", "open_source"]
+__all__ = ["Examined", "examine", "examine_classifier", "known", "open_source"]
 
 RAW, EMA, FIRST = "model.diffusion_model.", "model_ema.", "first_stage_model."
 EMBEDDER = "cond_stage_model.embedding.weight"
@@ -184,6 +185,29 @@ def open_source(
     return Source(path, card, found.preset, shapes, values)
 
 
+def known(path: Path | str) -> dict[str, Any]:
+    """What a file says by its names and shapes: kind, parameters, pictures, classes, and the
+    presets of its kind.
+
+    Raises:
+        OSError: where the file cannot be read.
+        ValueError: where the tensors are not of this family.
+    """
+    shapes = {key: tuple(value.shape) for key, value in open_tensors(Path(path)).entries.items()}
+    kind = kind_of(shapes)
+    begin = RAW if kind == "latent-diffusion" else ""
+    own = {n.removeprefix(begin): shape for n, shape in shapes.items() if n.startswith(begin)}
+    derived, rows = _derived(own, kind, str(path)), shapes.get(EMBEDDER, (0,))[0]
+    return {
+        "kind": kind,
+        "parameters": sum(map(math.prod, own.values())),
+        "channels": derived["channels"],
+        "widths": list(derived["widths"]),
+        "classes": derived["classes"] or rows - (rows == NULL_CLASS),
+        "presets": [n for n, values in PRESETS.items() if values["kind"] == kind],
+    }
+
+
 def examine_classifier(
     entries: Mapping[str, Any],
     where: str,
@@ -283,7 +307,7 @@ def _heads(kind: str, chosen: Mapping[str, Any], where: str) -> dict[str, int]:
         return {"head_width": width, "heads": 0}
     if heads > 0:
         return {"heads": heads, "head_width": 0}
-    raise ValueError(
+    raise Unsaid(
         f"{where} is of {kind}, and how many heads its attentions have stands in no file: name a "
         f"preset ({', '.join(n for n, v in PRESETS.items() if v['kind'] == kind)}), or give config "
         "with num_head_channels or num_heads"
@@ -297,7 +321,7 @@ def _legacy(kind: str, chosen: Mapping[str, Any], where: str) -> bool:
     if kind in ("latent-diffusion", "classifier"):
         return not chosen.get("use_new_attention_order", False)
     if "use_new_attention_order" not in chosen:
-        raise ValueError(
+        raise Unsaid(
             f"{where} does not say in which order its attention's rows lie: name a preset, or give "
             "config with use_new_attention_order"
         )
@@ -323,7 +347,7 @@ def _spec(
     clip = 1.0 if chosen.get("clip_denoised", False) else None
     if kind == "consistency-models":
         if "distillation" not in chosen:
-            raise ValueError(
+            raise Unsaid(
                 f"{where} does not say whether it is a teacher (edm) or a student (cd, ct): name a "
                 "preset, or give config with distillation"
             )
@@ -343,7 +367,7 @@ def _spec(
             raise ValueError(f"{where}: scale_factor must be positive, got {factor}")
         return Spec(kind, unet, "eps", schedule, clip=clip, scale=factor, how=how)
     if "noise_schedule" not in chosen:
-        raise ValueError(
+        raise Unsaid(
             f"{where} does not say its noise schedule: name a preset, or give config with "
             "noise_schedule, linear or cosine"
         )

@@ -15,9 +15,23 @@ from typing import Any
 
 from fewstep.records import read_json, shown
 
-__all__ = ["PRESETS", "check_against", "fitting", "of_shapes", "preset", "read_config", "settings"]
+__all__ = [
+    "PRESETS",
+    "Unsaid",
+    "check_against",
+    "fitting",
+    "of_shapes",
+    "preset",
+    "read_config",
+    "settings",
+]
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Unsaid(ValueError):
+    """A file, a preset and settings together do not say something that a network needs."""
+
 
 _ADM = {"learn_sigma": True, "resblock_updown": True, "use_scale_shift_norm": True}
 _ADM |= {"attention_resolutions": "32,16,8", "num_head_channels": 64}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fewstep.files import file_hash
 from fewstep.models.card import Card
 from fewstep.models.edm_spec import card_of
+from fewstep.models.formats.adm_settings import Unsaid
 from fewstep.models.formats.contents import recognise
 from fewstep.models.formats.nvlabs import preset_of, read
 from fewstep.pickles import Pickled, Tensor, stream
@@ -105,14 +106,20 @@ def load_file(
     return open_source(path, **options).model(device, dtype, compile)
 
 
-def describe(path: Path | str, **options: Any) -> tuple[Card, dict[str, Any]]:
-    """What a file is, without its network: its card; kind, preset, parameters.
+def describe(path: Path | str, **options: Any) -> tuple[Card | None, dict[str, Any]]:
+    """What a file is, without its network: its card; kind, preset, parameters. Without a card,
+    where it leaves something unsaid, which is then told, with the presets to choose from.
 
     Raises:
         OSError: where the file cannot be read.
         ValueError: where it holds none of these networks.
     """
-    source = open_source(path, **options)
+    try:
+        source = open_source(path, **options)
+    except Unsaid as unsaid:
+        from fewstep.models.formats.adm import known as of_adm
+
+        return None, {"file": str(path), **of_adm(path), "unsaid": str(unsaid)}
     known = {"file": str(path), "kind": source.card.kind, "preset": source.preset}
     return source.card, {**known, "parameters": source.parameters}
 
