@@ -213,6 +213,10 @@ def test_a_configuration_of_another_scheduler_comes_without_a_warning():
 @pytest.mark.parametrize("name", TABLES)
 def test_betas_of_the_users_own_are_kept(name, betas, tmp_path):
     """Two of them: no grid of eight intervals has room there, and nothing asks for one yet."""
+    if name == "plan":  # which starts at Stable Diffusion's last level
+        with pytest.raises(ValueError, match=r"the pipeline's noise ends at 0\.766"):
+            made(name, trained_betas=betas)
+        return
     scheduler = made(name, trained_betas=betas)
     torch.testing.assert_close(scheduler.betas, torch.tensor([0.1, 0.3]))
     scheduler.save_pretrained(tmp_path)

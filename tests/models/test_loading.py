@@ -285,7 +285,7 @@ def test_the_size_conditioning_of_sdxl_reaches_the_network(models):
 @pytest.mark.parametrize("name", pipelines.MAKERS)
 def test_features_come_at_no_other_denoised_picture_and_leave_no_hook(name, models):
     model = models[name]
-    text = {} if name in ("ddpm", "ldm") else {"prompt": "mat", "guidance": 3.0}
+    text = {"prompt": "mat", "guidance": 3.0} if name in pipelines.TEXT else {}
     denoiser = model.denoiser(**text)
     x, sigma = model.prior([1, 2]), torch.tensor([3.0, 9.0])
     denoised, features = denoiser.with_features(x, sigma)

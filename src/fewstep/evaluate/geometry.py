@@ -161,13 +161,9 @@ def run_geometry(
     loaded = load(model) if isinstance(model, str | Path) else model
     denoiser = loaded.denoiser(label, prompt, guidance)
     sigmas = _levels(denoiser, grid, points)
-    settings = {
-        **describe(
-            loaded, choose(loaded, Settings(solver, grid=sigmas)), prompt=prompt, guidance=guidance
-        ),
-        "label": label,
-        **identify(loaded),
-    }
+    chosen = choose(loaded, Settings(solver, grid=sigmas))
+    settings = describe(loaded, chosen, prompt=prompt, guidance=guidance)
+    settings |= {"label": label, **identify(loaded)}
     open_folder(out)
     store = _Store(out / "geometry.safetensors", settings)
     rows = store.read()

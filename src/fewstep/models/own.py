@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,11 +58,7 @@ def of(
     Raises:
         ValueError: where a value does not fit, or there is no such module.
     """
-    sizes = tuple(shape) if isinstance(shape, Sequence) else ()
-    if not sizes or not all(type(side) is int and side > 0 for side in sizes):
-        raise ValueError(
-            f"shape must be positive integers, such as (3, 64, 64) or (2,), got {shape!r}"
-        )
+    sizes = _sizes(shape)
     if not callable(denoiser):
         raise ValueError(f"denoiser must be a function D(x, sigma), got {denoiser!r:.80}")
     if net is not None and not isinstance(net, nn.Module):
@@ -104,6 +101,15 @@ def of(
     return NetworkModel(
         card, plain, stats, denoiser, sizes, denoise, features=tap, schedule=schedule
     )
+
+
+def _sizes(shape: Any) -> tuple[int, ...]:
+    sizes = tuple(shape) if isinstance(shape, Sequence) else ()
+    if not sizes or not all(type(side) is int and side > 0 for side in sizes):
+        raise ValueError(
+            f"shape must be positive integers, such as (3, 64, 64) or (2,), got {shape!r}"
+        )
+    return sizes
 
 
 def _statistics(far_mean: Tensor | None, wanted: tuple[int, ...]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ import torch
 from fewstep.records import LARGEST, read_json, shown
 from fewstep.tensors import read_header
 
-__all__ = ["check_folder", "check_part", "check_pickle"]
+__all__ = ["check_folder", "check_part", "check_pickle", "in_one_line"]
 
 SAFE, PICKLED = (".safetensors",), (".bin", ".ckpt", ".pt", ".pth")
 CODE = ("auto_map", "custom_pipelines", "custom_pipeline", "trust_remote_code")
@@ -117,3 +117,11 @@ def _check_size(path: Path, name: str, value: int, shapes: list[tuple[int, ...]]
     if most is not None and value > most:
         what = f"and its weights have {len(shapes)} tensors" if LAYERS.search(name) else ""
         raise ValueError(f"{path}: {name} must be at most {most}, got {value} {what}".rstrip())
+
+
+def in_one_line(error: BaseException) -> str:
+    """An error of another library in one short line, without advice to load a pickle anyway."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if "weights_only" in text:
+        return "a file of weights holds more than tensors, which fewstep never executes"
+    return text if len(text) <= 300 else text[:300] + " ..."

@@ -27,7 +27,7 @@ from fewstep.files import file_hash
 from fewstep.models.card import CARD_FILE, Card, Choice
 from fewstep.models.components import pixels_per_latent, quiet, sample_sides
 from fewstep.models.families import FAMILIES, Family
-from fewstep.models.formats.checks import check_folder, check_pickle
+from fewstep.models.formats.checks import check_folder, check_pickle, in_one_line
 from fewstep.models.formats.contents import recognise, tensor_names
 from fewstep.models.pipeline import PipelineModel, Size, process_of
 from fewstep.models.process import Process
@@ -257,7 +257,7 @@ def _fetch(name: str) -> Path:
             return Path(DiffusionPipeline.download(name))
     except Exception as error:  # the client's errors are of many libraries
         raise ValueError(
-            f"there is no folder {name!r}, and the hub did not give it ({_line(error)}); "
+            f"there is no folder {name!r}, and the hub did not give it ({in_one_line(error)}); "
             "fetch it where there is a network and give its folder"
         ) from None
 
@@ -322,7 +322,7 @@ def _config_folder(path: Path, config: str | Path | None) -> Path:
     except Exception as error:  # the client's errors are of many libraries
         raise ValueError(
             f"{path} has weights but no configuration, and the hub did not give {repository!r} "
-            f"({_line(error)}); pass config=FOLDER, a diffusers folder of the same class"
+            f"({in_one_line(error)}); pass config=FOLDER, a diffusers folder of the same class"
         ) from None
 
 
@@ -336,7 +336,7 @@ def _usual_config(path: Path) -> str:
         return utils.fetch_diffusers_config(checkpoint)["pretrained_model_name_or_path"]
     except LOAD_ERRORS as error:
         raise ValueError(
-            f"the class of {path} cannot be told from its keys ({_line(error)}); pass "
+            f"the class of {path} cannot be told from its keys ({in_one_line(error)}); pass "
             "config=FOLDER, a diffusers folder of the same class"
         ) from None
 
@@ -402,7 +402,7 @@ def _read(source: Source, index: dict[str, Any], family: Family, dtype: str) -> 
             options |= {"variant": _variant(source, family, dtype), "local_files_only": True}
             return kind.from_pretrained(str(source.folder), trust_remote_code=False, **options)
     except LOAD_ERRORS as error:
-        reason = _line(error)
+        reason = in_one_line(error)
         raise ValueError(f"{source.where} cannot be loaded as {kind.__name__}: {reason}") from None
 
 
@@ -492,11 +492,3 @@ def _weights_hash(source: Source, family: Family, dtype: str) -> str:
     found, _ = network_files(source, family)
     hashes = [file_hash(path) for path in found[_variant(source, family, dtype)]]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-
-
-def _line(error: BaseException) -> str:
-    """An error of another library in one short line, without advice to load a pickle anyway."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    if "weights_only" in text:
-        return "a file of weights holds more than tensors, which fewstep never executes"
-    return text if len(text) <= 300 else text[:300] + " ..."
