@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fewstep.solver import Range, Solver, registry
+from fewstep.solver import Range, Solver, registry, rules
 from fewstep.solver.multistep import linear_multistep
 from tests.support.command import command
 
@@ -80,7 +80,7 @@ def test_a_module_that_cannot_be_imported_is_one_line(name, text, words, tmp_pat
 
 
 def ops(sigmas, eta=1.0):
-    return linear_multistep(sigmas, None, 1)
+    return linear_multistep(sigmas, rule=rules.ipndm, order=1)
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,8 @@ def test_a_magnitude_preserving_network_is_its_reference(
 
 def test_weights_that_were_readied_come_back(tmp_path: Path) -> None:
     weights = write_edm2(tmp_path / "net.pkl")[1]
-    net = fewstep.load(tmp_path / "net.pkl").net
+    model: Any = fewstep.load(tmp_path / "net.pkl")
+    net = model.net
     assert isinstance(net, EDM2UNet)
     ready = {name: value.clone() for name, value in net.state_dict().items()}
     for name, value in net.restore().state_dict().items():
