@@ -41,6 +41,7 @@ ORDER = [
     ("learned",),
     ("sampling",),
     ("evaluate",),
+    ("scale",),
     ("distillation",),
     ("report",),
     ("integrations",),
