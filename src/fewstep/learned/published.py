@@ -150,7 +150,8 @@ def describe(solver: LearnedSolver) -> str:
     first = ", analytic first step" if method.afs != "none" else ""
     if not isinstance(method, Fixed):
         on = f" on {method.base}" if method.base else ""
-        return f"{method.kind}{on}: {grid}{first}; reads the network's features"
+        held = ", D thresholded" if method.program().quantile else ""
+        return f"{method.kind}{on}: {grid}{first}{held}; reads the network's features"
     extra = ""
     if points := method.facts.get("parallel"):
         extra = f", {points} of each step side by side"
