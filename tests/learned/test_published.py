@@ -18,9 +18,13 @@ from fewstep import pickles
 from fewstep.cli.run import run
 from fewstep.learned import LearnedSolver, published
 from fewstep.learned.ops import PUBLISHED, dpm_multistep
+from fewstep.models.convert import convert
 from fewstep.noise import normal
 from fewstep.plan import Combine, Eval
 from fewstep.solver.rules import dpmpp_2m, dpmpp_3m
+from tests.models.test_adm import GUIDED, SAID
+from tests.support.adm_files import tensors
+from tests.support.edm_files import write_edm
 from tests.support.nvlabs import Persistent, write
 from tests.support.testbed import Mixture
 
@@ -450,3 +454,24 @@ def test_convert_makes_a_folder_of_it_and_says_what_it_is(tmp_path, capsys, kind
     assert run(["convert", str(path), *options]) == 2
     assert "leave out --preset" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+def test_convert_takes_the_levels_of_the_network_that_is_named(tmp_path, capsys):
+    change = {"dataset_name": "lsun_bedroom_ldm", "schedule_type": "discrete"}
+    path, _ = parallel(tmp_path / "e.pkl", "epd", **change)
+    torch.save(tensors(GUIDED), tmp_path / "net.pt")
+    convert(tmp_path / "net.pt", tmp_path / "net", config=SAID, draws=0)
+    words = ["convert", str(path), "--out", str(tmp_path / "out")]
+    assert run(words) == 2
+    assert "name the network (--model)" in capsys.readouterr().err
+    assert run([*words, "--model", str(tmp_path / "net")]) == 0
+    model: Any = fewstep.load(tmp_path / "net")
+    solver = LearnedSolver.load(tmp_path / "out")
+    assert solver.sigmas == fewstep.grid.discrete(POINTS, model.schedule)
+    assert solver.model["weights"] == model.card.weights_sha256
+    edm = str(write_edm(tmp_path / "edm.pkl")[0])
+    assert run([*words[:2], "--out", str(tmp_path / "no"), "--model", edm]) == 2
+    assert "the discrete grid is uniform in a network's own time" in capsys.readouterr().err
+    assert run(["convert", edm, "--out", str(tmp_path / "no"), "--model", edm]) == 2
+    assert "holds a network, and --model goes with a solver" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
