@@ -54,9 +54,7 @@ def convert_command(
         refuse_beside("a learned solver has none", {f"--{key}": options[key] for key in options})
         return _convert_solver(file, out, model, as_json)
     if model is not None:
-        raise ValueError(
-            f"{clean(file)} is no learned solver, which --model goes with; leave it out"
-        )
+        raise ValueError(f"{clean(file)} holds a network, and --model goes with a solver")
     with tidy(out), show.Progress(as_json) as bar:
         card = convert(
             file,
