@@ -242,7 +242,7 @@ def _in_shards(
 
 
 def _drawn(seeds: Sequence[int], model: Model) -> list[int]:
-    from fewstep.models.network import drawn_label
+    from fewstep.models.labels import drawn_label
 
     return [drawn_label(seed, len(model.card.classes)) for seed in seeds]
 
