@@ -18,11 +18,12 @@ import fewstep
 from fewstep.evaluate.compare import Design, Workbench, compare
 from fewstep.evaluate.demo import run_demo
 from fewstep.evaluate.features import own_features, resolve_features
-from fewstep.evaluate.references import Fine, References
+from fewstep.evaluate.references import References
 from fewstep.learned import LearnedSolver
 from fewstep.learned.tuned import Tuned
 from fewstep.models import BUILTIN, builtin
 from fewstep.plan import Plan, levels
+from fewstep.reference import ReferenceSolve
 from fewstep.report.demo import write_demo
 from fewstep.sampling.choose import choose, plan_for
 from fewstep.sampling.settings import Settings
@@ -129,7 +130,7 @@ def test_a_folder_of_budgets_is_a_solver(folder):
 
 def test_compare_takes_them_by_their_names(folder, tmp_path):
     model = fewstep.load(folder)
-    references = References(model, Fine(nfe=8), folder=tmp_path / "cache")
+    references = References(model, ReferenceSolve(nfe=8), folder=tmp_path / "cache")
     design = Design(("auto", "tuned", "ddim"), (3, 5), (0, 1), screen=0, population=4)
     record = compare(Workbench(model, references, tmp_path / "out"), design, []).record
     rows = {(row["sampler"], row["nfe"]): row for row in record["rows"]}
