@@ -221,6 +221,8 @@ def with_student(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fewstep.evaluate.demo.FAMILIES", ("ddim", "ipndm-2"))
         patch.setattr("fewstep.evaluate.demo.STOCHASTIC", ())
+        patch.setattr("fewstep.evaluate.demo.CHECK", ReferenceSolve("dpm-solver-3", 12))
+        patch.setattr("fewstep.evaluate.demo.ROUNDS", 1)
         return write_demo(run_demo(nfe=3, seeds=SEEDS), tmp_path_factory.mktemp("students"))
 
 
