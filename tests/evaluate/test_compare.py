@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+import fewstep
 from fewstep.evaluate import references as references_module
 from fewstep.evaluate.compare import (
     Comparison,
@@ -46,6 +47,7 @@ from fewstep.learned.amed import AMED
 from fewstep.learned.method import Setup
 from fewstep.learned.tuned import Tuned
 from fewstep.models import Card
+from fewstep.models.labels import by_seed, drawn_label
 from fewstep.reference import ReferenceSolve
 from fewstep.report.comparison import comparison_page, with_error, write_comparison
 from fewstep.report.tables import comparison_csv
@@ -235,6 +237,22 @@ def test_solves_are_kept_by_the_hash_of_the_weights_alone(tmp_path: Path) -> Non
     with pytest.warns(UserWarning, match="nothing is kept in .*file"):
         found = References(model, how, folder=tmp_path / "file").endpoints(range(3))
     assert np.array_equal(found, afs)
+
+
+def test_labels_go_by_seed(tmp_path: Path) -> None:
+    model: Any = fewstep.load("fashion-mnist")
+    seeds, fine = [5, 6, 7], Fine("ddim", 8)
+    x, sigma = model.prior(seeds), torch.full((3,), 80.0)
+    drawn = [drawn_label(seed, 10) for seed in seeds]
+    for label, each in (("boot,bag", [8, 9, 8]), ("all", drawn), ("boot", [9, 9, 9])):
+        ours, wanted = by_seed(model, label)(seeds), model.denoiser(each)
+        with torch.inference_mode():
+            assert torch.equal(ours(x, sigma), wanted(x, sigma))
+    references = References(model, fine, "all", folder=tmp_path)
+    settings = Filled(solver="ddim", nfe=8, grid=fine.grid)
+    assert Workbench(model, references, tmp_path).run(settings, seeds).mse.max() < 1e-9
+    with pytest.raises(ValueError, match="there is no label 'boat'"):
+        by_seed(model, "boot,boat")
 
 
 def test_fresh_noise_is_no_disadvantage_where_a_sampler_is_chosen() -> None:

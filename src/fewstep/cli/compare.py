@@ -46,6 +46,7 @@ CHOSEN = Take(
         "the first feature network."
     },
 )
+LABEL = "Class name or index. Several, with commas, take turns by seed; all: each seed draws one."
 SOLVE = Take(ReferenceSolve, CHOICE, only=("nfe",), names={"nfe": "reference_nfe"})
 
 
@@ -55,7 +56,7 @@ SOLVE = Take(ReferenceSolve, CHOICE, only=("nfe",), names={"nfe": "reference_nfe
     ASKED,
     CHOSEN,
     SOLVE,
-    Take(Condition, TEXT),
+    Take(Condition, TEXT, helps={"label": LABEL}),
     Take(
         Machine,
         MACHINE,

@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 
 from fewstep.cache import cache_folder, kept_at, recall
+from fewstep.denoiser import Denoiser
 from fewstep.models import Model
+from fewstep.models.labels import by_seed
 from fewstep.reference import ReferenceSolve
 from fewstep.sampling.choose import identify
 
@@ -35,7 +37,7 @@ CHUNK = 250  # seeds in a file of the cache
 class References:
     """Reference endpoints of one model under one condition.
 
-    label, guidance, prompt: the condition, the same for all seeds
+    label, guidance, prompt: the condition, see `fewstep.models.labels`
     folder: of the cache; `cache_folder()` unless given
     batch: pictures at a time
     """
@@ -102,11 +104,13 @@ class References:
         x = self.model.prior(range(self.batch))
         level = torch.full((len(x),), float(self.model.card.sigma_max), device=x.device)
         begun = time.perf_counter()
-        self._denoiser()(x, level).cpu()
+        self._bound(range(self.batch))(x, level).cpu()
         return (time.perf_counter() - begun) / len(x)
 
-    def _denoiser(self) -> Any:
-        return self.model.denoiser(self.label, self.prompt, self.guidance)
+    @cached_property
+    def _bound(self) -> Callable[[Sequence[int]], Denoiser]:
+        """From seeds to the denoiser under their condition."""
+        return by_seed(self.model, self.label, self.prompt, self.guidance)
 
     @property
     def _folder(self) -> Path:
@@ -132,7 +136,7 @@ class References:
     @torch.inference_mode()
     def _solve(self, seeds: Sequence[int]) -> Tensor:
         try:
-            return self.how.ends(self._denoiser(), self.model.prior(seeds)).float().cpu()
+            return self.how.ends(self._bound(seeds), self.model.prior(seeds)).float().cpu()
         except FloatingPointError as error:
             raise FloatingPointError(f"{error} (seeds {seeds[0]} to {seeds[-1]})") from None
 
