@@ -241,15 +241,15 @@ def test_solves_are_kept_by_the_hash_of_the_weights_alone(tmp_path: Path) -> Non
 
 def test_labels_go_by_seed(tmp_path: Path) -> None:
     model: Any = fewstep.load("fashion-mnist")
-    seeds, fine = [5, 6, 7], Fine("ddim", 8)
+    seeds, how = [5, 6, 7], ReferenceSolve("ddim", 8)
     x, sigma = model.prior(seeds), torch.full((3,), 80.0)
     drawn = [drawn_label(seed, 10) for seed in seeds]
     for label, each in (("boot,bag", [8, 9, 8]), ("all", drawn), ("boot", [9, 9, 9])):
         ours, wanted = by_seed(model, label)(seeds), model.denoiser(each)
         with torch.inference_mode():
             assert torch.equal(ours(x, sigma), wanted(x, sigma))
-    references = References(model, fine, "all", folder=tmp_path)
-    settings = Filled(solver="ddim", nfe=8, grid=fine.grid)
+    references = References(model, how, "all", folder=tmp_path)
+    settings = Filled(solver="ddim", nfe=8, grid=how.grid)
     assert Workbench(model, references, tmp_path).run(settings, seeds).mse.max() < 1e-9
     with pytest.raises(ValueError, match="there is no label 'boat'"):
         by_seed(model, "boot,boat")
