@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +13,7 @@ from fewstep.cli.options import (
     CHOICE,
     MACHINE,
     SOLVER,
+    SPREAD,
     TEXT,
     Condition,
     Machine,
@@ -27,6 +27,7 @@ from fewstep.cli.parsing import words
 from fewstep.cli.work import AsJson, command_line, resumable
 from fewstep.evaluate.compare.design import Design
 from fewstep.reference import ReferenceSolve
+from fewstep.scale.settings import Scaling
 
 SOLVERS = "ddim,heun,dpm-solver-2,dpmpp-2m,unipc-2,deis-2,ipndm-2,ipndm-3,auto"
 ASKED = Take(
@@ -47,6 +48,7 @@ CHOSEN = Take(
     },
 )
 LABEL = "Class name or index. Several, with commas, take turns by seed; all: each seed draws one."
+SCALING = Take(Scaling, SPREAD)
 SOLVE = Take(ReferenceSolve, CHOICE, only=("nfe",), names={"nfe": "reference_nfe"})
 
 
@@ -64,6 +66,7 @@ SOLVE = Take(ReferenceSolve, CHOICE, only=("nfe",), names={"nfe": "reference_nfe
         defaults={"batch": 50},
         helps={"batch": "Pictures at a time."},
     ),
+    SCALING,
 )
 def compare_command(
     model: ModelArgument = "fashion-mnist",
@@ -100,42 +103,40 @@ def compare_command(
 
     What was sampled in the same folder before is not sampled again; --beside keeps its rows.
     """
-    from fewstep.evaluate.compare import Workbench, check_solvers, load_students, read_comparison
-    from fewstep.evaluate.compare.run import compare_beside
-    from fewstep.evaluate.features import own_features, resolve_features
-    from fewstep.evaluate.references import References
+    from fewstep.evaluate.compare import read_comparison
+    from fewstep.evaluate.compare.setup import Setup
     from fewstep.files import open_folder
-    from fewstep.models import load
     from fewstep.report.comparison import write_comparison
     from fewstep.report.terminal import Progress, comparison_table
+    from fewstep.scale.compare import compare_by
+    from fewstep.scale.executors import open_executor
 
+    spread = Scaling(**SCALING.take(given))
     about = {name: given[name] for name in ("label", "guidance", "prompt")}
     choose_by, how = given["choose_by"], ReferenceSolve(**SOLVE.take(given))
-    design = Design(**ASKED.take(given), **CHOSEN.take(given), **about)
-    batch, machine = given["batch"], {name: given[name] for name in ("device", "dtype", "compile")}
+    setup = Setup(
+        model,
+        {name: given[name] for name in ("device", "dtype", "compile")},
+        Design(**ASKED.take(given), **CHOSEN.take(given), **about),
+        choose_by,
+        out,
+        words(features, "features") if features is not None else None,
+        words(trust, "trust") if trust else (),
+        how,
+        cache,
+        given["batch"],
+    )
     earlier = read_comparison(beside) if beside else None
-    loaded = load(model, **machine)
-    exact = loaded
-    if machine["dtype"] != "float32":
-        exact = load(model, **{**machine, "dtype": "float32"})
-    named = own_features(loaded.card.name) if features is None else words(features, "features")
-    trusted = words(trust, "trust") if trust else ()
-    size = loaded.card.picture or (32, 32, 3)
-    judges = [
-        resolve_features(one, machine["device"], size, trusted) for one in named if one != "none"
-    ]
-    if judges and choose_by is None:
-        design = replace(design, choose_by=judges[0].label)
-    students = load_students(loaded, design.solvers, **machine)
-    check_solvers(loaded, design, students)
-    references = References(exact, how, folder=cache, batch=batch, **about)
-    with resumable(out), Progress(as_json) as bar:
-        open_folder(out)
-        bench = Workbench(loaded, references, out, batch, bar, students)
-        result = compare_beside(
-            bench, design, judges, earlier, command=command_line(), note=bar.say
-        )
-        files = write_comparison(result, out, plots)
+    with Progress(as_json) as bar, open_executor(spread, bar.say) as executor:
+        opened = setup.open(report=bar)
+        with resumable(out):
+            open_folder(out)
+            result = compare_by(
+                executor, setup, opened, earlier, command=command_line(), note=bar.say, report=bar
+            )
+            if result is None:
+                return
+            files = write_comparison(result, out, plots)
     if as_json:
         print(json.dumps(result.record))
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from rich.table import Table
 from fewstep.text import clean, count, styled
 
 if TYPE_CHECKING:
+    from fewstep.scale.phases import Phase
     from fewstep.scale.run import Result
     from fewstep.scale.status import Status
 
@@ -40,17 +42,28 @@ def shards_lines(result: Result) -> list[str]:
     return [*lines, *(["; ".join(told)] if told else []), clean(result.place)]
 
 
-def status_table(found: Sequence[Status]) -> Table:
-    """One row per fact of each job."""
+def status_table(found: Sequence[Status], phase: Phase | None = None) -> Table:
+    """One row per fact of each job, after what is under way."""
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
+    for heading, text in _under_way(phase) if phase is not None else ():
+        table.add_row(heading, styled(text))
     for one in found:
         if table.row_count:
             table.add_row("", "")
         for heading, text in _facts(one):
             table.add_row(heading, styled(text))
     return table
+
+
+def _under_way(phase: Phase) -> list[tuple[str, str]]:
+    rows = [("phase", f"{phase.what}: {phase.done:,} of {phase.total:,} pieces")]
+    if phase.done < phase.total:
+        rows.append(("last told", f"{words(max(0.0, time.time() - phase.at))} ago"))
+        if phase.left is not None:
+            rows.append(("left", f"{words(phase.left)} of this phase"))
+    return rows
 
 
 def _facts(one: Status) -> list[tuple[str, str]]:
