@@ -57,29 +57,30 @@ def disturbed(
 ) -> dict[str, Any]:
     """Run the command; kill a worker every so many seconds, and the driver `kills` times."""
     begun, killed, drivers = time.monotonic(), 0, 0
+    started: list[psutil.Process] = []
     at = [shards * (k + 1) // (kills + 1) for k in range(kills)]
     process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
     last = time.monotonic()
     while process.poll() is None:
         time.sleep(0.5)
         if drivers < kills and finished(out) >= at[drivers]:
-            below = psutil.Process(process.pid).children(recursive=True)
+            started += psutil.Process(process.pid).children(recursive=True)
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
-            psutil.wait_procs(below, timeout=60)
-            left = [one.pid for one in below if one.is_running()]
             drivers += 1
-            print(f"driver killed at {finished(out)} shards; left: {left}", file=sys.stderr)
             process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
             last = time.monotonic()
         elif time.monotonic() - last > every and (found := workers_of(process.pid)):
             last = time.monotonic()
             found[killed % len(found)].kill()
             killed += 1
+    seconds = round(time.monotonic() - begun, 1)
+    _, left = psutil.wait_procs(started, timeout=30)
     return {
-        "seconds": round(time.monotonic() - begun, 1),
+        "seconds": seconds,
         "workers_killed": killed,
         "drivers_killed": drivers,
+        "processes_left_over": [one.pid for one in left],
         "code": process.returncode,
     }
 

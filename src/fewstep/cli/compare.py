@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
+from cyclopts import Group, Parameter
 from rich.console import Console
 
 from fewstep.cli.app import app
@@ -23,11 +24,12 @@ from fewstep.cli.options import (
     flag,
     option,
 )
-from fewstep.cli.parsing import words
+from fewstep.cli.parsing import refuse_beside, words
 from fewstep.cli.work import AsJson, command_line, resumable
 from fewstep.evaluate.compare.design import Design
 from fewstep.reference import ReferenceSolve
 from fewstep.scale.settings import Scaling
+from fewstep.text import styled
 
 SOLVERS = "ddim,heun,dpm-solver-2,dpmpp-2m,unipc-2,deis-2,ipndm-2,ipndm-3,auto"
 ASKED = Take(
@@ -48,6 +50,7 @@ CHOSEN = Take(
     },
 )
 LABEL = "Class name or index. Several, with commas, take turns by seed; all: each seed draws one."
+PUBLISHED = Group("Published protocols", sort_key=7)
 SCALING = Take(Scaling, SPREAD)
 SOLVE = Take(ReferenceSolve, CHOICE, only=("nfe",), names={"nfe": "reference_nfe"})
 
@@ -93,6 +96,22 @@ def compare_command(
         Path | None,
         option("An earlier comparison.json of the same protocol whose rows are kept."),
     ] = None,
+    published: Annotated[
+        str | None,
+        Parameter("--protocol"),
+        option("A published protocol, as coco-30k: its pictures, seeds and numbers.", PUBLISHED),
+    ] = None,
+    captions: Annotated[
+        Path | None, option("Its captions: csv, tsv, json or jsonl.", PUBLISHED)
+    ] = None,
+    reference: Annotated[
+        Path | None,
+        option("What its pictures are compared with, as `fewstep evaluate` takes it.", PUBLISHED),
+    ] = None,
+    clip: Annotated[str | None, option("CLIP model, for the CLIP score too.", PUBLISHED)] = None,
+    keep: Annotated[
+        str | None, option("Of its pictures: tar, png or none. Default: none.", PUBLISHED)
+    ] = None,
     plots: Annotated[bool, flag("Leave the curves out of the report.", off="--no-plots")] = True,
     as_json: AsJson = False,
     **given: Any,
@@ -112,6 +131,14 @@ def compare_command(
     from fewstep.scale.executors import open_executor
 
     spread = Scaling(**SCALING.take(given))
+    own = {"--captions": captions, "--reference": reference, "--clip": clip, "--keep": keep}
+    if published is not None:
+        more = {"captions": captions, "reference": reference, "clip": clip, "keep": keep or "none"}
+        refuse_beside("a protocol has settings of its own", {"--cache": cache, "--beside": beside})
+        seen = {"features": features, "trust": words(trust, "trust") if trust else ()}
+        _published(model, str(out), published, spread, {**more, **seen}, given, as_json)
+        return
+    refuse_beside("these go with --protocol", own)
     about = {name: given[name] for name in ("label", "guidance", "prompt")}
     choose_by, how = given["choose_by"], ReferenceSolve(**SOLVE.take(given))
     setup = Setup(
@@ -141,5 +168,47 @@ def compare_command(
         print(json.dumps(result.record))
         return
     Console().print(comparison_table(result.record))
+    for path in files:
+        print(path)
+
+
+def _published(
+    model: str,
+    out: str,
+    name: str,
+    spread: Scaling,
+    how: dict[str, Any],
+    given: dict[str, Any],
+    as_json: bool,
+) -> None:
+    """Compare by a published protocol.
+
+    Args:
+        how: captions, reference, clip and the like, as fields of `Published`
+        given: the options that are shared with other comparisons
+    """
+    from fewstep.report.scale import protocol_numbers
+    from fewstep.report.terminal import Progress
+    from fewstep.scale.executors import open_executor
+    from fewstep.scale.protocol import Published, compare_published, write_record
+    from fewstep.scale.shards import Source
+
+    refuse_beside("the captions are the prompts", {"--prompt": given["prompt"]})
+    asked = ASKED.take(given)
+    source = Source(model, given["device"], given["dtype"], given["compile"])
+    about = {name: given[name] for name in ("guidance", "label", "batch")}
+    what = Published(source, name, asked["solvers"], asked["budgets"], out, **about, **how)
+    with Progress(as_json) as bar, open_executor(spread, bar.say) as executor:
+        with resumable(Path(out)):
+            record = compare_published(what, executor, command=command_line(), report=bar)
+        if record is None:
+            return
+        files = write_record(record, out)
+    if as_json:
+        print(json.dumps(record))
+        return
+    Console().print(protocol_numbers(record), highlight=False)
+    for why in record["left_out"].values():
+        Console().print(styled(f"left out: {why}"))
     for path in files:
         print(path)
