@@ -23,11 +23,10 @@ from torch import Tensor
 
 from fewstep.cache import cache_folder, kept_at, recall
 from fewstep.denoiser import Denoiser
-from fewstep.evaluate.settings import Fine
 from fewstep.models import Model
 from fewstep.models.labels import by_seed
+from fewstep.reference import ReferenceSolve
 from fewstep.sampling.choose import identify
-from fewstep.solving import solve
 
 __all__ = ["References"]
 
@@ -44,7 +43,7 @@ class References:
     """
 
     model: Model
-    fine: Fine = Fine()
+    how: ReferenceSolve = ReferenceSolve()
     label: int | str | None = None
     guidance: float | None = None
     folder: Path | None = None
@@ -60,7 +59,7 @@ class References:
             "label": self.label,
             "guidance": self.guidance,
             **({} if self.prompt is None else {"prompt": self.prompt}),
-            **asdict(self.fine),
+            **asdict(self.how),
         }
 
     def endpoints(
@@ -86,7 +85,8 @@ class References:
     def error(self, seeds: Sequence[int]) -> float:
         """Their own error: root mean square distance at sigma_min to a solve three times as fine by
         another method, [-1, 1] pixel units."""
-        finer = replace(self, fine=Fine("exp-adams-4", min(3 * self.fine.nfe, 1000), "log-snr"))
+        nfe = min(3 * self.how.nfe, 1000)
+        finer = replace(self, how=ReferenceSolve("exp-adams-4", nfe, "log-snr"))
         ours, theirs = (one.endpoints(seeds)[:, 0].astype(float) for one in (self, finer))
         return float(np.sqrt(np.square(ours - theirs).reshape(len(seeds), -1).mean(1)).mean())
 
@@ -135,14 +135,10 @@ class References:
 
     @torch.inference_mode()
     def _solve(self, seeds: Sequence[int]) -> Tensor:
-        denoiser = self._bound(seeds)
-        x = solve(denoiser, self.model.prior(seeds), **asdict(self.fine))
-        low = float(getattr(denoiser, "sigma_min", 0.002))
-        clean: Tensor = denoiser(x, torch.full((len(x),), low, device=x.device))
-        both = torch.stack((x, clean), dim=1).float().cpu()
-        if not torch.isfinite(both).all():
-            raise FloatingPointError(f"a reference solve of seeds {seeds[0]} to {seeds[-1]} is NaN")
-        return both
+        try:
+            return self.how.ends(self._bound(seeds), self.model.prior(seeds)).float().cpu()
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error} (seeds {seeds[0]} to {seeds[-1]})") from None
 
 
 def _split(seeds: Sequence[int], size: int) -> Iterator[Sequence[int]]:

@@ -227,12 +227,12 @@ class Workbench:
         missing = 0 if all(made) else self.references.missing(design.others)
         if not missing:
             return ""
-        fine = self.references.fine
-        seconds = missing * fine.nfe * self.references.seconds_per_evaluation()
+        how = self.references.how
+        seconds = missing * how.nfe * self.references.seconds_per_evaluation()
         time_words = f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
         return (
             f"no statistics of a population of {design.population:,} are stored: {missing:,} "
-            f"reference solves of {fine.nfe} evaluations come first, about {time_words} here; "
+            f"reference solves of {how.nfe} evaluations come first, about {time_words} here; "
             "they are kept"
         )
 
