@@ -31,6 +31,7 @@ from fewstep.schedule import Schedule
 __all__ = ["Conditional", "FirstStage", "NetworkModel", "Precondition"]
 
 DECODED = 8  # states that a first stage decodes at a time
+SHOWN = 20  # classes in a message
 
 Label = int | np.integer | str | Sequence[Any] | Tensor | np.ndarray | None
 
@@ -391,7 +392,9 @@ class NetworkModel:
             text = str(one)
             index = names.index(one) if one in names else int(text) if text.isdecimal() else -1
             if not 0 <= index < len(names):
-                have = ", ".join(f"{i} {name}" for i, name in enumerate(names)) or "none"
+                named = [f"{i} {name}" for i, name in enumerate(names)]
+                named[SHOWN:-1] = ["..."] if len(named) > SHOWN + 1 else named[SHOWN:-1]
+                have = ", ".join(named) or "none"
                 lower = {name.lower(): name for name in names}
                 near = difflib.get_close_matches(text.lower(), lower, n=1)
                 hint = f" (did you mean {lower[near[0]]}?)" if near else ""
