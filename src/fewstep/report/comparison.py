@@ -390,7 +390,7 @@ def _values(record: Record, row: Row) -> Iterator[tuple[float, float]]:
 
 
 def _below(record: Record, row: Row, judge: str) -> str:
-    """What belongs to a number: PSNR to the error; both distances and the agreement to an excess."""
+    """What belongs to a number: PSNR to the error, distances and agreement to an excess."""
     if not judge:
         return f"PSNR {row['psnr']:.1f} dB"
     data = f", to data {row['fd_data'][judge]:.2f}" if judge in row["fd_data"] else ""

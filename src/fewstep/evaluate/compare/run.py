@@ -9,8 +9,8 @@ seeds; the chosen one runs on the test seeds. A row of the result has
                 network from other seeds, in each feature network's space
     excess      fd less that of the reference solves of the same seeds: 0 is a perfect sampler
     fd_data     Frechet distance to the statistics of data that come with the feature network
-    agreement   mean cosine of the features of its picture and of the same seed's by the same sampler
-                at its largest budget: 1 means that a preview is the picture
+    agreement   mean cosine of the features of its picture and of the same seed's by the same
+                sampler at its largest budget: 1 means that a preview is the picture
     seconds     wall time per picture, sampling and decoding, of one batch; median of ROUNDS rounds
                 in which every row has its turn, so that all are taken in the same minutes
 
