@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from fewstep.denoiser import Condition
-from fewstep.distillation.subpath import Boundary
 from fewstep.models import Model
 from fewstep.models.card import Card
+from fewstep.models.students import Boundary
 from fewstep.schedule import Schedule
 
 __all__ = ["Subject", "subject"]
