@@ -1,4 +1,4 @@
-"""What makes a consistency function of a network: its boundary, around D.
+"""What makes a consistency function of a network: its boundary, around D; and its levels.
 
     f = skip x + out x0_hat        x in EDM units, f(x) = x at the clean end
 
@@ -7,16 +7,32 @@ Source: Luo et al. 2023 (LCM), arXiv:2310.04378, for the boundary of discrete-ti
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fewstep.denoiser import Condition, Evaluation, Wrapper, per_sample
+from fewstep.grid import make_grid
+from fewstep.models.card import Card, Choice, Distilled
 from fewstep.schedule import Schedule
 
-__all__ = ["Boundary", "CleanEnd", "Consistency", "DiscreteEnd", "consistency", "x0_hat"]
+__all__ = [
+    "Boundary",
+    "CleanEnd",
+    "Consistency",
+    "DiscreteEnd",
+    "as_lcm",
+    "choices",
+    "consistency",
+    "student_levels",
+    "x0_hat",
+]
+
+BUDGETS = range(1, 9)  # evaluations for which a student's card has levels
+LCM_POINTS = 51  # of the published ones' training: 50 steps of 20 times
 
 
 def x0_hat(x_gamma: Tensor, denoised: Tensor, ratio: Tensor) -> Tensor:
@@ -90,3 +106,32 @@ class Consistency(Wrapper):
         denoised, features = inner(x, sigma, *conditions)
         ratio = torch.ones_like(sigma)
         return consistency(x, denoised, ratio, self.boundary(sigma)), features
+
+
+def student_levels(levels: Sequence[float], nfe: int) -> tuple[float, ...]:
+    """The grid on which a student spends `nfe` evaluations: levels that it was trained on, spread
+    evenly from the first, then 0.
+
+    Level i of the evaluations is number floor(i (N - 1) / nfe) of the N of its training grid; the
+    last of these was never the start of a sub-path.
+
+    Raises:
+        ValueError: there are too few.
+    """
+    starts = len(levels) - 1
+    if not 1 <= nfe <= starts:
+        raise ValueError(f"a student on {starts} sub-paths takes 1 to {starts} nfe, got {nfe}")
+    return (*(levels[i * starts // nfe] for i in range(nfe)), 0.0)
+
+
+def choices(levels: Sequence[float], sampler: str) -> dict[str, Choice]:
+    """The best known way to spend each budget, of a student."""
+    grids = {n: student_levels(levels, n) for n in BUDGETS if n < len(levels)}
+    return {str(nfe): Choice(sampler, grid) for nfe, grid in grids.items()}
+
+
+def as_lcm(card: Card, schedule: Schedule) -> Card:
+    """The card of a published latent consistency model, which was trained on 50 levels."""
+    levels = make_grid("trailing", LCM_POINTS, schedule.sigma_max, schedule.sigma_min, schedule)
+    known = Distilled("lcm", levels, "unknown", "", "discrete", gamma_input="none")
+    return replace(card, auto=choices(levels, "consistency"), distilled=known)
