@@ -96,7 +96,7 @@ def test_rows_are_those_of_the_autoencoder_and_the_text_encoder(tmp_path: Path) 
     picture = np.array(Image.open(folder / "4.png"))[:, 2:22]
     from fewstep.data.images import fit_picture
 
-    ours = loaded.encode(fit_picture(picture, 16, 16)[None])
+    ours = loaded.encode(np.stack([fit_picture(picture, 16, 16)]))
     torch.testing.assert_close(x_0[:1], ours, rtol=2e-3, atol=2e-3)  # float16
     theirs = loaded.condition([TEXTS[1], TEXTS[0]])
     text = condition["encoder_hidden_states"], theirs["encoder_hidden_states"]

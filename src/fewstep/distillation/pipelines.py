@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fewstep.data.training import mapped
 from fewstep.denoiser import Clipped, Condition, Predicted
+from fewstep.distillation.notes import write_notes
 from fewstep.distillation.subject import Subject, Training
 from fewstep.models.card import CARD_FILE, Card
 from fewstep.models.components import Network, guidance_embedding, quiet
@@ -163,12 +164,15 @@ class Taken:
             self.model.net.disable_gradient_checkpointing()
 
     def save(self, folder: Path, net: Any, card: Card) -> Card:
-        return save_pipeline(self.bind(net, card), folder)
+        card = save_pipeline(self.bind(net, card), folder)
+        write_notes(folder, card, self.model.process.schedule, adapters=False)
+        return card
 
     def save_adapters(self, folder: Path, net: Adapters, card: Card) -> Card:
         kohya = (KOHYA,) if card.about.get("lora_format") == "kohya" else ()
         for name in (DIFFUSERS, *kohya):
             save_lora(folder / name, net.tensors(), self.model.family.network, card)
+        write_notes(folder, card, self.model.process.schedule, adapters=True)
         return card
 
 
