@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fewstep.networks.adm import ADM, ADMConfig
+from fewstep.networks.adm import ADM
+from fewstep.networks.adm_config import ADMConfig
 from fewstep.networks.edm import EDMUNet
 from fewstep.networks.edm_config import EDMConfig
 

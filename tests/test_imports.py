@@ -35,6 +35,7 @@ ORDER = [
     ("data", "networks"),
     ("train",),
     ("solving",),
+    ("reference",),
     ("models",),
     ("train.network",),
     ("data.training", "networks.features"),

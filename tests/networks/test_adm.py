@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fewstep.models.adm import Classifier
 from fewstep.models.formats.adm import open_source
-from fewstep.networks.adm import ADMConfig, Transformer, cast_torso, time_waves
+from fewstep.networks.adm import Transformer, cast_torso, time_waves
+from fewstep.networks.adm_config import ADMConfig
 from tests.support.adm_files import forward, tensors
 
 SMALL: dict[str, Any] = {"num_channels": 32, "channel_mult": [1, 2], "num_res_blocks": 1}

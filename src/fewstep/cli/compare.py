@@ -26,7 +26,7 @@ from fewstep.cli.options import (
 from fewstep.cli.parsing import words
 from fewstep.cli.work import AsJson, command_line, resumable
 from fewstep.evaluate.compare.design import Design
-from fewstep.evaluate.settings import Fine
+from fewstep.reference import ReferenceSolve
 
 SOLVERS = "ddim,heun,dpm-solver-2,dpmpp-2m,unipc-2,deis-2,ipndm-2,ipndm-3,auto"
 ASKED = Take(
@@ -46,7 +46,8 @@ CHOSEN = Take(
         "the first feature network."
     },
 )
-FINE = Take(Fine, CHOICE, only=("nfe",), names={"nfe": "reference_nfe"})
+LABEL = "Class name or index. Several, with commas, take turns by seed; all: each seed draws one."
+SOLVE = Take(ReferenceSolve, CHOICE, only=("nfe",), names={"nfe": "reference_nfe"})
 
 
 @command(
@@ -54,8 +55,8 @@ FINE = Take(Fine, CHOICE, only=("nfe",), names={"nfe": "reference_nfe"})
     "compare",
     ASKED,
     CHOSEN,
-    FINE,
-    Take(Condition, TEXT),
+    SOLVE,
+    Take(Condition, TEXT, helps={"label": LABEL}),
     Take(
         Machine,
         MACHINE,
@@ -109,7 +110,7 @@ def compare_command(
     from fewstep.report.terminal import Progress, comparison_table
 
     about = {name: given[name] for name in ("label", "guidance", "prompt")}
-    choose_by, fine = given["choose_by"], Fine(**FINE.take(given))
+    choose_by, how = given["choose_by"], ReferenceSolve(**SOLVE.take(given))
     design = Design(**ASKED.take(given), **CHOSEN.take(given), **about)
     batch, machine = given["batch"], {name: given[name] for name in ("device", "dtype", "compile")}
     earlier = read_comparison(beside) if beside else None
@@ -127,7 +128,7 @@ def compare_command(
         design = replace(design, choose_by=judges[0].label)
     students = load_students(loaded, design.solvers, **machine)
     check_solvers(loaded, design, students)
-    references = References(exact, fine, folder=cache, batch=batch, **about)
+    references = References(exact, how, folder=cache, batch=batch, **about)
     with resumable(out), Progress(as_json) as bar:
         open_folder(out)
         bench = Workbench(loaded, references, out, batch, bar, students)

@@ -101,7 +101,7 @@ def sample_command(
     were made with other settings, nothing is touched and the command says so.
     """
     from fewstep.models import load
-    from fewstep.models.network import drawn_label
+    from fewstep.models.labels import drawn_label
     from fewstep.plan import Plan
     from fewstep.report import terminal as show
     from fewstep.sampling.folder import sample_to_folder

@@ -23,7 +23,7 @@ from fewstep.models.network import NetworkModel, Precondition
 from fewstep.networks.edm import EDMUNet, narrow
 from fewstep.networks.edm2 import EDM2UNet
 from fewstep.networks.edm_config import EDMConfig
-from fewstep.networks.preconditioning import IDDPM, VE, VP, denoise
+from fewstep.networks.preconditioning import EDM, IDDPM, VE, VP, Preconditioned
 
 __all__ = ["Latents", "model", "parts"]
 
@@ -129,12 +129,12 @@ def _plain(
 def _precondition(spec: Spec) -> Precondition:
     """What makes D of the raw network."""
     made: dict[str, Any] = {
-        "edm": denoise,
+        "edm": EDM(),
         "vp": VP(spec.beta_d, spec.beta_min, spec.count),
         "ve": VE(),
         "iddpm": IDDPM(spec.levels),
     }
-    return made[spec.precondition]
+    return Preconditioned(made[spec.precondition])
 
 
 def _ready(net: nn.Module, spec: Spec, device: str | torch.device, dtype: torch.dtype) -> nn.Module:

@@ -25,10 +25,10 @@ from fewstep.models.identity import checksums, differ, digest_of, of_component
 from fewstep.networks.conditioning import indices
 from fewstep.networks.preconditioning import denoise
 from fewstep.networks.taps import as_map, hear
-from fewstep.noise import key, normal
+from fewstep.noise import normal
 from fewstep.schedule import Schedule
 
-__all__ = ["Conditional", "FirstStage", "NetworkModel", "Precondition", "drawn_label"]
+__all__ = ["Conditional", "FirstStage", "NetworkModel", "Precondition"]
 
 DECODED = 8  # states that a first stage decodes at a time
 
@@ -181,17 +181,6 @@ class ByNetwork(Wrapper):
         denoised, features = inner(x, sigma)
         ref = self.guide(x, sigma)
         return ref + per_sample(self.scale, x) * (denoised - ref), features
-
-
-def drawn_label(seed: int, count: int) -> int:
-    """The class that a seed draws of so many, the same wherever it is sampled.
-
-    Raises:
-        ValueError: there are no classes.
-    """
-    if not count:
-        raise ValueError("label all draws a class, and this model has no classes; leave out label")
-    return key(seed, "label") % count
 
 
 @dataclass(frozen=True, eq=False)

@@ -101,20 +101,24 @@ def stream(pickled: Pickled, chosen: Mapping[str, Tensor]) -> Iterator[tuple[str
 
 
 def floats(pickled: Pickled, tensor: Tensor) -> list[float]:
-    """The numbers of a small flat tensor, without torch.
+    """The numbers of a small flat tensor, or the one of a scalar, without torch.
 
     Raises:
         OSError: where the file cannot be read.
         ValueError: for another tensor, or where the file was cut since.
     """
+    where = clean(pickled.path)
     form = {"float64": "d", "float32": "f", "float16": "e"}.get(tensor.dtype)
-    if form is None or len(tensor.shape) != 1 or tensor.stride != (1,) or tensor.numel > FEW:
-        raise ValueError(f"a tensor of {tensor.dtype} and shape {tensor.shape} is no short table")
+    flat = len(tensor.shape) < 2 and (tensor.stride in ((), (1,)) or tensor.numel == 1)
+    if form is None or not flat or tensor.numel > FEW:
+        raise ValueError(
+            f"{where}: a tensor of {tensor.dtype} and shape {tensor.shape} is no short table"
+        )
     with open(pickled.path, "rb") as file:
         file.seek(tensor.storage.start + tensor.offset * tensor.storage.size)
         data = file.read(tensor.nbytes)
     if len(data) != tensor.nbytes:
-        raise ValueError(f"{clean(pickled.path)} was cut short while it was read; {FETCH}")
+        raise ValueError(f"{where} was cut short while it was read; {FETCH}")
     return list(struct.unpack(f"<{tensor.numel}{form}", data))
 
 

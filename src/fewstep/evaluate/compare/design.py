@@ -28,7 +28,7 @@ class Design:
         solvers: Names, folders of learned solvers, students of the model; commas between.
         budgets: Network evaluations per picture: 3,5,7 or 3-8.
         seeds: Test seeds: 0-4999.
-        label: Class name or index, for all pictures.
+        label: Class name or index. Several, with commas, take turns by seed; all: each draws one.
         guidance: Scale of classifier-free guidance; needs a prompt or a label.
         prompt: Text, for models that take one.
         grids: Grids that are tried; all that the model has if left out.
