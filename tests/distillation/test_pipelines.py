@@ -154,6 +154,7 @@ def test_the_cache_is_bounded_and_the_oldest_sets_make_room(tmp_path: Path, cach
     assert {one.name for one in (cache / "latents").iterdir()} == {second.folder.name}
 
 
+@pytest.mark.slow
 def test_without_pictures_the_starts_are_the_teachers_own(tmp_path: Path) -> None:
     loaded, texts = model(tmp_path / "sd"), tmp_path / "texts.csv"
     texts.write_text("prompt\na cat\na mat\n")
@@ -189,7 +190,12 @@ WAYS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+EVERYDAY = ("epsilon", "flow", "adapters")
+
+
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=[] if way in EVERYDAY else pytest.mark.slow) for way in WAYS]
+)
 def test_a_student_comes_back_from_its_files_and_samples(way: str, tmp_path: Path) -> None:
     name, scheduler, settings = WAYS[way]
     loaded = model(tmp_path / "teacher", name, **scheduler)
@@ -313,7 +319,7 @@ def test_a_folder_runs_in_diffusers_with_the_scheduler_of_lcm(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", [DIFFUSERS, KOHYA])
-@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_adapters_give_in_diffusers_the_picture_that_they_give_here(
     kind: str, name: str, tmp_path: Path
 ) -> None:
@@ -356,6 +362,7 @@ def test_adapters_that_do_not_fit_are_refused_by_their_first_key(tmp_path: Path)
         fewstep.load(folder, loras=[(tmp_path / "wrong.safetensors", 1.0)])
 
 
+@pytest.mark.slow
 def test_the_scale_of_adapters_is_a_factor_and_is_recorded(tmp_path: Path) -> None:
     loaded, out = model(tmp_path / "sd"), tmp_path / "out"
     distill(loaded, data(tmp_path / "data"), out=out, **TINY, **QUIET, **FEW)
@@ -384,6 +391,7 @@ def test_a_published_latent_consistency_model_is_a_student(tmp_path: Path) -> No
     assert plain.card.auto == loaded.card.auto
 
 
+@pytest.mark.slow
 def test_from_the_command_line_to_pictures(tmp_path: Path) -> None:
     from tests.support.command import command
 
