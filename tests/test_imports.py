@@ -42,6 +42,7 @@ ORDER = [
     ("learned",),
     ("sampling",),
     ("evaluate",),
+    ("scale",),
     ("distillation",),
     ("report",),
     ("integrations",),
