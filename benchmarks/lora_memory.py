@@ -1,7 +1,7 @@
-"""The peak of memory of distilling adapters, beside a forward and backward pass of the same network.
+"""The peak of memory of distilling adapters, beside one pass of the same network and back.
 
-    python -m benchmarks.lora_memory                  # the size of Stable Diffusion 1.5, 64x64 latents
-    python -m benchmarks.lora_memory --small          # a small network, to try the script
+    python -m benchmarks.lora_memory              # as large as Stable Diffusion 1.5, 64x64 latents
+    python -m benchmarks.lora_memory --small      # a small network, to try the script
 
 Each part runs in a process of its own, with random weights, activations computed again in the
 backward pass, and one picture at a time:

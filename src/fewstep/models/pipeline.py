@@ -237,6 +237,7 @@ class PipelineModel:
             return self._finish(Bound(self._network(), uncond))
         return self._finish(Guided(self._network(), one, cond, uncond))
 
+    @torch.no_grad()
     def condition(self, texts: Sequence[str | None]) -> Condition:
         """What the network is given for some texts, one row each; None stands for no text. Empty
         where the model takes no text."""
