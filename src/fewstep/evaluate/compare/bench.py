@@ -193,6 +193,11 @@ class Workbench:
             _write(path, found)
         return found["features"]
 
+    def features_at(self, judge: Judge, digest: str) -> Callable[[], np.ndarray]:
+        """Reads features that were taken before."""
+        path = self.folder / "features" / slug(judge.name) / f"{digest}.npz"
+        return lambda: read_arrays(path, ("features",))["features"]
+
     def exact(self, seeds: Sequence[int], end: int = 0) -> tuple[np.ndarray, str]:
         """Pictures of the reference solves, uint8 [n, h, w, c], and what they are known by."""
         blocks = []

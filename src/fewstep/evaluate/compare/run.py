@@ -9,6 +9,8 @@ seeds; the chosen one runs on the test seeds. A row of the result has
                 network from other seeds, in each feature network's space
     excess      fd less that of the reference solves of the same seeds: 0 is a perfect sampler
     fd_data     Frechet distance to the statistics of data that come with the feature network
+    agreement   mean cosine of the features of its picture and of the same seed's by the same
+                sampler at its largest budget: 1 means that a preview is the picture
     seconds     wall time per picture, sampling and decoding, of one batch; median of ROUNDS rounds
                 in which every row has its turn, so that all are taken in the same minutes
 
@@ -35,7 +37,7 @@ import numpy as np
 from fewstep.evaluate.compare.bench import CHUNK, Judge, Workbench
 from fewstep.evaluate.compare.design import Design
 from fewstep.evaluate.compare.records import check_protocol, merge, protocol
-from fewstep.evaluate.compare.rows import CHECKED, make_row, times
+from fewstep.evaluate.compare.rows import CHECKED, agreements, make_row, times
 from fewstep.evaluate.compare.screening import all_candidates, screened
 from fewstep.evaluate.statistics import Statistics, paired_frechet
 from fewstep.models import Model, is_model, load, read_card
@@ -87,6 +89,7 @@ def compare(
     exact = {
         judge.label: workbench.features(judge, *workbench.exact(design.seeds)) for judge in judges
     }
+    digests: list[str] = []
     rows, ran, strips = [], [], {"": workbench.exact(design.seeds[:CHUNK])[0][:SHOWN]}
     for (nfe, solver), settings in candidates.items():
         own = workbench.of(solver)
@@ -103,10 +106,13 @@ def compare(
                 ours = Statistics.of(features, extractor=judge.name)
                 row["fd_data"][judge.label] = ours.frechet(judge.data)
         rows.append(row)
+        digests.append(run.digest)
         ran.append((own, chosen))
         strips[f"{solver}@{nfe}"] = run.images[:SHOWN]
     for row, spent in zip(rows, times(ran, design.seeds[: workbench.batch]), strict=True):
         row["seconds"] = spent
+    for judge in judges:
+        agreements(rows, [workbench.features_at(judge, digest) for digest in digests], judge.label)
     floor = {}
     for judge in judges:
         ours = Statistics.of(exact[judge.label], extractor=judge.name)
