@@ -411,3 +411,25 @@ def test_from_the_command_line_to_pictures(tmp_path: Path) -> None:
         ran = command("sample", str(tmp_path / "sd"), *asked, "--out", str(tmp_path / "samples"))
         assert ran.exit_code == 0, ran.output
         assert len(list((tmp_path / "samples").glob("*.png"))) == 3
+
+
+@pytest.mark.slow
+def test_a_student_and_adapters_stand_beside_solvers_on_texts(tmp_path: Path) -> None:
+    import json
+
+    from tests.support.command import command
+
+    loaded, folder = model(tmp_path / "sd"), data(tmp_path / "data")
+    for name, more in (("whole", {}), ("adapters", FEW)):
+        distill(loaded, folder, out=tmp_path / name, guidance=2.0, **TINY, **QUIET, **more)
+    texts = tmp_path / "texts.csv"
+    texts.write_text("prompt\na cat\na mat\nsat\n")
+    solvers = f"ddim,{tmp_path / 'whole'},{tmp_path / 'adapters'}"
+    asked = ["--prompts", str(texts), "--guidance", "2", "--nfe", "2", "--seeds", "0-5"]
+    asked += ["--screen", "0", "--features", "none", "--no-plots", "--solvers", solvers]
+    ran = command("compare", str(tmp_path / "sd"), *asked, "--out", str(tmp_path / "cmp"), "--json")
+    assert ran.exit_code == 0, ran.output
+    found = json.loads(ran.stdout)
+    assert found["condition"]["prompt"].startswith("3 texts, SHA-256")
+    errors = {row["solver"]: row["error"]["mean"] for row in found["rows"]}
+    assert len(set(errors.values())) == len(errors) == 3
