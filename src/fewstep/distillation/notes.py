@@ -21,7 +21,9 @@ PRESET, README = "preset.json", "README.md"
 
 
 def write_notes(folder: Path, card: Card, schedule: Schedule, adapters: bool) -> None:
-    """Write both into the student's folder. Raises: OSError."""
+    """Write both into a student's folder, nothing of another card. Raises: OSError."""
+    if card.distilled is None:
+        return
     write_json(folder / PRESET, preset(card, schedule))
     write_whole(folder / README, model_card(card, adapters).encode())
 
