@@ -301,6 +301,23 @@ def test_errors_are_those_of_plain_numpy(result):
     assert row["network_calls"] == 4
 
 
+def test_agreement_is_the_cosine_to_the_samplers_largest_budget(result):
+    less, most = (Patches()(pixels(ddim(SEEDS, nfe))).astype(float) for nfe in (3, 4))
+    products = (less * most).sum(1)
+    lengths = [np.sqrt(np.square(features).sum(1)) for features in (less, most)]
+    cosine = (products / (lengths[0] * lengths[1])).mean()
+    rows = {(row["sampler"], row["nfe"]): row for row in result.record["rows"]}
+    wanted = {"nfe": 4, "cosine": dict.fromkeys("ab", pytest.approx(cosine, abs=1e-4))}
+    assert rows["ddim", 3]["agreement"] == wanted
+    assert "agreement" not in rows["ddim", 4]
+    assert "agreement" not in rows["heun", 4]  # its only budget
+    assert f", {cosine:.3f} like 4" in comparison_html(result.record, result.strips)
+    table = list(csv.DictReader(io.StringIO(comparison_csv(result.record))))
+    known = {(line["sampler"], line["nfe"]): line["a agreement"] for line in table}
+    assert float(known["ddim", "3"]) == rows["ddim", 3]["agreement"]["cosine"]["a"]
+    assert known["ddim", "4"] == known["heun", "4"] == ""
+
+
 def test_population_that_comes_with_the_model_is_not_solved_again(tmp_path):
     """Only where it is of just these reference solves; of others it is not looked at."""
     card = replace(Toy().card, folder=tmp_path / "model")

@@ -89,6 +89,10 @@ def compare_command(
         str | None,
         option("SHA-256 of TorchScript files of --features that may run their code, with commas."),
     ] = None,
+    prompts: Annotated[
+        Path | None,
+        option("Texts of this file, csv, tsv, json or jsonl, which take turns by seed."),
+    ] = None,
     cache: Annotated[
         Path | None, option("Folder of the reference solves. Default: $FEWSTEP_CACHE.")
     ] = None,
@@ -122,6 +126,7 @@ def compare_command(
 
     What was sampled in the same folder before is not sampled again; --beside keeps its rows.
     """
+    from fewstep.data.captions import read_captions
     from fewstep.evaluate.compare import read_comparison
     from fewstep.evaluate.compare.setup import Setup
     from fewstep.files import open_folder
@@ -134,12 +139,16 @@ def compare_command(
     own = {"--captions": captions, "--reference": reference, "--clip": clip, "--keep": keep}
     if published is not None:
         more = {"captions": captions, "reference": reference, "clip": clip, "keep": keep or "none"}
-        refuse_beside("a protocol has settings of its own", {"--cache": cache, "--beside": beside})
+        other = {"--cache": cache, "--beside": beside, "--prompts": prompts}
+        refuse_beside("a protocol has settings of its own", other)
         seen = {"features": features, "trust": words(trust, "trust") if trust else ()}
         _published(model, str(out), published, spread, {**more, **seen}, given, as_json)
         return
     refuse_beside("these go with --protocol", own)
     about = {name: given[name] for name in ("label", "guidance", "prompt")}
+    if prompts is not None:
+        refuse_beside("--prompts has the texts", {"--prompt": given["prompt"]})
+        about["prompt"] = read_captions(prompts).texts
     choose_by, how = given["choose_by"], ReferenceSolve(**SOLVE.take(given))
     setup = Setup(
         model,

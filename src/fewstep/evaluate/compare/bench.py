@@ -118,7 +118,7 @@ class Workbench:
     def run(self, settings: Filled, seeds: Sequence[int]) -> Run:
         """Sample the seeds, or read what was sampled before."""
         facts = {
-            **describe(self.model, settings, prompt=self.references.prompt, guidance=self.guidance),
+            **describe(self.model, settings, prompt=self.references.said, guidance=self.guidance),
             **identify(self.model),
             "label": self.references.label,
             "reference": self.references.facts(),
@@ -192,6 +192,11 @@ class Workbench:
             found = {"features": np.concatenate([judge(images[i : i + CHUNK]) for i in blocks])}
             _write(path, found)
         return found["features"]
+
+    def features_at(self, judge: Judge, digest: str) -> Callable[[], np.ndarray]:
+        """Reads features that were taken before."""
+        path = self.folder / "features" / slug(judge.name) / f"{digest}.npz"
+        return lambda: read_arrays(path, ("features",))["features"]
 
     def exact(self, seeds: Sequence[int], end: int = 0) -> tuple[np.ndarray, str]:
         """Pictures of the reference solves, uint8 [n, h, w, c], and what they are known by."""

@@ -78,7 +78,7 @@ class Setup:
         design = self.design
         if judges and self.choose_by is None:
             design = replace(design, choose_by=judges[0].label)
-        students = load_students(loaded, design.solvers, **machine)
+        students = load_students(loaded, design.solvers, self.model, **machine)
         check_solvers(loaded, design, students)
         about = {name: getattr(design, name) for name in ("label", "guidance", "prompt")}
         references = References(exact, self.how, folder=self.cache, batch=self.batch, **about)
