@@ -206,5 +206,9 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
         again = command("sample", *few, "--out", disk / "out")
         assert again.exit_code == 0, again.output
         assert "there already" in again.stdout
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        ran = command("sample", *few, "--out", disk / "other")
+        assert (ran.exit_code, ran.stdout) == (2, "")
+        assert "Read-only file system" in ran.stderr
     finally:
         subprocess.run(["umount", str(disk)], check=True)
