@@ -37,6 +37,7 @@ __all__ = [
     "Source",
     "flatten",
     "freeze",
+    "gain",
     "in_numbers",
     "levels",
     "nfe",
@@ -354,3 +355,12 @@ def stages(plan: Plan) -> np.ndarray:
             x = sum(terms, float(op.a) * anchor)
             anchor = x if op.accept else anchor
     return np.stack([*rows, x])
+
+
+def gain(plan: Plan) -> float:
+    """The largest sum of the weights' sizes of the D's in any state; 1 where all are means of D's.
+
+    An error of the network is multiplied by at most this. In Heun's method from t to s the output
+    at s has the weight (t - s) / (2 s).
+    """
+    return float(np.abs(stages(plan)[:, 1:]).sum(1).max())

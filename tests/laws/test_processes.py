@@ -18,7 +18,8 @@ from torch import Tensor
 import fewstep.solver as registry
 from fewstep.grid import make_grid
 from fewstep.models.process import Shifted
-from fewstep.plan import Combine
+from fewstep.plan import Combine, gain
+from fewstep.sampling.choose import GAIN
 from fewstep.schedule import EDM, PURE_NOISE, VP, Flow
 from fewstep.solver.rules import trapezoid
 from fewstep.solving import solve
@@ -117,6 +118,31 @@ def test_neither_has_one_that_starts_in_the_middle(name: str, process: str) -> N
         ddim = half(nfe + 1)
         found = error(name, half(points))
         assert found <= 2 * error("ddim", ddim), (nfe, found)
+
+
+@pytest.mark.parametrize("end", registry.ENDS)
+@pytest.mark.parametrize("name", ["heun", "dpm-solver-2", "dpm-solver-3", "dpmpp-2s"])
+def test_on_few_intervals_of_an_edm_grid_it_is_warned_of_or_near_ddim(name: str, end: str) -> None:
+    """The published rules have up to 25 times ddim's error on karras; 2.2 without a warning."""
+
+    def on(solver: str, nfe: int) -> tuple[float, ...]:
+        points = registry.intervals_for(registry.get(solver), nfe, end=end) + 1
+        return registry.end_at(make_grid("karras", points, 80.0, 0.002), end)
+
+    found = {}
+    for nfe in range(3, 10):
+        try:
+            sigmas = on(name, nfe)
+        except ValueError:
+            continue
+        ratio = error(name, sigmas) / error("ddim", on("ddim", nfe))
+        found[nfe] = ratio, gain(registry.get(name).plan(sigmas))
+    assert found
+    assert all(ratio < 2.2 or weighed > GAIN for ratio, weighed in found.values()), found
+    if name == "dpmpp-2s":
+        assert all(
+            weighed == pytest.approx(1, abs=1e-3) for _, weighed in found.values()
+        )  # means of D's
 
 
 DIRECTIONS = torch.nn.functional.normalize(

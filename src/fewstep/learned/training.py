@@ -341,7 +341,8 @@ class SolverTraining:
         low = levels[-1] or min(chosen.low, levels[-2])
         ends = levels[0], low, "sigma_min" if levels[-1] > 0 else "zero"
         nfe = self.method.program().evaluations
-        rival = best_rival(self.ruler.measure, nfe, *ends, chosen.schedule)
+        firsts = ("none", "zero", "mean") if self.ruler.mean_at(levels[0]) else ("none", "zero")
+        rival = best_rival(self.ruler.measure, nfe, *ends, chosen.schedule, firsts)
         also = {"error_untrained": usual["error"], "training_free": rival}
         self.run.state["measured"] = {**self.measured, **also}
         folder.save(self.run)

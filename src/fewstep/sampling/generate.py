@@ -17,7 +17,7 @@ from fewstep.data.images import fit_picture, read_picture
 from fewstep.denoiser import Counted, Denoiser, calls_per_eval
 from fewstep.loop import far_mean, finish, run, starts_at
 from fewstep.plan import Program
-from fewstep.sampling.choose import choose, describe
+from fewstep.sampling.choose import choose, describe, warn_of_gain
 from fewstep.sampling.request import CONDITIONS, Request, one_per_seed
 from fewstep.sampling.settings import Filled, Settings
 from fewstep.solver import Solver
@@ -132,6 +132,7 @@ class Run:
         denoiser = _denoiser(model, _part(request, frozenset(each), 0, batch))
         high = level if isinstance(filled.grid, str) else None
         program = resolve(filled, denoiser, sigma_max=high)
+        warn_of_gain(filled, program)
         if filled.afs == "mean":
             far_mean(denoiser)  # raises now where it is not known
         calls = calls_per_eval(denoiser)
