@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from fewstep.data.images import read_png
-from fewstep.sampling.folder import claimed
+from fewstep.files import alike
 from tests.support.command import fewstep, hashes, in_process
 
 
@@ -259,7 +259,7 @@ def test_of_two_processes_with_other_settings_one_goes_on(tmp_path: Path) -> Non
 def test_a_folder_that_another_process_samples_into_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with claimed(tmp_path, {"nfe": 17}):
+    with alike(tmp_path, '{"nfe": 17}'):
         assert in_process("sample", "--out", tmp_path, "--seeds", "0", "--nfe", "2") == 2
     assert "another process is sampling into" in capsys.readouterr().err
     assert in_process("sample", "--out", tmp_path, "--seeds", "0", "--nfe", "2") == 0

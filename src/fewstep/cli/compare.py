@@ -103,7 +103,7 @@ def compare_command(
     from fewstep.evaluate.compare.run import compare_beside
     from fewstep.evaluate.features import own_features, resolve_features
     from fewstep.evaluate.references import References
-    from fewstep.files import open_folder
+    from fewstep.files import opened
     from fewstep.models import load
     from fewstep.report.comparison import write_comparison
     from fewstep.report.terminal import Progress, comparison_table
@@ -128,8 +128,7 @@ def compare_command(
     students = load_students(loaded, design.solvers, **machine)
     check_solvers(loaded, design, students)
     references = References(exact, fine, folder=cache, batch=batch, **about)
-    with resumable(out), Progress(as_json) as bar:
-        open_folder(out)
+    with resumable(out), opened(out), Progress(as_json) as bar:
         bench = Workbench(loaded, references, out, batch, bar, students)
         result = compare_beside(
             bench, design, judges, earlier, command=command_line(), note=bar.say

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,7 +68,7 @@ def evaluate_command(
     how = Measuring(**{name: value for name, value in given.items() if value is not None})
 
     from fewstep.evaluate.job import open_job
-    from fewstep.files import open_folder, write_json
+    from fewstep.files import alone, open_folder, write_json
     from fewstep.report.evaluation import evaluation_notes, evaluation_table
     from fewstep.report.terminal import Progress
 
@@ -79,7 +79,10 @@ def evaluate_command(
     own = state is None and out is not None
     state = out.with_name(f"{out.name}.state.npz") if own and out is not None else state
     beside = state.with_name(f"reference.{state.name}") if state is not None else None
-    with Progress(as_json) as bar, resumable(state) if state else nullcontext():
+    with Progress(as_json) as bar, ExitStack() as held:
+        if state is not None:
+            held.enter_context(resumable(state))
+            held.enter_context(alone(state))
         result = job.run(reference, state=state, beside=beside, command=command_line(), report=bar)
     if save_statistics is not None:
         result.save_statistics(save_statistics)

@@ -21,7 +21,7 @@ from fewstep.cli.options import (
     option,
 )
 from fewstep.cli.parsing import parse_grid, parse_seeds
-from fewstep.cli.work import AsJson, command_line
+from fewstep.cli.work import AsJson, command_line, resumable
 
 
 @command(
@@ -55,6 +55,7 @@ def geometry_command(
     Resumes a run that was cut short; seeds may be added to one that was not.
     """
     from fewstep.evaluate.geometry import run_geometry
+    from fewstep.files import opened
     from fewstep.models import load
     from fewstep.report.geometry import write_geometry
     from fewstep.report.terminal import Progress, geometry_table
@@ -62,7 +63,7 @@ def geometry_command(
     chosen, levels = parse_seeds(seeds), parse_grid(grid) or "karras"
     machine = {name: given.pop(name) for name in ("device", "dtype")}
     loaded = load(model, **machine)
-    with Progress(as_json) as bar:
+    with resumable(out), opened(out), Progress(as_json) as bar:
         result = run_geometry(
             loaded,
             out,
@@ -74,7 +75,7 @@ def geometry_command(
             report=bar,
             **given,
         )
-    result = write_geometry(result, out) if plots else result
+        result = write_geometry(result, out) if plots else result
     if as_json:
         print(json.dumps(result.to_dict()))
         return

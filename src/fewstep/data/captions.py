@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
+from fewstep.arguments import place
 from fewstep.data.bounds import read_bytes, reason
 from fewstep.text import clean
 
@@ -90,7 +91,7 @@ def read_captions(path: Path | str) -> Captions:
             seeds or of image_id must have a value in every row, or in none.
         OSError: the file cannot be read.
     """
-    path = Path(path)
+    path = place("captions", path)
     name = clean(path)
     try:
         text = _decoded(read_bytes(path))

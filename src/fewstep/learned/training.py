@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.arguments import function, sides
 from fewstep.denoiser import Denoiser
 from fewstep.grid import check_grid
 from fewstep.learned.choices import Choices
@@ -98,9 +99,8 @@ def train(
     hashed = bool(facts.get("weights"))
     if cache is not None and not hashed:
         raise ValueError("cache needs model['weights'], the hash of the network's weights")
-    shape = tuple(int(size) for size in shape)
-    if not shape or min(shape) < 1:
-        raise ValueError(f"shape must be that of one sample, like (1, 32, 32), got {shape}")
+    function("denoiser", denoiser, "D(x, sigma)")
+    shape = sides("shape", shape)
     chosen = Choices.of(Settings.of(settings), denoiser, loss_features is not None)
     place = torch.device(device)
     school = School(

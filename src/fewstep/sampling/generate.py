@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.arguments import whole
 from fewstep.data.images import fit_picture, read_picture
 from fewstep.denoiser import Counted, Denoiser, calls_per_eval
 from fewstep.loop import far_mean, finish, run, starts_at
@@ -274,8 +275,7 @@ def batch_size(model: Model, batch: int | None) -> int:
     Raises:
         ValueError: for fewer than 1.
     """
-    if batch is not None and batch < 1:
-        raise ValueError(f"batch must be at least 1, got {batch}")
+    batch = None if batch is None else whole("batch", batch, 1)
     return batch or (usual_batch(model) if hasattr(model, "shape") else 1)
 
 
