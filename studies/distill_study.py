@@ -9,9 +9,9 @@
     measure   all of these and the solvers of the frozen network, in two comparisons: each student's
               sampler and each solver's setting are chosen on validation seeds
 
-    python studies/distill_study.py --data FOLDER --out study --pictures 2000000 --device cuda
-    python studies/distill_study.py --data FOLDER --out study --only 'search,lcm-*'
-    python studies/distill_study.py --data FOLDER --out study --set batch=64 substeps=3
+    python -m studies.distill_study --data FOLDER --out study --pictures 2000000 --device cuda
+    python -m studies.distill_study --data FOLDER --out study --only 'search,lcm-*'
+    python -m studies.distill_study --data FOLDER --out study --set batch=64 substeps=3
 
 Each run has a folder of its own in OUT/runs and resumes there, so the same command goes on after a
 stop, and machines may share the work by --only (stages, or names of runs with wildcards). What is
@@ -25,8 +25,6 @@ import argparse
 import json
 import math
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
@@ -45,6 +43,7 @@ from fewstep.files import write_json
 from fewstep.models import read_card
 from fewstep.report import terminal as show
 from fewstep.report.tables import seeds_table, short_names, training_seed
+from studies.commands import positive, run, stop_after
 
 METHODS: dict[str, dict[str, Any]] = {
     "splam": {},  # the linear rule, told the level
@@ -287,9 +286,7 @@ def measure(options: argparse.Namespace, name: str, jobs: Sequence[Job], solvers
         *("--device", options.device, "--out", str(options.out / name)),
         *shlex.split(options.compare),
     ]
-    print(f"\n$ {shlex.join(command)}", flush=True)
-    if code := subprocess.run([sys.executable, "-m", *command]).returncode:
-        raise SystemExit(code)
+    run(command)
     path = options.out / name / "comparison.json"
     record = read_comparison(path)
     failed = {str(job.folder): f"{job.name}: {job.status()}" for job in jobs if job not in done}
@@ -371,6 +368,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--model", default="fashion-mnist")
     add("--device", default="cpu")
     add("--only", default="", help="stages or runs, with commas and wildcards")
+    add("--minutes", type=positive, help="stop then; the same command goes on from there")
     add("--status", action="store_true", help="say what is left, and end")
     add("--pictures", type=int, default=500_000, help="of a whole run")
     add("--training-seeds", type=int, default=3)
@@ -413,6 +411,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print_status(study, options.only)
     if not options.status:
         with resumable(options.out):
+            stop_after(options.minutes)
             carry_out(study, options)
 
 

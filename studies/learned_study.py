@@ -1,9 +1,9 @@
 """The study of learned solvers on one model: train all variants, compare them, say what holds.
 
-    python studies/learned_study.py --out study --device cuda     trains, compares, judges
-    python studies/learned_study.py --out study --list            what is done and what is left
-    python studies/learned_study.py --out study --only tuned plugin-ddim --budgets 5
-    python studies/learned_study.py --out study --only judge      the expectations, again
+    python -m studies.learned_study --out study --device cuda     trains, compares, judges
+    python -m studies.learned_study --out study --list            what is done and what is left
+    python -m studies.learned_study --out study --only tuned plugin-ddim --budgets 5
+    python -m studies.learned_study --out study --only judge      the expectations, again
 
 Parts are run by `fewstep train solver` and `fewstep compare`, whose commands are printed, so each
 can be run by hand. Both resume: what is done is skipped, and an interrupted part goes on when the
@@ -20,8 +20,6 @@ import argparse
 import json
 import math
 import shlex
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +28,7 @@ from typing import Any
 from fewstep.cli.parsing import parse_budgets
 from fewstep.learned.solver import SOLVER_FILE
 from fewstep.learned.tuned import PARTS
+from studies.commands import positive, run, stop_after
 
 # the bases of the plugin, each with the grid on which the untrained plugin ends nearest
 BASES = {
@@ -161,14 +160,6 @@ def compare_command(options: argparse.Namespace, variants: Sequence[str], out: s
     ]
 
 
-def run(command: Sequence[str]) -> None:
-    """In a process of its own, by this Python. Errors: SystemExit with its code, where it fails."""
-    print(f"\n$ {shlex.join(command)}", flush=True)
-    code = subprocess.run([sys.executable, "-m", *command]).returncode
-    if code:
-        raise SystemExit(code)
-
-
 # -- what is expected, and whether it is so -------------------------------------------------------
 
 
@@ -275,6 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for one in planned:
             print(f"  {'left' if one in left else 'done'}  {one.name}: {shlex.join(one.command)}")
         return
+    stop_after(options.minutes)
     for i, one in enumerate(left):
         print(f"\n{one.name}, {len(left) - i} left", flush=True)
         run(one.command)
@@ -308,6 +300,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--compare-dtype", default="float32")
     add("--compare", default="", help="more options of fewstep compare, as one string")
     add("--beside", type=Path, help="a stored comparison of training-free solvers")
+    add("--minutes", type=positive, help="stop then; the same command goes on from there")
     add("--list", action="store_true", help="say what is done and what is left, and do nothing")
     options = parser.parse_args(arguments)
     known = {*VARIANTS, *ABLATION, *PARTS_OF_STUDY}

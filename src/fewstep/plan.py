@@ -116,6 +116,8 @@ class Program:
     learned_on: for what was trained: the hash of the network's weights, "" where they are not known
     draws: whether it draws noise on the way
     checksums: of these weights as they were in memory, by dtype, where they are known
+    quantile: of |D|, by which each D is thresholded, see `fewstep.denoiser.Thresholded`; None: by
+        none
     """
 
     start: Callable[[], Ops]
@@ -128,6 +130,7 @@ class Program:
     learned_on: str | None = None
     draws: bool = False
     checksums: Mapping[str, str] = field(default_factory=dict)
+    quantile: float | None = None
 
     def program(self) -> Program:
         """Itself."""

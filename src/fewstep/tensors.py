@@ -100,7 +100,7 @@ def write_tensors(
         shape = list(entry.shape)
         header[name] = {"dtype": entry.dtype, "shape": shape, "data_offsets": [at, end]}
         at = end
-    text = json.dumps(header).encode()
+    text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
 
     def parts() -> Iterator[bytes]:

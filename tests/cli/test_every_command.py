@@ -30,12 +30,16 @@ COMMANDS: dict[str, list[str]] = {
     "evaluate": [],
     "geometry": [],
     "serve": [],
+    "status": ["nowhere"],
     "train network": ["--data", "nowhere", "--out", "out"],
     "train solver": ["fashion-mnist", "--out", "out"],
     "distill splam": ["fashion-mnist", "--data", "nowhere", "--out", "out"],
 }
 BAD: dict[str, list[list[str]]] = {
-    "sample": [["nope"], ["--nfe", "0"], ["--seeds", "x"], ["--solver", "dimm"]],
+    "sample": [
+        *(["nope"], ["--nfe", "0"], ["--seeds", "x"], ["--solver", "dimm"], ["--shards", "0"]),
+        *(["--executor", "slurm"], ["--keep", "jpg"], ["--keep", "none"], ["--workers", "0"]),
+    ],
     "plan": [["dimm"], ["ddim", "--nfe", "0"], ["ddim", "--grid", "1,2"]],
     "convert": [[], ["--dtype", "int8"], ["--draws", "-1"]],
     "models": [["nope"], ["../fashion-mnist"]],
@@ -50,6 +54,7 @@ BAD: dict[str, list[list[str]]] = {
         ["--grid", "1,2"],
     ],
     "serve": [["nope"], ["--port", "70000"], ["--host", "0.0.0.0"], ["--batch", "0"]],
+    "status": [[], ["--check"]],
     "train network": [["--lr", "nan"], ["--batch", "3"], ["--widths", "a"], []],
     "train solver": [["--method", "x"], ["--nfe", "0"], ["--batch", "x"], ["--grid", "1,2"]],
     "distill splam": [["--lr", "0"], ["--guidance", "x"], ["--method", "x"], []],

@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+import fewstep
 from fewstep.evaluate import references as references_module
 from fewstep.evaluate.compare import (
     Comparison,
@@ -39,13 +40,15 @@ from fewstep.evaluate.compare import (
 from fewstep.evaluate.compare import bench as bench_module
 from fewstep.evaluate.compare import run as module
 from fewstep.evaluate.memo import Memo, Remembering
-from fewstep.evaluate.references import Fine, References
+from fewstep.evaluate.references import References
 from fewstep.evaluate.statistics import Statistics
 from fewstep.learned import LearnedSolver
 from fewstep.learned.amed import AMED
 from fewstep.learned.method import Setup
 from fewstep.learned.tuned import Tuned
 from fewstep.models import Card
+from fewstep.models.labels import by_seed, drawn_label
+from fewstep.reference import ReferenceSolve
 from fewstep.report.comparison import comparison_page, with_error, write_comparison
 from fewstep.report.tables import comparison_csv
 from fewstep.report.terminal import comparison_table
@@ -180,7 +183,7 @@ def frechet(x: np.ndarray, y: np.ndarray) -> float:
 
 def bench(folder: Path, toy: Toy | None = None) -> Workbench:
     toy = toy or Toy()
-    return Workbench(toy, References(toy, Fine(nfe=60), folder=folder / "cache"), folder)
+    return Workbench(toy, References(toy, ReferenceSolve(nfe=60), folder=folder / "cache"), folder)
 
 
 def design(**changes: Any) -> Design:
@@ -218,22 +221,38 @@ def comparison_html(*arguments: Any, **options: Any) -> str:
 
 def test_solves_are_kept_by_the_hash_of_the_weights_alone(tmp_path: Path) -> None:
     """Without one nothing is kept, as two networks in memory may have one name."""
-    fine = Fine("ddim", 8)
+    how = ReferenceSolve("ddim", 8)
     for weights, again in (("0" * 64, 0), ("", 8)):
         toy = Toy(card=Card("toy", sigma_min=LOW, sigma_max=HIGH, weights_sha256=weights))
         model: Any = toy
         folder = tmp_path / f"cache{len(weights)}"
-        afs = References(model, fine, folder=folder).endpoints(range(3))
+        afs = References(model, how, folder=folder).endpoints(range(3))
         before = toy.calls
-        second = References(model, fine, folder=folder).endpoints(range(3))
+        second = References(model, how, folder=folder).endpoints(range(3))
         assert np.array_equal(afs, second)
         assert toy.calls - before == (before if again else 0)
         assert folder.exists() == (not again)
     (tmp_path / "file").write_text("in the way")
     model = Toy()
     with pytest.warns(UserWarning, match="nothing is kept in .*file"):
-        found = References(model, fine, folder=tmp_path / "file").endpoints(range(3))
+        found = References(model, how, folder=tmp_path / "file").endpoints(range(3))
     assert np.array_equal(found, afs)
+
+
+def test_labels_go_by_seed(tmp_path: Path) -> None:
+    model: Any = fewstep.load("fashion-mnist")
+    seeds, how = [5, 6, 7], ReferenceSolve("ddim", 8)
+    x, sigma = model.prior(seeds), torch.full((3,), 80.0)
+    drawn = [drawn_label(seed, 10) for seed in seeds]
+    for label, each in (("boot,bag", [8, 9, 8]), ("all", drawn), ("boot", [9, 9, 9])):
+        ours, wanted = by_seed(model, label)(seeds), model.denoiser(each)
+        with torch.inference_mode():
+            assert torch.equal(ours(x, sigma), wanted(x, sigma))
+    references = References(model, how, "all", folder=tmp_path)
+    settings = Filled(solver="ddim", nfe=8, grid=how.grid)
+    assert Workbench(model, references, tmp_path).run(settings, seeds).mse.max() < 1e-9
+    with pytest.raises(ValueError, match="there is no label 'boat'"):
+        by_seed(model, "boot,boat")
 
 
 def test_fresh_noise_is_no_disadvantage_where_a_sampler_is_chosen() -> None:
@@ -280,6 +299,23 @@ def test_errors_are_those_of_plain_numpy(result):
     assert row["check"] == {"seeds": "0-19", "error": row["error"]}
     assert result.record["references"]["own_error"] < 5e-5
     assert row["network_calls"] == 4
+
+
+def test_agreement_is_the_cosine_to_the_samplers_largest_budget(result):
+    less, most = (Patches()(pixels(ddim(SEEDS, nfe))).astype(float) for nfe in (3, 4))
+    products = (less * most).sum(1)
+    lengths = [np.sqrt(np.square(features).sum(1)) for features in (less, most)]
+    cosine = (products / (lengths[0] * lengths[1])).mean()
+    rows = {(row["sampler"], row["nfe"]): row for row in result.record["rows"]}
+    wanted = {"nfe": 4, "cosine": dict.fromkeys("ab", pytest.approx(cosine, abs=1e-4))}
+    assert rows["ddim", 3]["agreement"] == wanted
+    assert "agreement" not in rows["ddim", 4]
+    assert "agreement" not in rows["heun", 4]  # its only budget
+    assert f", {cosine:.3f} like 4" in comparison_html(result.record, result.strips)
+    table = list(csv.DictReader(io.StringIO(comparison_csv(result.record))))
+    known = {(line["sampler"], line["nfe"]): line["a agreement"] for line in table}
+    assert float(known["ddim", "3"]) == rows["ddim", 3]["agreement"]["cosine"]["a"]
+    assert known["ddim", "4"] == known["heun", "4"] == ""
 
 
 def test_population_that_comes_with_the_model_is_not_solved_again(tmp_path):

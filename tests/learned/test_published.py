@@ -18,9 +18,13 @@ from fewstep import pickles
 from fewstep.cli.run import run
 from fewstep.learned import LearnedSolver, published
 from fewstep.learned.ops import PUBLISHED, dpm_multistep
+from fewstep.models.convert import convert
 from fewstep.noise import normal
 from fewstep.plan import Combine, Eval
 from fewstep.solver.rules import dpmpp_2m, dpmpp_3m
+from tests.models.test_adm import GUIDED, SAID
+from tests.support.adm_files import tensors
+from tests.support.edm_files import write_edm
 from tests.support.nvlabs import Persistent, write
 from tests.support.testbed import Mixture
 
@@ -28,13 +32,13 @@ POINTS = 4
 
 
 class Bed:
-    """The exact D of a mixture, with a map of features that depends on x."""
+    """The exact D of a mixture times a gain, with a map of features that depends on x."""
 
-    def __init__(self) -> None:
-        self.mixture = Mixture()
+    def __init__(self, gain: float = 1.0) -> None:
+        self.mixture, self.gain = Mixture(), gain
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        return self.mixture(x, sigma)
+        return self.gain * self.mixture(x, sigma)
 
     def with_features(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         flat = x.flatten(1)
@@ -249,11 +253,12 @@ def test_amed_is_a_learned_solver_equal_to_its_loop(tmp_path, student, order, sc
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)  # its weights are float32
 
 
-def published_dpm(past: Any, levels: Any, x: Tensor, t: float, order: int, eps: bool) -> Tensor:
+def published_dpm(past: Any, levels: Any, x: Tensor, t: Any, order: int, eps: bool) -> Tensor:
     """One step of multistep DPM-Solver, outputs and levels oldest first."""
-    lam = [-math.log(level) for level in levels]
-    h = -math.log(t) - lam[-1]
-    phi_1 = math.expm1(h) if eps else math.expm1(-h)
+    t, levels = torch.as_tensor(t).double(), [torch.as_tensor(one).double() for one in levels]
+    lam = [-level.log() for level in levels]
+    h = -t.log() - lam[-1]
+    phi_1 = h.expm1() if eps else (-h).expm1()
     phi_2 = phi_1 / h - 1 if eps else phi_1 / h + 1
     phi_3 = phi_2 / h - 0.5
     scale, keep = (t, 1.0) if eps else (1.0, t / levels[-1])
@@ -307,6 +312,38 @@ def test_the_plugin_on_dpm_solver_lowers_its_order_where_told(tmp_path, data, fi
     ops = list(base.ops(solver.sigmas, lambda i, _: row[i], "none", False))
     orders = [len(op.b) for op in ops if isinstance(op, Combine)]
     assert orders == ([1, 2, 3, 3, 2, 1] if final else [1, 2, 3, 3, 3, 3])
+
+
+def test_the_plugin_on_d_thresholds_each_d(tmp_path):
+    path, w = amed(tmp_path / "a.pkl", sampler_stu="dpmpp", predict_x0=True, scale_time=0.2)
+    solver, bed = read(path), Bed(gain=20.0)
+    x = begun = start()
+
+    def held(denoised: Tensor) -> Tensor:
+        s = denoised.abs().quantile(0.995, dim=1, keepdim=True).clamp(min=1)
+        return denoised.clamp(-s, s) / s
+
+    sigmas, orders, past, levels = solver.sigmas, [1, 2, 3, 3, 2, 1], [], []
+    for i, (cur, nxt) in enumerate(pairwise(sigmas)):
+        features = torch.zeros(len(x), 64)
+        denoised = x - cur * x / math.sqrt(1 + cur**2)
+        if i:
+            denoised, maps = bed.with_features(x, torch.full((len(x),), cur, dtype=x.dtype))
+            features = maps.mean(1).flatten(1)
+        value = predicted(w, features, cur, nxt)
+        r, a, c = (value[name].reshape(-1, 1) for name in "rac")
+        mid = nxt**r * cur ** (1 - r)
+        past, levels = [*past, held(denoised)], [*levels, torch.full_like(r, cur)]
+        x = published_dpm(past, levels, x, mid, orders[2 * i], False)
+        inner = bed(x, (a * mid).expand(len(x), 1)[:, 0])
+        assert (inner.abs() > 1).any()  # or nothing is thresholded
+        past, levels = [*past, held(inner)], [*levels, mid]
+        keep = nxt / mid * x
+        x = keep + c * (published_dpm(past, levels, x, nxt, orders[2 * i + 1], False) - keep)
+    torch.testing.assert_close(fewstep.solve(bed, begun, solver), x, rtol=0, atol=2e-5)
+    assert "D thresholded" in published.describe(solver)
+    with pytest.raises(ValueError, match="thresholds D, which no plan says"):
+        solver.plan(bed, begun)
 
 
 @pytest.mark.parametrize("kind", ["dyweight", "epd", "adasde", "amed"])
@@ -407,7 +444,7 @@ def test_convert_makes_a_folder_of_it_and_says_what_it_is(tmp_path, capsys, kind
     made.get(kind, lambda: parallel(path, kind))()
     out = tmp_path / "out"
     assert run(["models", str(path)]) == 2
-    assert "made a folder by fewstep convert" in capsys.readouterr().err
+    assert "a published solver, fewstep convert makes a folder of it" in capsys.readouterr().err
     assert run(["convert", str(path), "--out", str(out)]) == 0
     assert published.describe(read(path)) in " ".join(capsys.readouterr().out.split())
     assert LearnedSolver.load(out).digest == read(path).digest
@@ -417,3 +454,24 @@ def test_convert_makes_a_folder_of_it_and_says_what_it_is(tmp_path, capsys, kind
     assert run(["convert", str(path), *options]) == 2
     assert "leave out --preset" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+def test_convert_takes_the_levels_of_the_network_that_is_named(tmp_path, capsys):
+    change = {"dataset_name": "lsun_bedroom_ldm", "schedule_type": "discrete"}
+    path, _ = parallel(tmp_path / "e.pkl", "epd", **change)
+    torch.save(tensors(GUIDED), tmp_path / "net.pt")
+    convert(tmp_path / "net.pt", tmp_path / "net", config=SAID, draws=0)
+    words = ["convert", str(path), "--out", str(tmp_path / "out")]
+    assert run(words) == 2
+    assert "name the network (--model)" in capsys.readouterr().err
+    assert run([*words, "--model", str(tmp_path / "net")]) == 0
+    model: Any = fewstep.load(tmp_path / "net")
+    solver = LearnedSolver.load(tmp_path / "out")
+    assert solver.sigmas == fewstep.grid.discrete(POINTS, model.schedule)
+    assert solver.model["weights"] == model.card.weights_sha256
+    edm = str(write_edm(tmp_path / "edm.pkl")[0])
+    assert run([*words[:2], "--out", str(tmp_path / "no"), "--model", edm]) == 2
+    assert "the discrete grid is uniform in a network's own time" in capsys.readouterr().err
+    assert run(["convert", edm, "--out", str(tmp_path / "no"), "--model", edm]) == 2
+    assert "holds a network, and --model goes with a solver" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()

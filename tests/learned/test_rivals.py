@@ -16,6 +16,11 @@ from tests.support.testbed import Mixture
 SHORT: dict[str, Any] = {"trajectories": 32, "batch": 16, "validation_seeds": 16, "nfe": 5}
 
 
+@pytest.fixture
+def few_rivals() -> None:
+    """All of them here."""
+
+
 @pytest.mark.parametrize("end", ["sigma_min", "zero"])
 def test_the_best_is_the_least_over_solvers_grids_and_first_steps(end: str) -> None:
     schedule, seen = VP.scaled_linear(), []

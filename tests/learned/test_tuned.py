@@ -179,7 +179,7 @@ def test_kept_teacher_ends_are_not_solved_again(tmp_path, mixture):
     once = len(calls)
     calls.clear()
     second = train(spy, SHAPE, **run)
-    teacher, fine = 4 * 16, 40  # evaluations: of four batches, and of the validation seeds
+    teacher, fine = 4 * 16, 41  # evaluations: of four batches, and of the validation seeds
     assert once - len(calls) == teacher + fine
     assert second.plan() == afs.plan()
     with pytest.raises(ValueError, match="weights"):

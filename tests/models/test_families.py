@@ -92,6 +92,7 @@ def test_solvers_are_learned_and_compared_on_a_converted_network(
         words = ["sample", str(folder), "--solver", str(out), "--seeds", "0-1", *label]
         assert run([*words, "--out", str(tmp_path / f"{method}-pictures")]) == 0, method
 
+    label = ["--label", "all"] if label else []
     solvers = ",".join(["ddim", trained["tuned"], trained["amed"]])
     words = ["compare", str(folder), "--solvers", solvers, "--nfe", "3,4", "--seeds", "0-3"]
     words += ["--features", "none", "--no-plots", "--cache", str(tmp_path / "cache"), *label]
@@ -99,6 +100,7 @@ def test_solvers_are_learned_and_compared_on_a_converted_network(
     assert run([*words, "--out", str(tmp_path / "compared")]) == 0
     rows = json.loads((tmp_path / "compared" / "comparison.json").read_text())["rows"]
     assert all(np.isfinite(row["error"]) for row in rows)
+    label = ["--label", "1"] if label else []
     words = ["geometry", str(folder), "--seeds", "0-1", "--points", "6", "--no-plots", *label]
     assert run([*words, "--out", str(tmp_path / "geometry")]) == 0
 

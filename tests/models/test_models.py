@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -226,3 +227,14 @@ def test_labels_outside_the_table_say_what_there_is(folder: Path, label: Any) ->
 def test_guidance_must_be_finite_and_not_negative(folder: Path, guidance: float) -> None:
     with pytest.raises(ValueError, match="guidance must be finite"):
         load(folder).denoiser(1, guidance=guidance)
+
+
+def test_the_file_of_weights_has_the_bytes_that_safetensors_writes(tmp_path: Path) -> None:
+    """So equal weights have equal hashes, whoever wrote them."""
+    net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Conv2d(1, 5, 3))
+    mean = torch.randn(3)
+    card = save_folder(tmp_path, Card("toy"), net, {"mean": mean})
+    values = {**net.state_dict(), "stats.mean": mean}
+    wanted = safetensors.torch.save({name: value.half() for name, value in values.items()})
+    assert (tmp_path / "model.safetensors").read_bytes() == wanted
+    assert card.weights_sha256 == hashlib.sha256(wanted).hexdigest()

@@ -18,11 +18,12 @@ import fewstep
 from fewstep.evaluate.compare import Design, Workbench, compare
 from fewstep.evaluate.demo import run_demo
 from fewstep.evaluate.features import own_features, resolve_features
-from fewstep.evaluate.references import Fine, References
+from fewstep.evaluate.references import References
 from fewstep.learned import LearnedSolver
 from fewstep.learned.tuned import Tuned
 from fewstep.models import BUILTIN, builtin
 from fewstep.plan import Plan, levels
+from fewstep.reference import ReferenceSolve
 from fewstep.report.demo import write_demo
 from fewstep.sampling.choose import choose, plan_for
 from fewstep.sampling.settings import Settings
@@ -129,7 +130,7 @@ def test_a_folder_of_budgets_is_a_solver(folder):
 
 def test_compare_takes_them_by_their_names(folder, tmp_path):
     model = fewstep.load(folder)
-    references = References(model, Fine(nfe=8), folder=tmp_path / "cache")
+    references = References(model, ReferenceSolve(nfe=8), folder=tmp_path / "cache")
     design = Design(("auto", "tuned", "ddim"), (3, 5), (0, 1), screen=0, population=4)
     record = compare(Workbench(model, references, tmp_path / "out"), design, []).record
     rows = {(row["sampler"], row["nfe"]): row for row in record["rows"]}
@@ -141,11 +142,23 @@ def test_compare_takes_them_by_their_names(folder, tmp_path):
         compare(Workbench(model, references, tmp_path / "out"), Design(("tunned",), (3,), (0,)), [])
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """A demo whose exact solution is rough."""
+    for name in ("EXACT", "CHECK"):
+        monkeypatch.setattr(f"fewstep.evaluate.demo.{name}", ReferenceSolve("deis-3", 9))
+    monkeypatch.setattr("fewstep.evaluate.demo.ROUNDS", 1)
+
+
+@pytest.mark.usefixtures("quick")
 def test_the_demo_shows_them(folder, tmp_path):
     told = run_demo(str(folder), nfe=3, seeds=[0], solvers=("auto", "ddim"))
     row = next(row for row in told.rows if row.solver == "auto")
     assert row.about.startswith("tuned from ipndm-2")
     assert row.errors is not None
+    page = write_demo(told, tmp_path).files[1].read_text()
+    # a long name leaves room for the pictures
+    assert re.search(r'<span class="about">tuned, error 0\.\d+', page)
 
 
 def test_a_damaged_one_is_one_line(folder):
@@ -263,6 +276,7 @@ def test_the_command_takes_the_means_of_the_models_samples(tmp_path):
         model.shape,
         method="amed",
         nfe=2,
+        grid="karras",
         trajectories=2,
         batch=2,
         validation_seeds=1,
@@ -297,13 +311,6 @@ def test_a_solver_file_that_cannot_be_read_is_one_line(tmp_path):
             assert not (tmp_path / "x").exists()
         with pytest.raises(ValueError, match=message):
             run("plan", tmp_path)
-
-
-def test_a_long_name_leaves_room_for_the_pictures(folder, tmp_path):
-    told = run_demo(str(folder), nfe=3, seeds=[0], solvers=("auto", "ddim"))
-    told = write_demo(told, tmp_path)
-    page = next(path for path in told.files if path.suffix == ".html").read_text()
-    assert re.search(r'<span class="about">tuned, error 0\.\d+', page)
 
 
 def test_the_population_that_ships_is_the_one_that_a_comparison_looks_for(tmp_path, monkeypatch):

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fewstep.models.adm import Classifier
 from fewstep.models.formats.adm import open_source
-from fewstep.networks.adm import ADMConfig, Transformer, cast_torso, time_waves
+from fewstep.networks.adm import Transformer, cast_torso, time_waves
+from fewstep.networks.adm_config import ADMConfig
 from tests.support.adm_files import forward, tensors
 
 SMALL: dict[str, Any] = {"num_channels": 32, "channel_mult": [1, 2], "num_res_blocks": 1}
@@ -120,6 +121,14 @@ def test_the_classifier_pools_by_attention(tmp_path):
     classifier = classifier_of(tmp_path, weights)
     assert classifier.net.config.blocks == 2
     assert gap(classifier.net(x, t), forward(weights, s, x, t)) < 2e-5
+
+
+def test_a_classifier_that_halves_by_convolutions(tmp_path):
+    s = {**SMALL, "legacy": True, "pooled": 5, "image_size": 8, "resblock_updown": False}
+    weights, (x, t, _) = tensors(s), drawn(s)
+    classifier = classifier_of(tmp_path, weights)
+    with torch.no_grad():
+        assert gap(classifier.net(x, t), forward(weights, s, x, t)) < 2e-5
 
 
 def test_the_gradient_of_the_classifier_is_that_of_log_p_in_edm_units(tmp_path):

@@ -15,6 +15,7 @@ from rich.console import Console
 import fewstep
 from fewstep.data.images import read_png
 from fewstep.evaluate.demo import FAMILIES, STOCHASTIC, run_demo
+from fewstep.reference import ReferenceSolve
 from fewstep.report.demo import demo_page, write_demo
 from fewstep.report.terminal import demo_table
 from fewstep.solver import names
@@ -132,7 +133,7 @@ def test_solvers_run_at_the_settings_that_the_card_gives_them(demo, page):
 
 def test_a_budget_that_cannot_be_spent_and_a_usual_setting_are_said_so(monkeypatch):
     for name, recipe in (("EXACT", "exp-adams-4"), ("CHECK", "dpm-solver-3")):
-        monkeypatch.setattr(f"fewstep.evaluate.demo.{name}", (recipe, 9, "karras"))
+        monkeypatch.setattr(f"fewstep.evaluate.demo.{name}", ReferenceSolve(recipe, 9))
     monkeypatch.setattr("fewstep.models.card.Card.setting", lambda *_: {})
     result = run_demo(nfe=1, seeds=[5], solvers=["heun", "ddim"])
     assert not result.screened
@@ -220,6 +221,8 @@ def with_student(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fewstep.evaluate.demo.FAMILIES", ("ddim", "ipndm-2"))
         patch.setattr("fewstep.evaluate.demo.STOCHASTIC", ())
+        patch.setattr("fewstep.evaluate.demo.CHECK", ReferenceSolve("dpm-solver-3", 12))
+        patch.setattr("fewstep.evaluate.demo.ROUNDS", 1)
         return write_demo(run_demo(nfe=3, seeds=SEEDS), tmp_path_factory.mktemp("students"))
 
 

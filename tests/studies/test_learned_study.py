@@ -40,7 +40,8 @@ def test_all_that_is_planned_can_be_trained(tmp_path):
 
 
 def test_the_command_knows_every_planned_option(tmp_path):
-    for one in trainings(options(tmp_path), [*VARIANTS, *ABLATION]):
+    once = options(tmp_path, "--training-seeds", "1", "--budgets", "5")
+    for one in trainings(once, [*VARIANTS, *ABLATION]):
         assert one.command[:3] == ("fewstep", "train", "solver")
         _, bound, _ = app.parse_args(one.command[1:], exit_on_error=False, print_error=False)
         bound.apply_defaults()

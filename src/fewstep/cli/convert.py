@@ -16,6 +16,7 @@ FILE = "A network pickle of NVlabs (.pkl), or a .pt or .ckpt of one of the other
 CONFIG = "Settings that a .pt or .ckpt does not say, by their published names: JSON or YAML."
 CLASSIFIER = "The file of a noisy classifier, by which guidance goes then."
 GUIDE = "A file with a second network, by which guidance goes then."
+MODEL = "The network that a published solver was learned on, whose levels it then takes."
 VAE = "A folder of diffusers with Stable Diffusion's autoencoder, for EDM2 at 512 pixels."
 
 
@@ -31,6 +32,7 @@ def convert_command(
     guide: Annotated[Path | None, option(GUIDE)] = None,
     classifier: Annotated[Path | None, option(CLASSIFIER)] = None,
     config: Annotated[Path | None, option(CONFIG)] = None,
+    model: Annotated[str | None, option(MODEL)] = None,
     name: Annotated[str | None, option("Name of the model. Default: the file's.")] = None,
     draws: Annotated[
         int | None, option("Draws of noise for each class's mean at sigma_max.", least=0)
@@ -50,7 +52,9 @@ def convert_command(
     options = {key: value for key, value in named.items() if value is not None}
     if _is_solver(file):
         refuse_beside("a learned solver has none", {f"--{key}": options[key] for key in options})
-        return _convert_solver(file, out, as_json)
+        return _convert_solver(file, out, model, as_json)
+    if model is not None:
+        raise ValueError(f"{clean(file)} holds a network, and --model goes with a solver")
     with tidy(out), show.Progress(as_json) as bar:
         card = convert(
             file,
@@ -83,13 +87,15 @@ def _is_solver(file: Path) -> bool:
     return is_solver(pickles.read(file))
 
 
-def _convert_solver(file: Path, out: Path, as_json: bool) -> None:
+def _convert_solver(file: Path, out: Path, model: str | None, as_json: bool) -> None:
     from fewstep import pickles
-    from fewstep.learned.published import describe, read
+    from fewstep.learned.published import describe, read, read_for
+    from fewstep.models import load
 
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{clean(out)} is not empty; name another folder")
-    solver = read(pickles.read(file))
+    found = pickles.read(file)
+    solver = read(found) if model is None else read_for(load(model), found)
     solver.save(out)
     words = describe(solver)
     print(json.dumps({"solver": words, "out": str(out)}) if as_json else clean(words))

@@ -11,6 +11,7 @@ from rich.console import Console
 from fewstep.cli.app import app
 from fewstep.cli.options import (
     MACHINE,
+    SPREAD,
     TEXT,
     Condition,
     Machine,
@@ -22,6 +23,9 @@ from fewstep.cli.options import (
 )
 from fewstep.cli.parsing import parse_grid, parse_seeds
 from fewstep.cli.work import AsJson, command_line, resumable
+from fewstep.scale.settings import Scaling
+
+SCALING = Take(Scaling, SPREAD)
 
 
 @command(
@@ -34,6 +38,7 @@ from fewstep.cli.work import AsJson, command_line, resumable
         only=("device", "dtype", "batch"),
         helps={"batch": "Trajectories at a time. Default: as memory allows."},
     ),
+    SCALING,
 )
 def geometry_command(
     model: ModelArgument = "fashion-mnist",
@@ -56,26 +61,34 @@ def geometry_command(
     """
     from fewstep.evaluate.geometry import run_geometry
     from fewstep.files import opened
-    from fewstep.models import load
     from fewstep.report.geometry import write_geometry
     from fewstep.report.terminal import Progress, geometry_table
+    from fewstep.scale.executors import open_executor
+    from fewstep.scale.geometry import GeometryWork, shared
+    from fewstep.scale.shards import Source
 
     chosen, levels = parse_seeds(seeds), parse_grid(grid) or "karras"
-    machine = {name: given.pop(name) for name in ("device", "dtype")}
-    loaded = load(model, **machine)
-    with resumable(out), opened(out), Progress(as_json) as bar:
-        result = run_geometry(
-            loaded,
-            out,
-            seeds=chosen,
-            points=points,
-            solver=solver,
-            grid=levels,
-            command=command_line(),
-            report=bar,
-            **given,
-        )
-        result = write_geometry(result, out) if plots else result
+    spread = Scaling(**SCALING.take(given))
+    source = Source(model, **{name: given.pop(name) for name in ("device", "dtype")})
+    with Progress(as_json) as bar, open_executor(spread, bar.say) as executor:
+        if not executor.leads:
+            executor.serve(GeometryWork(source))
+            return
+        loaded = source.load(executor.here)
+        with resumable(out), opened(out):
+            result = run_geometry(
+                loaded,
+                out,
+                seeds=chosen,
+                points=points,
+                solver=solver,
+                grid=levels,
+                command=command_line(),
+                by=shared(executor, source) if spread.shares else None,
+                report=bar,
+                **given,
+            )
+            result = write_geometry(result, out) if plots else result
     if as_json:
         print(json.dumps(result.to_dict()))
         return

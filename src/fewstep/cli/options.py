@@ -30,6 +30,7 @@ __all__ = [
     "MACHINE",
     "PICTURE",
     "SOLVER",
+    "SPREAD",
     "TEXT",
     "Condition",
     "Machine",
@@ -46,7 +47,7 @@ SOLVER, TEXT, PICTURE = (
     for place, name in enumerate(("Solver", "Text and class", "From a picture"), start=2)
 )
 LEARNING, MACHINE = Group("Learning", sort_key=5), Group("Machine", sort_key=9)
-CHOICE = Group("Choice of settings", sort_key=6)
+CHOICE, SPREAD = Group("Choice of settings", sort_key=6), Group("Many machines", sort_key=8)
 
 ModelArgument = Annotated[
     str,

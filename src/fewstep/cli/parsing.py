@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 __all__ = [
@@ -10,6 +12,8 @@ __all__ = [
     "parse_budgets",
     "parse_grid",
     "parse_guidance",
+    "parse_lora",
+    "parse_many_seeds",
     "parse_seeds",
     "parse_size",
     "parse_widths",
@@ -28,17 +32,30 @@ def parse_seeds(text: str, what: str = "seeds") -> list[int]:
     """
     seeds: dict[int, None] = {}
     for part in text.split(","):
-        low, dash, high = part.strip().partition("-")
-        digits = [low, high] if dash else [low]
-        if not all(one.isascii() and one.isdecimal() for one in digits):
-            raise ValueError(f"{what} are written like 0-63 or 1,5,7-9, got {text!r}")
-        if max(map(len, digits)) > 19 or int(high or low) < int(low) or int(high or low) >= 2**63:
-            raise ValueError(f"{what} must rise and stay below 2^63, got {part.strip()!r}")
-        first, last = int(low), int(high or low)
-        if last - first >= MOST_SEEDS or len(seeds) >= MOST_SEEDS:
+        run = _run(part, text, what)
+        if len(run) > MOST_SEEDS or len(seeds) >= MOST_SEEDS:
             raise ValueError(f"at most {MOST_SEEDS} {what} at a time, got {text!r}")
-        seeds.update(dict.fromkeys(range(first, last + 1)))
+        seeds.update(dict.fromkeys(run))
     return list(seeds)
+
+
+def parse_many_seeds(text: str) -> range | list[int]:
+    """The same for shards; one run of seeds may be of any length, and takes no memory.
+
+    Raises:
+        ValueError: that shows the form.
+    """
+    return parse_seeds(text) if "," in text else _run(text, text, "seeds")
+
+
+def _run(part: str, text: str, what: str) -> range:
+    low, dash, high = part.strip().partition("-")
+    digits = [low, high] if dash else [low]
+    if not all(one.isascii() and one.isdecimal() for one in digits):
+        raise ValueError(f"{what} are written like 0-63 or 1,5,7-9, got {text!r}")
+    if max(map(len, digits)) > 19 or int(high or low) < int(low) or int(high or low) >= 2**63:
+        raise ValueError(f"{what} must rise and stay below 2^63, got {part.strip()!r}")
+    return range(int(low), int(high or low) + 1)
 
 
 def parse_budgets(text: str) -> tuple[int, ...]:
@@ -85,6 +102,21 @@ def parse_guidance(text: str) -> float | tuple[float, float]:
     if len(parts) not in (1, 2):
         raise ValueError(f"guidance is one scale or two, like 4 or 2,8, got {text!r}")
     return parts[0] if len(parts) == 1 else (parts[0], parts[1])
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    """A file and its scale from "FILE" or "FILE:0.8"."""
+    name, colon, tail = text.rpartition(":")
+    try:
+        scale = float(tail) if colon else 1.0
+    except ValueError:
+        name, scale = text, 1.0
+    name = name if colon and name else text
+    if not name or not math.isfinite(scale):
+        raise ValueError(
+            f"adapters are written FILE or FILE:SCALE, like style.safetensors:0.8, got {text!r}"
+        )
+    return Path(name), scale
 
 
 def words(text: str, what: str = "a list") -> tuple[str, ...]:

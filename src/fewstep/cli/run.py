@@ -23,17 +23,24 @@ from fewstep.cli import (  # noqa: F401  (each registers its commands)
     plan,
     sample,
     serve,
+    status,
     train,
     train_solver,
 )
 from fewstep.cli.app import app
-from fewstep.text import clean
+from fewstep.text import clean, joined
 
 __all__ = ["app", "run"]
 
 MAY_BE_EMPTY = ("--prompt", "--negative")
 PLUGINS = "fewstep.solvers"  # the group of entry points that register solvers
-SHARED = "distill"  # the one command that shares its work between processes
+SHARED = (
+    "compare",
+    "distill",
+    "evaluate",
+    "geometry",
+    "sample",
+)  # commands that share their work between processes
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -141,10 +148,11 @@ def _refuse_ranks(words: Sequence[str]) -> None:
     """Under torchrun every process would do all the work, into the same files."""
     count = os.environ.get("WORLD_SIZE", "1")
     asks = {"--help", "-h", "--version"} & set(words)
-    if words and words[0] != SHARED and count.isdecimal() and int(count) > 1 and not asks:
+    if words and words[0] not in SHARED and count.isdecimal() and int(count) > 1 and not asks:
         raise ValueError(
-            f"only `fewstep {SHARED}` shares work between processes, and WORLD_SIZE is {count}; "
-            f"run `fewstep {words[0]}` without torchrun, on other seeds in each process"
+            f"only {joined([f'`fewstep {one}`' for one in SHARED])} share work between processes, "
+            f"and WORLD_SIZE is {count}; run `fewstep {words[0]}` without torchrun, on other seeds "
+            "in each process"
         )
 
 

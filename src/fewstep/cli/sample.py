@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fewstep.cli.app import app
 from fewstep.cli.options import (
     MACHINE,
     PICTURE,
     SOLVER,
+    SPREAD,
     TEXT,
     Machine,
     ModelArgument,
@@ -20,10 +23,21 @@ from fewstep.cli.options import (
     command,
     option,
 )
-from fewstep.cli.parsing import parse_seeds, parse_size, refuse_beside
-from fewstep.cli.work import AsJson, resumable
+from fewstep.cli.parsing import (
+    parse_lora,
+    parse_many_seeds,
+    parse_seeds,
+    parse_size,
+    refuse_beside,
+    words,
+)
+from fewstep.cli.work import AsJson, command_line, resumable
 from fewstep.sampling.request import Request
 from fewstep.sampling.settings import Settings
+from fewstep.scale.settings import Scaling
+
+if TYPE_CHECKING:
+    from fewstep.models import Model
 
 HELPS = {
     "prompt": "A text, for all pictures.",
@@ -34,6 +48,9 @@ SEEDS = (
     "Seeds, one per picture: 0-63 or 1,5,7-9. Default: 0-15. With --prompts: one for all, or one "
     "per row; default: the file's seeds, else the rows' numbers."
 )
+
+
+SCALING = Take(Scaling, SPREAD)
 
 
 @command(
@@ -49,12 +66,13 @@ SEEDS = (
     Take(Request, PICTURE, only=("image", "strength")),
     Take(Settings, SOLVER, types={"solver": str}),
     Take(Machine, MACHINE),
+    SCALING,
 )
 def sample_command(
     model: ModelArgument = "fashion-mnist",
     /,
     *,
-    out: Annotated[Path, option("Folder for the pictures.")] = Path("samples"),
+    out: Annotated[str, option("Folder for the pictures; of shards also a URL.")] = "samples",
     seeds: Annotated[str | None, option(SEEDS)] = None,
     size: Annotated[
         str | None,
@@ -71,6 +89,10 @@ def sample_command(
     ] = None,
     classifier: Annotated[
         Path | None, option("A file with a classifier, by which guidance goes.", MACHINE)
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        option("Of a pipeline: a file of adapters, FILE or FILE:SCALE; may be repeated.", MACHINE),
     ] = None,
     as_json: AsJson = False,
     prompts: Annotated[
@@ -89,6 +111,28 @@ def sample_command(
         Path | None,
         option("A plan, as `fewstep plan --json` prints it, instead of a solver.", group=SOLVER),
     ] = None,
+    shards: Annotated[
+        int | None,
+        option(
+            "Into so many files at most, each with whole batches. Default: of 256 pictures.",
+            SPREAD,
+            1,
+        ),
+    ] = None,
+    keep: Annotated[
+        str | None,
+        option("Of shards: tar, png, or none: the features alone. Default: tar.", SPREAD),
+    ] = None,
+    features: Annotated[
+        str | None,
+        option("Feature network that looks at the pictures, as of evaluate.", SPREAD),
+    ] = None,
+    clip: Annotated[
+        str | None, option("CLIP model that compares each with its prompt.", SPREAD)
+    ] = None,
+    trust: Annotated[
+        str | None, option("SHA-256 of a TorchScript file of --features.", SPREAD)
+    ] = None,
     **given: Any,
 ) -> None:
     """Sample pictures: one PNG per seed, or per text of a file, and a contact sheet.
@@ -97,7 +141,6 @@ def sample_command(
     were made with other settings, nothing is touched and the command says so.
     """
     from fewstep.models import load
-    from fewstep.models.network import drawn_label
     from fewstep.plan import Plan
     from fewstep.report import terminal as show
     from fewstep.sampling.folder import sample_to_folder
@@ -113,21 +156,30 @@ def sample_command(
             "the sigmas decide what is spent, and where it ends",
             {"--nfe": given["nfe"], "--end": given["end"]},
         )
+    spread = Scaling(**SCALING.take(given))
+    looks = {"features": features, "clip": clip, "trust": words(trust, "trust") if trust else ()}
+    kept = {"shards": shards, "keep": keep, **looks}
     label, prompt = given.pop("label"), given.pop("prompt")
-    pictures = _asked_for(seeds, prompt, prompts, rows, label)
+    many = spread.shares or any(kept.values()) or "://" in out
+    pictures = _asked_for(seeds, prompt, prompts, rows, label, many)
     options = {name: given.pop(name) for name in ("config", "slicing", "tiling")}
     options |= {"size": parse_size(size) if size else None, "preset": preset, "vae": vae}
     options |= {"guide": guide, "classifier": classifier}
+    options["loras"] = [parse_lora(one) for one in lora or []]
+    options = {name: one for name, one in options.items() if one}
     machine = {name: given.pop(name) for name in ("device", "dtype", "compile")}
-    loaded = load(model, **machine, **{name: one for name, one in options.items() if one})
-    if label == "all":
-        pictures["label"] = [
-            drawn_label(seed, len(loaded.card.classes)) for seed in pictures["seeds"]
-        ]
-    names, batch = pictures.pop("names", None), given.pop("batch")
+    batch = given.pop("batch")
     how = Settings(**{field.name: given.pop(field.name) for field in fields(Settings)})
-    begun, count = time.perf_counter(), len(pictures["seeds"])
-    with resumable(out), show.Progress(as_json) as bar:
+    if many:
+        kept |= {"batch": batch, "settings": how, "given": given}
+        _in_shards((model, machine, options), out, spread, pictures, kept, as_json)
+        return
+    loaded = load(model, **machine, **options)
+    if label == "all":
+        pictures["label"] = _drawn(pictures["seeds"], loaded)
+    names, count = pictures.pop("names", None), len(pictures["seeds"])
+    begun = time.perf_counter()
+    with resumable(Path(out)), show.Progress(as_json) as bar:
         result = sample_to_folder(
             loaded,
             out,
@@ -147,16 +199,84 @@ def sample_command(
     print(f"{result.sheet}")
 
 
+def _in_shards(
+    model: tuple[str, dict[str, Any], dict[str, Any]],
+    out: str,
+    spread: Scaling,
+    pictures: dict[str, Any],
+    how: dict[str, Any],
+    as_json: bool,
+) -> None:
+    """Sample into shards, by whichever processes.
+
+    Args:
+        model: its name, where it runs, and how it is loaded
+        pictures: as `_asked_for` returns them
+        how: the other fields of `Asked`, and those of `Looks`
+    """
+    from fewstep.data.images import read_picture
+    from fewstep.report import terminal as show
+    from fewstep.report.scale import shards_lines
+    from fewstep.scale.executors import open_executor
+    from fewstep.scale.run import finish
+    from fewstep.scale.sample import Asked, plan_of, work_of
+    from fewstep.scale.shards import Looks, Source
+    from fewstep.scale.stores import is_url, open_store
+
+    open_store(out)
+    name, machine, options = model
+    source = Source(name, **machine, options=tuple(options.items()))
+    looks = Looks(*(how.pop(name) for name in ("features", "trust", "clip")))
+    given, keep = how.pop("given"), how.pop("keep") or "tar"
+    if given["image"] is not None:
+        given["image"] = read_picture(given["image"])
+    with show.Progress(as_json) as bar, open_executor(spread, bar.say) as executor:
+        loaded = source.load(executor.here)
+        if pictures.get("label") == "all":
+            pictures["label"] = _drawn(pictures["seeds"], loaded)
+        seeds, names = pictures.pop("seeds"), pictures.pop("names", None)
+        asked = Asked(
+            out, seeds, given={**pictures, **given}, names=names, keep=keep, looks=looks, **how
+        )
+        work = work_of(source, asked, loaded, executor.here)
+        del loaded
+        if not executor.leads:
+            executor.serve(work)
+            return
+        with nullcontext() if is_url(out) else resumable(Path(out)):
+            plans = [plan_of(asked, work.tasks[0].job)]
+            [result] = finish(work, plans, executor, command=command_line(), report=bar)
+    if as_json:
+        print(json.dumps(result.to_dict()))
+        return
+    for line in shards_lines(result):
+        print(line)
+
+
+def _drawn(seeds: Sequence[int], model: Model) -> list[int]:
+    from fewstep.models.labels import drawn_label
+
+    return [drawn_label(seed, len(model.card.classes)) for seed in seeds]
+
+
 def _asked_for(
-    seeds: str | None, prompt: str | None, prompts: Path | None, rows: str | None, label: str | None
+    seeds: str | None,
+    prompt: str | None,
+    prompts: Path | None,
+    rows: str | None,
+    label: str | None,
+    many: bool = False,
 ) -> dict[str, Any]:
     """The pictures that are wanted, as `sample_to_folder` takes them: seeds, names, label,
     prompt."""
     if prompts is None:
         refuse_beside("there is no --prompts to take rows of", {"--rows": rows})
-        chosen = parse_seeds("0-15" if seeds is None else seeds)
-        names = [name.strip() for name in label.split(",")] if label is not None else None
-        each = [names[i % len(names)] for i in range(len(chosen))] if names else None
+        text = "0-15" if seeds is None else seeds
+        chosen = parse_many_seeds(text) if many else parse_seeds(text)
+        if label is None or label == "all":
+            return {"seeds": chosen, "label": label, "prompt": prompt}
+        names = [name.strip() for name in label.split(",")]
+        each = [names[i % len(names)] for i in range(len(chosen))]
         return {"seeds": chosen, "label": each, "prompt": prompt}
     from fewstep.data.captions import read_captions
 

@@ -31,6 +31,7 @@ __all__ = [
     "decode",
     "fit_picture",
     "metadata_in",
+    "png_bytes",
     "read_metadata",
     "read_picture",
     "read_png",
@@ -69,15 +70,19 @@ class Picture(NamedTuple):
 
 
 def write_png(path: Path | str, image: np.ndarray, metadata: dict[str, Any] | None = None) -> None:
-    """Write uint8 [h, w, c] (c = 1 or 3), or [h, w], with `metadata` as JSON in a text chunk. The
-    bytes depend on these alone."""
+    """Write uint8 [h, w, c] (c = 1 or 3), or [h, w], with `metadata` as JSON in a text chunk."""
+    write_whole(path, png_bytes(image, metadata))
+
+
+def png_bytes(image: np.ndarray, metadata: dict[str, Any] | None = None) -> bytes:
+    """The file that `write_png` writes. The bytes depend on the arguments alone."""
     info = PngImagePlugin.PngInfo()
     if metadata is not None:
         info.add_text(KEY, json.dumps(metadata, sort_keys=True))
     buffer = io.BytesIO()
     picture = image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image
     Image.fromarray(picture).save(buffer, "PNG", pnginfo=info)
-    write_whole(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def read_metadata(path: Path | str) -> dict[str, Any] | None:

@@ -1,5 +1,5 @@
-"""Pictures of a folder, a .zip, an .npz or an .npy, in one fixed order: the one list that training
-and measuring read.
+"""Pictures of a folder, a .zip, an .npz or an .npy, or of the tars in a folder, in one fixed order:
+the one list that training and measuring read.
 
 A source knows the names of its pictures and streams them one by one, so memory does not grow with
 their number. Files are ordered by name (the whole path inside the folder or archive, "/" between
@@ -37,6 +37,7 @@ from fewstep.data.archives import (
 )
 from fewstep.data.bounds import MOST_BYTES, read_bytes
 from fewstep.data.images import SUFFIXES, Picture, Unreadable, decode, fit_picture, metadata_in
+from fewstep.data.tars import tar_members
 from fewstep.text import clean
 
 __all__ = [
@@ -95,7 +96,7 @@ class Images(Protocol):
 
 def open_images(path: Path | str, fit: int | None = None, *, upright: bool = True) -> Images:
     """A folder (with folders in it, and links to folders), a .zip, an .npz with uint8 [n, h, w, c]
-    under `arr_0` or `images`, or an .npy.
+    under `arr_0` or `images`, or an .npy. Of a folder without pictures, those in its tars.
 
     Args:
         path: of the pictures
@@ -112,6 +113,8 @@ def open_images(path: Path | str, fit: int | None = None, *, upright: bool = Tru
         raise ValueError(f"fit must be a size in pixels, got {fit}")
     if path.is_dir():
         found: Images = _folder(path, upright)
+        if not found.names and found.left_out.get(".tar"):
+            found = tar_images(path, upright)
     elif not path.exists():
         raise FileNotFoundError(2, "not there", str(path))
     else:
@@ -391,6 +394,31 @@ def _zip(path: Path, archive: zipfile.ZipFile, upright: bool) -> Files:
             return partial(member_bytes, zipfile.ZipFile(path))
 
     return Files(str(path), names, left_out, digest, opened, upright)
+
+
+def tar_images(path: Path, upright: bool) -> Files:
+    """The pictures in the tars of a folder, by their names inside."""
+    found, left_out = {}, Counter[str]()
+    for tar in sorted(path.rglob("*.tar")):
+        for member in tar_members(tar):
+            kind = _not_a_picture(member.name)
+            if kind == ".json":  # what webdataset puts beside a picture
+                continue
+            if kind or member.name in found:
+                left_out[kind or "second of one name"] += 1
+            else:
+                found[member.name] = member
+    names = tuple(sorted(found))
+    facts = [[name, found[name].size, found[name].stamp] for name in names]
+
+    def bytes_of(name: str) -> bytes:
+        try:
+            return found[name].read()
+        except OSError as error:
+            raise Unreadable(error.strerror or str(error)) from None
+
+    digest = _set_digest(facts, upright)
+    return Files(str(path), names, left_out, digest, lambda: bytes_of, upright)
 
 
 def _npz(path: Path, archive: zipfile.ZipFile, member: str) -> Array:

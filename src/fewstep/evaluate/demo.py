@@ -27,11 +27,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.denoiser import Counted
+from fewstep.denoiser import Counted, Denoiser
 from fewstep.loop import finish
-from fewstep.loop import run as going
 from fewstep.models import Model, load, students_of
 from fewstep.provenance import machine_line, software_line
+from fewstep.reference import ReferenceSolve
 from fewstep.sampling.choose import choose, draws_noise
 from fewstep.sampling.settings import Filled, Settings
 from fewstep.solver import Solver, get, intervals_for
@@ -50,8 +50,8 @@ STUDENT_BUDGETS = (1, 2, 4)
 
 # On the built-in network these two differ by 1e-4, most of which is the second one's error. RMSE of
 # solvers at 5 evaluations is 0.05 and more.
-EXACT = ("exp-adams-4", 80, "karras")
-CHECK = ("dpm-solver-3", 120, "log-snr")
+EXACT = ReferenceSolve("exp-adams-4", 80, "karras")
+CHECK = ReferenceSolve("dpm-solver-3", 120, "log-snr")
 CHECK_SEEDS = 4
 FINER = 8  # the exact solution spends at least so many times the budget
 ROUNDS = 3  # timings per solver, of which the median counts
@@ -185,10 +185,10 @@ def run_demo(
     each = sum(entrant.settings.nfe for entrant in entrants) * len(seeds)
     total = exact.nfe * len(seeds) + check.nfe * few + ROUNDS * each
     bench = _Bench(x_T, seeds, total, report)
-    fine = _Entrant(model, denoiser, "exact solution", exact)
-    x, seconds = bench.watched(fine, len(seeds))
-    other, _ = bench.watched(_Entrant(model, denoiser, "check of it", check), few)
-    clean = denoiser(x, torch.full((len(x),), model.card.sigma_min, device=x.device))
+    (x, clean), seconds = bench.watched("exact solution", exact, denoiser, len(seeds))
+    (other, _), _ = bench.watched("check of it", check, denoiser, few)
+    settings = Filled(exact.solver, exact.nfe, str(exact.grid))
+    fine = _Entrant(model, denoiser, "exact solution", settings)
     reference = _row(fine, _Run(x, exact.nfe, [seconds]), other, exact.nfe)
     runs = _race(bench, entrants)
     report("done", total, total)
@@ -250,17 +250,20 @@ class _Bench:
     report: Callable[[str, int, int], None]
     done: int = 0
 
-    def watched(self, entrant: _Entrant, number: int) -> tuple[Tensor, float]:
-        """A long solve of the first seeds, reported as it goes: its end and its seconds."""
-        x, seeds = self.x_T[:number], self.seeds[:number]
-        program = resolve(entrant.settings, entrant.denoiser)
-        self.report(entrant.name, self.done, self.total)
+    def watched(
+        self, name: str, how: ReferenceSolve, denoiser: Denoiser, number: int
+    ) -> tuple[tuple[Tensor, ...], float]:
+        """A reference solve of the first seeds, reported as it goes: its two ends, its seconds."""
+
+        def tell(evaluations: int) -> None:
+            self.report(name, self.done + evaluations * number, self.total)
+
+        tell(0)
         begun = time.perf_counter()
-        for state in going(program, entrant.denoiser, x, seeds):
-            x = state.x
-            self.report(entrant.name, self.done + state.nfe * number, self.total)
-        self.done += entrant.settings.nfe * number
-        return x, time.perf_counter() - begun
+        ends = how.ends(denoiser, self.x_T[:number], tell)
+        seconds = time.perf_counter() - begun
+        self.done += how.nfe * number
+        return ends.unbind(1), seconds
 
     def timed(self, entrant: _Entrant) -> tuple[Tensor, float]:
         """A solve of all seeds with nothing in between: its end and its seconds."""
@@ -332,9 +335,8 @@ def _spendable(solver: Solver, settings: Filled) -> int:
     return settings.nfe
 
 
-def _fine(recipe: tuple[str, int, str], nfe: int) -> Filled:
-    solver, least, grid = recipe
-    return Filled(solver, max(least, FINER * nfe - FINER * nfe % 3), grid)
+def _fine(how: ReferenceSolve, nfe: int) -> ReferenceSolve:
+    return replace(how, nfe=max(how.nfe, FINER * nfe - FINER * nfe % 3))
 
 
 def _row(entrant: _Entrant, run: _Run, target: Tensor | None, nfe: int) -> Row:
@@ -390,8 +392,8 @@ def _protocol(
     command: str,
     seeds: Sequence[int],
     label: int | str | None,
-    exact: Filled,
-    check: Filled,
+    exact: ReferenceSolve,
+    check: ReferenceSolve,
     few: int,
     rounds: int,
 ) -> dict[str, str]:

@@ -16,7 +16,7 @@ from fewstep.evaluate.protocols import Protocol, check_protocol, get_protocol
 from fewstep.evaluate.settings import Measuring
 from fewstep.text import clean
 
-__all__ = ["Job", "open_job"]
+__all__ = ["CLIP", "Job", "of_protocol", "open_job"]
 
 CLIP = "openai/clip-vit-large-patch14"  # torchmetrics' default
 
@@ -102,7 +102,7 @@ def open_job(
     Raises:
         ValueError: something does not go together, or cannot be read.
     """
-    how, protocol = _of_protocol(how)
+    how, protocol = of_protocol(how)
     given = how.metrics or (protocol.metrics if protocol else ("fd",))
     metrics = () if given == ("none",) else given
     if ("clip" in metrics) != (captions is not None):
@@ -121,7 +121,7 @@ def open_job(
     return Job(how, metrics, pictures, extractor, scorer, texts, protocol, upright)
 
 
-def _of_protocol(how: Measuring) -> tuple[Measuring, Protocol | None]:
+def of_protocol(how: Measuring) -> tuple[Measuring, Protocol | None]:
     """The settings with what their protocol fixes.
 
     Raises:

@@ -76,6 +76,7 @@ def evaluate(
     resamples: int | None = None,
     state: Path | None = None,
     save_every: int = 1000,
+    gathered: Gathered | None = None,
     command: str = "",
     report: Report = silent,
 ) -> Evaluation:
@@ -99,7 +100,10 @@ def evaluate(
     Raises:
         ValueError: something is missing, does not go together, or cannot be read.
     """
-    _check_request(metrics, reference, extractor, clip, captions)
+    scored = gathered is not None and gathered.clip is not None
+    asked = [name for name in metrics if name != "clip" or not scored]
+    if asked or not scored:
+        _check_request(asked, reference, extractor, clip, captions)
     if protocol is not None:
         _check_parts(protocol, reference, extractor)
         check_protocol(protocol, min(len(images.names), limit or len(images.names)))
@@ -108,7 +112,7 @@ def evaluate(
     texts, matched = (), ""
     if captions is not None and "clip" in metrics:
         texts, matched = match_captions(captions, images.names[:total])
-    found = gather(
+    found = gathered or gather(
         images,
         extractor,
         clip=clip if "clip" in metrics else None,
@@ -135,7 +139,7 @@ def evaluate(
         "extractor": _extractor_facts(extractor) if extractor is not None else None,
         "reference": reference.to_dict() if reference is not None else None,
         "captions": matches,
-        "clip": clip.name if found.clip is not None and clip is not None else None,
+        "clip": found.clip.extractor if found.clip is not None else None,
         "made": time.strftime("%Y-%m-%d"),
         "command": command,
         **_software(),

@@ -10,6 +10,7 @@ its weights has no cache.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,10 +23,11 @@ import torch
 from torch import Tensor
 
 from fewstep.cache import cache_folder, kept_at, recall
-from fewstep.evaluate.settings import Fine
+from fewstep.denoiser import Denoiser
 from fewstep.models import Model
+from fewstep.models.labels import by_seed
+from fewstep.reference import ReferenceSolve
 from fewstep.sampling.choose import identify
-from fewstep.solving import solve
 
 __all__ = ["References"]
 
@@ -36,18 +38,26 @@ CHUNK = 250  # seeds in a file of the cache
 class References:
     """Reference endpoints of one model under one condition.
 
-    label, guidance, prompt: the condition, the same for all seeds
+    label, guidance, prompt: the condition, see `fewstep.models.labels`
     folder: of the cache; `cache_folder()` unless given
     batch: pictures at a time
     """
 
     model: Model
-    fine: Fine = Fine()
+    how: ReferenceSolve = ReferenceSolve()
     label: int | str | None = None
     guidance: float | None = None
     folder: Path | None = None
     batch: int = 50
-    prompt: str | None = None
+    prompt: str | tuple[str, ...] | None = None
+
+    @property
+    def said(self) -> str | None:
+        """The prompt; of several, how many, and a hash of them."""
+        if self.prompt is None or isinstance(self.prompt, str):
+            return self.prompt
+        digest = hashlib.sha256("\0".join(self.prompt).encode()).hexdigest()
+        return f"{len(self.prompt)} texts, SHA-256 {digest[:16]}"
 
     def facts(self) -> dict[str, Any]:
         """Everything that the endpoints depend on but the seed, JSON-ready."""
@@ -57,8 +67,8 @@ class References:
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "label": self.label,
             "guidance": self.guidance,
-            **({} if self.prompt is None else {"prompt": self.prompt}),
-            **asdict(self.fine),
+            **({} if self.prompt is None else {"prompt": self.said}),
+            **asdict(self.how),
         }
 
     def endpoints(
@@ -84,9 +94,15 @@ class References:
     def error(self, seeds: Sequence[int]) -> float:
         """Their own error: root mean square distance at sigma_min to a solve three times as fine by
         another method, [-1, 1] pixel units."""
-        finer = replace(self, fine=Fine("exp-adams-4", min(3 * self.fine.nfe, 1000), "log-snr"))
-        ours, theirs = (one.endpoints(seeds)[:, 0].astype(float) for one in (self, finer))
+        both = (self, self.finer)
+        ours, theirs = (one.endpoints(seeds)[:, 0].astype(float) for one in both)
         return float(np.sqrt(np.square(ours - theirs).reshape(len(seeds), -1).mean(1)).mean())
+
+    @property
+    def finer(self) -> References:
+        """The solves that tell the error of these."""
+        nfe = min(3 * self.how.nfe, 1000)
+        return replace(self, how=ReferenceSolve("exp-adams-4", nfe, "log-snr"))
 
     def missing(self, seeds: Sequence[int]) -> int:
         """How many of the seeds would be solved now."""
@@ -102,11 +118,13 @@ class References:
         x = self.model.prior(range(self.batch))
         level = torch.full((len(x),), float(self.model.card.sigma_max), device=x.device)
         begun = time.perf_counter()
-        self._denoiser()(x, level).cpu()
+        self._bound(range(self.batch))(x, level).cpu()
         return (time.perf_counter() - begun) / len(x)
 
-    def _denoiser(self) -> Any:
-        return self.model.denoiser(self.label, self.prompt, self.guidance)
+    @cached_property
+    def _bound(self) -> Callable[[Sequence[int]], Denoiser]:
+        """From seeds to the denoiser under their condition."""
+        return by_seed(self.model, self.label, self.prompt, self.guidance)
 
     @property
     def _folder(self) -> Path:
@@ -131,14 +149,10 @@ class References:
 
     @torch.inference_mode()
     def _solve(self, seeds: Sequence[int]) -> Tensor:
-        denoiser = self._denoiser()
-        x = solve(denoiser, self.model.prior(seeds), **asdict(self.fine))
-        low = float(getattr(denoiser, "sigma_min", 0.002))
-        clean: Tensor = denoiser(x, torch.full((len(x),), low, device=x.device))
-        both = torch.stack((x, clean), dim=1).float().cpu()
-        if not torch.isfinite(both).all():
-            raise FloatingPointError(f"a reference solve of seeds {seeds[0]} to {seeds[-1]} is NaN")
-        return both
+        try:
+            return self.how.ends(self._bound(seeds), self.model.prior(seeds)).float().cpu()
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error} (seeds {seeds[0]} to {seeds[-1]})") from None
 
 
 def _split(seeds: Sequence[int], size: int) -> Iterator[Sequence[int]]:

@@ -11,28 +11,10 @@ from pydantic import Field
 
 from fewstep.records import Int, Text, record
 
-__all__ = ["Fine", "Measuring"]
+__all__ = ["Measuring"]
 
 METRICS = ("fd", "kid", "pr", "clip")
 Positive = Annotated[Int, Field(ge=1)]
-
-
-@record
-class Fine:
-    """How a reference is solved.
-
-    The defaults are within 4e-4 root mean square, in pixel units of [-1, 1], of a solve four times
-    as fine on the built-in model (a step of uint8 is 8e-3).
-
-    Attributes:
-        solver: A deterministic solver's name.
-        nfe: Evaluations of a reference solve, at most 1000.
-        grid: A grid's name.
-    """
-
-    solver: Text = "deis-4"
-    nfe: Annotated[Int, Field(ge=8, le=1000)] = 40
-    grid: Text = "karras"
 
 
 @record

@@ -69,6 +69,7 @@ class Amed:
             2 * (len(self.sigmas) - 1) - (self.afs != "none"),
             adapts=True,
             name=self.kind if self.base is None else f"{self.kind} on {self.base}",
+            quantile=base.quantile,
         )
 
     def plan(self) -> Plan:

@@ -16,6 +16,7 @@ from fewstep.learned.kinds import kind_of
 from fewstep.learned.method import Kind, Recipe
 from fewstep.learned.settings import Settings
 from fewstep.learned.teacher import Teacher, check_teacher, fine_grid, whole_grid
+from fewstep.reference import ReferenceSolve
 from fewstep.schedule import Schedule
 from fewstep.solver import end_at
 from fewstep.solving import DEFAULT_RANGE
@@ -23,8 +24,7 @@ from fewstep.train.checkpoint import plain
 
 __all__ = ["Choices"]
 
-# within 4e-4 of the exact solution on the built-in network
-REFERENCE, REFERENCE_INTERVALS = "deis-4", 40
+REFERENCE_INTERVALS = 40
 
 
 @dataclass(frozen=True)
@@ -127,10 +127,11 @@ class Choices:
         fine = fine_grid(by, sigmas, self.inner, self.schedule)
         return Teacher(self.teacher, sigmas, fine, features)
 
-    def exact(self, sigmas: tuple[float, ...]) -> Teacher:
-        """What the validation seeds are solved with."""
-        ends = (sigmas[0], sigmas[-1])
-        return Teacher(REFERENCE, ends, self.whole(REFERENCE_INTERVALS))
+    @property
+    def reference(self) -> ReferenceSolve:
+        """What the validation seeds are solved with, down to the last level above 0."""
+        down = tuple(sigma for sigma in self.whole(REFERENCE_INTERVALS) if sigma > 0)
+        return ReferenceSolve(grid=down)
 
     def facts(
         self, shape: Sequence[int], options: dict[str, Any], loss: str, model: dict[str, Any]

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from fewstep.cache import cache_folder
-from fewstep.denoiser import Denoiser
 from fewstep.learned.prompts import prompted
 from fewstep.learned.solver import LearnedSolver
 from fewstep.learned.training import known_of, train
-from fewstep.learned.validation import Conditions
 from fewstep.loop import starts_at
 from fewstep.models import Model
-from fewstep.models.network import drawn_label
+from fewstep.models.labels import by_seed
 
 __all__ = ["train_on_model"]
 
@@ -63,7 +61,7 @@ def train_on_model(
     if texts:
         conditions = prompted(model, texts, negative=negative, guidance=guidance)
     else:
-        conditions = labelled(model, label, guidance)
+        conditions = by_seed(model, label, None, guidance)
     bound = conditions([0])
     afs, grid = given.pop("afs", None), given.get("grid")
     if afs is None and given.get("method", "tuned") in ("tuned", "grid"):
@@ -82,19 +80,3 @@ def train_on_model(
         afs=afs,
         **given,
     )
-
-
-def labelled(model: Model, label: str | None, guidance: float | None) -> Conditions:
-    """From seeds to the denoiser bound to their labels."""
-    if label is None:
-        denoiser = model.denoiser(None, None, guidance)
-        return lambda seeds: denoiser
-    names = [one.strip() for one in label.split(",")]
-    chosen: Callable[[int], Any] = lambda seed: names[seed % len(names)]  # noqa: E731
-    if label == "all":
-        chosen = lambda seed: drawn_label(seed, len(model.card.classes))  # noqa: E731
-
-    def conditions(seeds: Sequence[int]) -> Denoiser:
-        return model.denoiser([chosen(seed) for seed in seeds], None, guidance)
-
-    return conditions

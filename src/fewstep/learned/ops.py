@@ -40,6 +40,7 @@ class Base:
         interval into the next by way of the levels of past outputs
     restarts: a step needs nothing of the steps before it, so it may be trained from any state
     states: how many states it accepts in an interval
+    quantile: by which each D is thresholded, as `fewstep.plan.Program` says
     """
 
     ops: Callable[..., Ops]
@@ -47,6 +48,7 @@ class Base:
     depth: int
     restarts: bool
     states: int
+    quantile: float | None = None
 
 
 def amed(
@@ -168,7 +170,7 @@ def dpm_multistep(past: Sequence[Level], nxt: Level, order: int, eps: bool) -> W
 
 
 # The published multistep DPM-Solver as bases: on eps (dpm) or D (dpmpp), by the highest order, and
-# whether the order falls at the end.
+# whether the order falls at the end. On D it is thresholded, analytic steps too.
 PUBLISHED: dict[str, Base] = {
     f"{kind}-{order}-multistep{'-final' if final else ''}": Base(
         partial(on_dpm_multistep, order=order, final=final, eps=kind == "dpm"),
@@ -176,6 +178,7 @@ PUBLISHED: dict[str, Base] = {
         order,
         restarts=False,
         states=2,
+        quantile=0.995 if kind == "dpmpp" else None,
     )
     for kind in ("dpm", "dpmpp")
     for order in (1, 2, 3)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -33,11 +33,13 @@ from fewstep.learned.fixed import Fixed
 from fewstep.learned.method import Method
 from fewstep.learned.predictor import CODE, EMBEDDING, Predictor
 from fewstep.learned.solver import LearnedSolver
+from fewstep.learned.training import known_of
+from fewstep.models import Model
 from fewstep.plan import Combine, Eval, Op, Plan
 from fewstep.records import shown
-from fewstep.schedule import Schedule
+from fewstep.schedule import EDM, Schedule
 
-__all__ = ["describe", "is_solver", "read"]
+__all__ = ["describe", "is_solver", "read", "read_for"]
 
 EDM_DATA = ("cifar10", "ffhq", "afhqv2", "imagenet64", "lsun_bedroom")  # on networks of 0.002 to 80
 EDM_RANGE = 0.002, 80.0
@@ -142,6 +144,15 @@ def read(
     return LearnedSolver(method, {}, training, {})
 
 
+def read_for(model: Model, file: pickles.Pickled) -> LearnedSolver:
+    """The learned solver in a file, with the schedule or the levels of the network that it was
+    learned on, whose weights it then names. Errors: as `read`."""
+    card = model.card
+    schedule = getattr(model, "schedule", None) or EDM(card.sigma_min, card.sigma_max)
+    about = {"name": card.name, "weights": card.weights_sha256, **known_of(model)}
+    return replace(read(file, schedule), model=about)
+
+
 def describe(solver: LearnedSolver) -> str:
     """What such a solver is, in a line."""
     method, count = solver.method, solver.nfe
@@ -150,7 +161,8 @@ def describe(solver: LearnedSolver) -> str:
     first = ", analytic first step" if method.afs != "none" else ""
     if not isinstance(method, Fixed):
         on = f" on {method.base}" if method.base else ""
-        return f"{method.kind}{on}: {grid}{first}; reads the network's features"
+        held = ", D thresholded" if method.program().quantile else ""
+        return f"{method.kind}{on}: {grid}{first}{held}; reads the network's features"
     extra = ""
     if points := method.facts.get("parallel"):
         extra = f", {points} of each step side by side"
@@ -205,12 +217,15 @@ def _grid(
         ends = schedule.sigma_min, schedule.sigma_max
     if ends is None and (low is None or high is None):
         raise ValueError(
-            f"it was learned on {shown(data)}, whose noise levels it does not say: name the network"
+            f"it was learned on {shown(data)}, whose noise levels it does not say: name the "
+            "network (--model)"
         )
     low = ends[0] if low is None and ends else low
     high = ends[1] if high is None and ends else high
     assert low is not None
     assert high is not None
+    if schedule is not None:
+        low, high = _near(low, schedule.sigma_min), _near(high, schedule.sigma_max)
     if not rho > 0:
         raise ValueError(f"schedule_rho must be positive, got {rho}")
     if kind == "polynomial":
@@ -224,6 +239,11 @@ def _grid(
             raise ValueError(f"schedule_rho must be 1 for {kind} here, got {rho}")
         return discrete(points, schedule, high, low)
     raise ValueError(f"schedule_type {shown(kind)} is none that fewstep knows")
+
+
+def _near(level: float, own: float) -> float:
+    """A level of a file, or the network's own end where it is that in the float32 of a table."""
+    return own if math.isclose(level, own, rel_tol=1e-3) else level
 
 
 def _time_uniform(points: int, high: float, low: float, rho: float) -> tuple[float, ...]:

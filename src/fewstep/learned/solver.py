@@ -110,9 +110,11 @@ class LearnedSolver:
                 means over these samples, and it is the same solver only as far as they are alike
 
         Raises:
-            ValueError: they differ and no samples are given.
+            ValueError: they differ and no samples are given; it thresholds D, which is not linear.
         """
         program = self.method.program()
+        if program.quantile is not None:
+            raise ValueError(f"{program.name} thresholds D, which no plan says; use it as it is")
         if not program.adapts or denoiser is None or x_T is None:
             return self.method.plan()
         return averaged(program, denoiser, x_T)

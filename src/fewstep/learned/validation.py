@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fewstep.denoiser import Denoiser
 from fewstep.learned.predictor import feature_count
-from fewstep.learned.teacher import Kept
 from fewstep.loop import starts_at
 from fewstep.noise import normal
 from fewstep.solving import solve
@@ -21,6 +20,7 @@ __all__ = ["Conditions", "Noise", "Prior", "Ruler", "count_features", "look_at",
 
 Conditions = Callable[[Sequence[int]], Denoiser]
 Prior = Callable[[Sequence[int]], Tensor]
+Exact = Callable[[Denoiser, Tensor, range], Tensor]  # where the ODE ends from these starts
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Ruler:
         bound: Conditions,
         noise: Noise,
         seeds: range,
-        exact: Kept,
+        exact: Exact,
         batch: int,
         features: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
@@ -58,13 +58,13 @@ class Ruler:
         self.parts: list[tuple[Denoiser, Tensor, Tensor]] = []
         for part in split(seeds, batch):
             denoiser, x_T = bound(part), noise(part)
-            end, levels = exact.path(denoiser, x_T, part).states[-1], exact.teacher.sigmas
-            if not torch.isfinite(end).all():
+            try:
+                end = exact(denoiser, x_T, part)
+            except FloatingPointError as error:
                 raise FloatingPointError(
-                    f"the denoiser returned NaN or infinity between sigma {levels[0]:g} and "
-                    f"{levels[-1]:g}; try dtype float32, or another guidance"
-                )
-            self.parts.append((denoiser, x_T, end))
+                    f"{error}; try dtype float32, or another guidance"
+                ) from None
+            self.parts.append((denoiser, x_T, end.to(x_T.device)))
 
     def mean_at(self, sigma: float) -> bool:
         """Whether the mean of D is known there, as the analytic first step "mean" needs it."""

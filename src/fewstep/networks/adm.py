@@ -26,97 +26,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fewstep.records import Int, record
+from fewstep.networks.adm_config import GROUPS, ADMConfig
 
-__all__ = ["ADM", "ADMConfig", "AttentionPool", "Encoder", "Norm", "cast_torso"]
-
-GROUPS = 32
-LIMITS = {
-    "size": (1, 4096),
-    "channels": (1, 64),
-    "outputs": (1, 128),
-    "width": (2, 8192),
-    "blocks": (1, 64),
-    "heads": (0, 1024),
-    "head_width": (0, 8192),
-    "classes": (0, 1_000_000),
-    "context": (0, 65_536),
-    "context_rows": (0, 1_000_000),
-    "depth": (1, 64),
-}
-MOST_LEVELS, WIDEST = 12, 16_384
-
-
-@record
-class ADMConfig:
-    """Shape of an `ADM`; everything needed to build one.
-
-    size, channels: of the state; outputs: channels of the raw output, 2 channels where it has a
-        learned variance
-    width: of the sinusoidal embedding; all embeddings are four times as wide
-    widths: channels at each level
-    attention: the levels that attend
-    heads, head_width: how many heads each attention has, or how wide each is; the other is 0
-    classes: rows of the class embedding, 0 for none
-    scale_shift, resample_blocks: see the module's docstring
-    context, depth: width of the context that is attended to, 0 for none; blocks per transformer
-    context_rows: rows of the table in which each class has its context; 0: the caller gives it
-
-    Errors: ValueError for what no network can have.
-    """
-
-    size: Int
-    width: Int
-    widths: tuple[Int, ...]
-    blocks: Int
-    attention: tuple[Int, ...] = ()
-    heads: Int = 0
-    head_width: Int = 0
-    channels: Int = 3
-    outputs: Int = 3
-    classes: Int = 0
-    scale_shift: bool = True
-    resample_blocks: bool = True
-    context: Int = 0
-    depth: Int = 1
-    context_rows: Int = 0
-
-    def __post_init__(self) -> None:
-        for name, (low, high) in LIMITS.items():
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise ValueError(f"{name} must be an integer from {low} to {high}, got {value!r}")
-        if self.width % 2:
-            raise ValueError(f"width must be even, got {self.width}")
-        if not 1 <= len(self.widths) <= MOST_LEVELS:
-            raise ValueError(f"widths must be 1 to {MOST_LEVELS} numbers, got {len(self.widths)}")
-        for width in self.widths:
-            if not 0 < width <= WIDEST or width % GROUPS:
-                raise ValueError(
-                    f"widths must be multiples of {GROUPS} up to {WIDEST}, got {self.widths}"
-                )
-        if not set(self.attention) <= set(range(len(self.widths))):
-            raise ValueError(f"attention must name levels of {self.widths}, got {self.attention}")
-        if (self.heads > 0) == (self.head_width > 0):
-            raise ValueError(
-                f"give heads or head_width, one of them, got {self.heads} and {self.head_width}"
-            )
-        for width in self.attending:
-            if width % (self.heads or self.head_width):
-                what = f"heads={self.heads}" if self.heads else f"head_width={self.head_width}"
-                raise ValueError(f"{what} does not divide an attention of {width} channels")
-        if self.size % 2 ** (len(self.widths) - 1):
-            raise ValueError(
-                f"size must be a multiple of {2 ** (len(self.widths) - 1)}, got {self.size}"
-            )
-
-    @property
-    def attending(self) -> tuple[int, ...]:
-        """Channels of the attentions."""
-        return *(self.widths[level] for level in self.attention), self.widths[-1]
-
-    def heads_of(self, channels: int) -> int:
-        return self.heads or channels // self.head_width
+__all__ = ["ADM", "AttentionPool", "Encoder", "Norm", "cast_torso"]
 
 
 class Norm(nn.GroupNorm):
@@ -312,7 +224,7 @@ class ADM(nn.Module):
     x: [b, c, h, w], cast to the torso's dtype
     t: the time that the network is told, [b], any real number
     label: rows of the class embedding, or of the table of contexts, [b], where there are any
-    context: [b, m, d], where there is one without such a table
+    context: [b, m, d], where there is one; in place of a row of that table
 
     Returns float32 [b, outputs, h, w]. The output of `middle_block` is that of the lowest level.
     """
@@ -350,7 +262,7 @@ class ADM(nn.Module):
         emb = self.time_embed(time_waves(t, self.config.width))
         if self.config.classes:
             emb = emb + self.label_emb(label)
-        if self.config.context_rows:
+        if self.config.context_rows and context is None:
             context = self.contexts(label)[:, None]  # [b, 1, d]
         emb = F.silu(emb)
         h = x.to(next(self.input_blocks.parameters()).dtype)

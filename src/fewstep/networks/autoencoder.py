@@ -12,92 +12,15 @@ arXiv:2012.09841.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fewstep.records import Int, record
+from fewstep.networks.adm_config import GROUPS, AutoencoderConfig
 
-__all__ = ["Autoencoder", "AutoencoderConfig"]
+__all__ = ["Autoencoder"]
 
-GROUPS = 32
-WIDEST, MOST_LEVELS = 8192, 10
 EPS = 1e-6
-
-
-@record
-class AutoencoderConfig:
-    """Shape of an `Autoencoder`.
-
-    channels: of pictures; latent, embedded: of the decoder's input, and of the state
-    widths: channels at each level, full size first; blocks: residual blocks per level
-    encoder_attention, decoder_attention: levels that attend
-    codes: entries of the codebook, 0 for a KL autoencoder
-
-    Errors: ValueError for what no autoencoder can have.
-    """
-
-    widths: tuple[Int, ...]
-    blocks: Int
-    latent: Int
-    embedded: Int
-    channels: Int = 3
-    codes: Int = 0
-    encoder_attention: tuple[Int, ...] = ()
-    decoder_attention: tuple[Int, ...] = ()
-
-    def __post_init__(self) -> None:
-        limits = {"blocks": 64, "latent": 1024, "embedded": 1024, "channels": 64}
-        for name, most in limits.items():
-            if not 1 <= getattr(self, name) <= most:
-                raise ValueError(
-                    f"{name} must be an integer from 1 to {most}, got {getattr(self, name)}"
-                )
-        if not 0 <= self.codes <= 2**22:
-            raise ValueError(f"codes must be from 0 to {2**22}, got {self.codes}")
-        if not 1 <= len(self.widths) <= MOST_LEVELS:
-            raise ValueError(f"widths must be 1 to {MOST_LEVELS} numbers, got {len(self.widths)}")
-        for width in self.widths:
-            if not 0 < width <= WIDEST or width % GROUPS:
-                raise ValueError(
-                    f"widths must be multiples of {GROUPS} up to {WIDEST}, got {self.widths}"
-                )
-
-    @property
-    def factor(self) -> int:
-        """Pixels to a side of one element of the state."""
-        return 2 ** (len(self.widths) - 1)
-
-    @classmethod
-    def of_shapes(cls, shapes: Mapping[str, tuple[int, ...]]) -> AutoencoderConfig:
-        """From the names and shapes of its parameters. Errors: ValueError where they lack one."""
-
-        def level(half: str, i: int, part: str) -> bool:
-            return any(name.startswith(f"{half}.{i}.{part}") for name in shapes)
-
-        def count(pattern: str) -> int:
-            found = 0
-            while found < 64 and any(n.startswith(pattern.format(found)) for n in shapes):
-                found += 1
-            return found
-
-        levels, blocks = count("encoder.down.{}."), count("encoder.down.0.block.{}.")
-        try:
-            last = f"block.{blocks - 1}.conv2.weight"
-            return cls(
-                tuple(shapes[f"encoder.down.{i}.{last}"][0] for i in range(levels)),
-                blocks,
-                shapes["decoder.conv_in.weight"][1],
-                shapes["post_quant_conv.weight"][1],
-                shapes["encoder.conv_in.weight"][1],
-                shapes.get("quantize.embedding.weight", (0,))[0],
-                tuple(i for i in range(levels) if level("encoder.down", i, "attn.")),
-                tuple(i for i in range(levels) if level("decoder.up", i, "attn.")),
-            )
-        except (KeyError, IndexError) as error:
-            raise ValueError(f"the first stage lacks {error}") from None
 
 
 class _Norm(nn.GroupNorm):

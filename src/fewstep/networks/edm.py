@@ -31,8 +31,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fewstep.networks.edm_config import EDMConfig
+from fewstep.networks.maps import double, grid_of, halve, is_box, pointwise
 
-__all__ = ["EDMUNet", "double", "grid_of", "halve", "is_box", "narrow"]
+__all__ = ["EDMUNet", "narrow"]
 
 FLOAT32 = ("map_", "affine.", "freqs", "emb_")  # names of what stays float32
 HEAD = 64  # channels of one head of a DhariwalUNet
@@ -76,6 +77,9 @@ class Resampled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         inner = 0 if self.weight is None else self.weight.shape[-1] // 2
+        if self.step > 0 and inner == 0 and self.box and self.weight is not None:
+            x = pointwise(x, self.weight, self.bias)  # the same, on a quarter of the map
+            return double(x, self.resample_filter, self.pad, self.box)
         if self.step > 0:
             x = double(x, self.resample_filter, self.pad, self.box)
         elif self.step < 0 and not self.fused:
@@ -86,34 +90,9 @@ class Resampled(nn.Module):
             whole = F.conv2d(x, self.weight, None, padding=inner + self.pad)
             y = halve(whole, self.resample_filter, 0, self.box)
             return y if self.bias is None else y + self.bias[:, None, None]
+        if inner == 0:
+            return pointwise(x, self.weight, self.bias)
         return F.conv2d(x, self.weight, self.bias, padding=inner)
-
-
-def halve(x: Tensor, taps: Tensor, pad: int, box: bool) -> Tensor:
-    """A map of half the side by a filter [1, 1, k, k]; box: of two equal taps."""
-    if box and not pad:
-        return F.avg_pool2d(x, 2)
-    kernel = taps.to(x.dtype).expand(x.shape[1], 1, -1, -1)
-    return F.conv2d(x, kernel, groups=x.shape[1], stride=2, padding=pad)
-
-
-def double(x: Tensor, taps: Tensor, pad: int, box: bool) -> Tensor:
-    """A map of twice the side, as `halve`."""
-    if box:
-        return F.interpolate(x, scale_factor=2.0, mode="nearest")
-    kernel = (4 * taps).to(x.dtype).expand(x.shape[1], 1, -1, -1)
-    return F.conv_transpose2d(x, kernel, groups=x.shape[1], stride=2, padding=pad)
-
-
-def is_box(taps: tuple[float, ...]) -> bool:
-    """Whether a filter is the mean of two neighbours."""
-    return len(taps) == 2 and len(set(taps)) == 1
-
-
-def grid_of(taps: tuple[float, ...]) -> Tensor:
-    """The filter of a plane, [1, 1, k, k], whose sum is 1."""
-    f = torch.tensor(taps)
-    return (f.outer(f) / f.sum() ** 2)[None, None]
 
 
 class Positional(nn.Module):
@@ -179,26 +158,37 @@ class Block(nn.Module):
             self.proj = Resampled(c_out, c_out, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.conv0(F.silu(self.norm0(x)))
+        # in place is what no gradient needs: the output of a norm, or of a convolution
+        h = self.conv0(F.silu(self.norm0(x), inplace=True))
         told = self.affine(emb)[:, :, None, None].to(h.dtype)
         if self.film:
             scale, shift = told.chunk(2, dim=1)
-            h = F.silu(torch.addcmul(shift, self.norm1(h), scale + 1))
+            h = F.silu(torch.addcmul(shift, self.norm1(h), scale + 1), inplace=True)
         else:
-            h = F.silu(self.norm1(h.add_(told)))  # a convolution's gradient needs no output
+            h = F.silu(self.norm1(h.add_(told)), inplace=True)
         h = self.conv1(h).add_(x if self.skip is None else self.skip(x))
         h = h.mul_(self.scale) if self.scale != 1 else h
         if not self.heads:
             return h
-        h = self.proj(self._attend(self.qkv(self.norm2(h)))).add_(h)
+        h = self._attend(self.norm2(h)).add_(h)
         return h.mul_(self.scale) if self.scale != 1 else h
 
-    def _attend(self, rows: Tensor) -> Tensor:
-        b, c, height, width = rows.shape
-        parts = rows.reshape(b, self.heads, c // (3 * self.heads), 3, height * width)
-        q, k, v = parts.permute(3, 0, 1, 4, 2).unbind(0)  # [b, heads, pixels, channels]
-        out = F.scaled_dot_product_attention(q, k, v)
-        return out.transpose(2, 3).reshape(b, c // 3, height, width)
+    def _attend(self, x: Tensor) -> Tensor:
+        b, c, height, width = x.shape
+        qkv, offset, mixing = self.qkv.weight, self.qkv.bias, self.proj.weight
+        assert qkv is not None
+        assert offset is not None
+        assert mixing is not None
+        tokens = x.permute(0, 2, 3, 1).flatten(1, 2)  # [b, pixels, c]
+        # rows of the file are (head, channel, q/k/v): here q, k and v are apart, as kernels want it
+        order = (self.heads, c // self.heads, 3)
+        weight = qkv.reshape(*order, c).movedim(2, 0).flatten(0, 2)
+        bias = offset.reshape(order).movedim(2, 0).flatten()
+        rows = F.linear(tokens, weight, bias).unflatten(2, (3, *order[:2]))
+        q, k, v = rows.permute(2, 0, 3, 1, 4).unbind(0)  # [b, heads, pixels, channels]
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        out = F.linear(out, mixing.flatten(1), self.proj.bias)
+        return out.transpose(1, 2).unflatten(2, (height, width))
 
 
 class EDMUNet(nn.Module):

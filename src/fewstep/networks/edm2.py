@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fewstep.networks.edm import double, grid_of, halve, is_box
 from fewstep.networks.edm_config import EDM2Config
+from fewstep.networks.maps import double, grid_of, halve, is_box, pointwise
 
 __all__ = ["EDM2UNet"]
 
@@ -91,7 +91,10 @@ class Conv(nn.Module):
         elif gain is not None:
             w = w * gain
         w = w.to(x.dtype)
-        return x @ w.T if w.ndim == 2 else F.conv2d(x, w, padding=w.shape[-1] // 2)
+        if w.ndim == 2:
+            return x @ w.T
+        side = w.shape[-1]
+        return F.conv2d(x, w, padding=side // 2) if side > 1 else pointwise(x, w, None)
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Normalise the weight once, for inference; matrices stay float32."""

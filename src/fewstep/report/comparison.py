@@ -390,11 +390,13 @@ def _values(record: Record, row: Row) -> Iterator[tuple[float, float]]:
 
 
 def _below(record: Record, row: Row, judge: str) -> str:
-    """What belongs to a number: PSNR to the error, both distances to an excess."""
+    """What belongs to a number: PSNR to the error, distances and agreement to an excess."""
     if not judge:
         return f"PSNR {row['psnr']:.1f} dB"
     data = f", to data {row['fd_data'][judge]:.2f}" if judge in row["fd_data"] else ""
-    return f"FD {with_error(row['fd'][judge]['value'], 0.0)}{data}"
+    told = row.get("agreement", {"cosine": {}})
+    near = f", {told['cosine'][judge]:.3f} like {told['nfe']}" if judge in told["cosine"] else ""
+    return f"FD {with_error(row['fd'][judge]['value'], 0.0)}{data}{near}"
 
 
 def _setting(row: Row) -> str:

@@ -152,6 +152,7 @@ def comparison_csv(record: dict[str, Any]) -> str:
     writer.writerow(
         [*PLAIN, *(f"fd-{judge} {what}" for judge in judges for what in distances)]
         + [f"fd-{judge} to data" for judge in judges]
+        + [f"{judge} agreement" for judge in judges]
     )
     for row in ordered(record):
         plain = [row[name] if row[name] is not None else "" for name in PLAIN]
@@ -159,5 +160,7 @@ def comparison_csv(record: dict[str, Any]) -> str:
             row["grid"] if isinstance(row["grid"], str) else " ".join(map(str, row["grid"] or ()))
         )
         numbers = [row["fd"][judge][what] for judge in judges for what in distances]
-        writer.writerow([*plain, *numbers, *(row["fd_data"].get(judge, "") for judge in judges)])
+        cosines = row.get("agreement", {}).get("cosine", {})
+        more = [there.get(judge, "") for there in (row["fd_data"], cosines) for judge in judges]
+        writer.writerow([*plain, *numbers, *more])
     return out.getvalue()

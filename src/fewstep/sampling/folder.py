@@ -23,7 +23,7 @@ from fewstep.sampling.generate import Run, batch_size
 from fewstep.sampling.request import Request
 from fewstep.sampling.settings import Settings
 
-__all__ = ["FolderResult", "sample_to_folder"]
+__all__ = ["Facts", "FolderResult", "sample_to_folder"]
 
 SHEET = "sheet.png"
 MOST_ON_SHEET, SHEET_PIXELS = 400, 2**24
@@ -51,6 +51,34 @@ class FolderResult:
         values = asdict(self)
         values["nfe"] = self.settings["nfe"]
         return {**values, "files": [str(p) for p in self.files], "sheet": str(self.sheet)}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """How the pictures of a run come about, as their metadata say it.
+
+    common: the same for all; own: what may differ, one value for all or a list of them
+    """
+
+    common: dict[str, Any]
+    own: dict[str, Any]
+    each: frozenset[str]
+    seeds: Sequence[int]
+
+    @classmethod
+    def of(cls, run: Run, identity: dict[str, Any] | None = None) -> Facts:
+        """Args: identity: what `identify` says of the model, where that was asked before."""
+        known = identify(run.model) if identity is None else identity
+        record = {**run.record(), **known}
+        varying = run.each.union(FREE)
+        common = {name: value for name, value in record.items() if name not in varying}
+        own = {name: record[name] for name in varying}
+        return cls(common, own, run.each, run.request.seeds)
+
+    def metadata(self, i: int) -> dict[str, Any]:
+        """Of picture i."""
+        own = {name: v[i] if name in self.each else v for name, v in self.own.items()}
+        return {**self.common, **own, "seed": self.seeds[i]}
 
 
 def sample_to_folder(
@@ -87,14 +115,8 @@ def sample_to_folder(
         raise ValueError(
             f"each of {total} pictures needs a name of its own; is a seed there twice?"
         )
-    record = {**run.record(), **identify(run.model)}
-    varying = run.each.union(FREE)
-    common = {name: value for name, value in record.items() if name not in varying}
-
-    def metadata(i: int) -> dict[str, Any]:
-        own = {name: record[name][i] if name in run.each else record[name] for name in varying}
-        return {**common, **own, "seed": seeds[i]}
-
+    facts = Facts.of(run)
+    metadata, common = facts.metadata, facts.common
     open_folder(out)
     with alike(out, json.dumps(common, sort_keys=True)):
         there = _there(out, files, metadata, common)

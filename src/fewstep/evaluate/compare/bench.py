@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ from fewstep.grid import GRIDS
 from fewstep.loop import finish
 from fewstep.models import Model
 from fewstep.models.card import POPULATION_FOLDER
+from fewstep.models.labels import by_seed
 from fewstep.plan import Program
 from fewstep.sampling.choose import describe, identify
 from fewstep.sampling.settings import Filled
@@ -97,9 +99,15 @@ class Workbench:
         scale = self.references.guidance
         return None if self.model.card.built_in_guidance == scale else scale
 
+    @cached_property
+    def bound(self) -> Callable[[Sequence[int]], Any]:
+        """From seeds to D of the model under the comparison's condition."""
+        given = self.references
+        return by_seed(self.model, given.label, given.prompt, self.guidance)
+
     def denoiser(self) -> Any:
-        """D of the model under the comparison's condition."""
-        return self.model.denoiser(self.references.label, self.references.prompt, self.guidance)
+        """That of the first seed, which tells of what all have in common."""
+        return self.bound([0])
 
     def grids(self, design: Design) -> tuple[str, ...]:
         """Those that are screened: the design's, or all that the model has."""
@@ -110,7 +118,7 @@ class Workbench:
     def run(self, settings: Filled, seeds: Sequence[int]) -> Run:
         """Sample the seeds, or read what was sampled before."""
         facts = {
-            **describe(self.model, settings, prompt=self.references.prompt, guidance=self.guidance),
+            **describe(self.model, settings, prompt=self.references.said, guidance=self.guidance),
             **identify(self.model),
             "label": self.references.label,
             "reference": self.references.facts(),
@@ -136,13 +144,13 @@ class Workbench:
     @torch.inference_mode()
     def _sample(self, settings: Filled, seeds: tuple[int, ...]) -> dict[str, np.ndarray]:
         network = f"{self.model.card.weights_sha256} {self.model.dtype}"
-        denoiser = Remembering(self.denoiser(), self.memo, network)
-        program = resolve(settings, denoiser)
+        program = resolve(settings, self.denoiser())
         to_zero = settings.final or program.sigmas[-1] == 0
         exact = self.references.endpoints(seeds)
         images, mse = [], []
         for start in range(0, len(seeds), self.batch):
             part = seeds[start : start + self.batch]
+            denoiser = Remembering(self.bound(part), self.memo, network)
             x, pictures = self._batch(denoiser, program, part)
             images.append(pictures)
             gap = x.double().cpu().numpy() - exact[start : start + self.batch, int(to_zero)]
@@ -152,7 +160,7 @@ class Workbench:
     @torch.inference_mode()
     def seconds(self, settings: Filled, seeds: Sequence[int]) -> float:
         """Wall time per picture of the seeds in one batch."""
-        denoiser = self.denoiser()
+        denoiser = self.bound(seeds)
         begun = time.perf_counter()
         self._batch(denoiser, resolve(settings, denoiser), tuple(seeds))
         return (time.perf_counter() - begun) / len(seeds)
@@ -185,6 +193,11 @@ class Workbench:
             _write(path, found)
         return found["features"]
 
+    def features_at(self, judge: Judge, digest: str) -> Callable[[], np.ndarray]:
+        """Reads features that were taken before."""
+        path = self.folder / "features" / slug(judge.name) / f"{digest}.npz"
+        return lambda: read_arrays(path, ("features",))["features"]
+
     def exact(self, seeds: Sequence[int], end: int = 0) -> tuple[np.ndarray, str]:
         """Pictures of the reference solves, uint8 [n, h, w, c], and what they are known by."""
         blocks = []
@@ -204,6 +217,10 @@ class Workbench:
         stats.save(self._population_files(judge, design)[0])
         return stats
 
+    def has_population(self, judge: Judge, design: Design) -> bool:
+        """Whether its statistics are in a file already."""
+        return any(path.is_file() for path in self._population_files(judge, design))
+
     def _population_files(self, judge: Judge, design: Design) -> list[Path]:
         key = _digest((self.references.facts(), judge.name, design.population))
         name = Path(POPULATION_FOLDER) / f"{slug(judge.name)}-{key}.npz"
@@ -215,16 +232,16 @@ class Workbench:
 
         The time is from one evaluation of one batch, made now.
         """
-        made = [any(f.is_file() for f in self._population_files(j, design)) for j in judges]
+        made = [self.has_population(judge, design) for judge in judges]
         missing = 0 if all(made) else self.references.missing(design.others)
         if not missing:
             return ""
-        fine = self.references.fine
-        seconds = missing * fine.nfe * self.references.seconds_per_evaluation()
+        how = self.references.how
+        seconds = missing * how.nfe * self.references.seconds_per_evaluation()
         time_words = f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
         return (
             f"no statistics of a population of {design.population:,} are stored: {missing:,} "
-            f"reference solves of {fine.nfe} evaluations come first, about {time_words} here; "
+            f"reference solves of {how.nfe} evaluations come first, about {time_words} here; "
             "they are kept"
         )
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import (
+    Annotated,
+    Any,
+    NotRequired,  # pydantic asks for it before Python 3.12
+)
 
 from pydantic import Field, TypeAdapter, ValidationError
-from typing_extensions import TypedDict  # pydantic asks for it before Python 3.12
+from typing_extensions import TypedDict
 
 from fewstep.evaluate.compare.bench import Judge, Workbench
 from fewstep.evaluate.compare.design import Design, seeds_text
@@ -33,6 +37,11 @@ class Distance(TypedDict):
     excess_se: Number
 
 
+class Agreement(TypedDict):
+    nfe: Annotated[int, Field(ge=1)]
+    cosine: dict[Words, Number]
+
+
 class Row(TypedDict):
     sampler: Words
     solver: Words
@@ -49,6 +58,7 @@ class Row(TypedDict):
     source: Count
     fd: dict[Words, Distance]
     fd_data: dict[Words, Number]
+    agreement: NotRequired[Agreement]
 
 
 class Machine(TypedDict):
@@ -109,7 +119,7 @@ RECORD = TypeAdapter(Record)
 def protocol(workbench: Workbench, design: Design, judges: Sequence[Judge]) -> dict[str, Any]:
     """What every number of a comparison depends on, known before any work, JSON-ready."""
     card = workbench.model.card
-    prompt = {} if design.prompt is None else {"prompt": design.prompt}
+    prompt = {} if design.prompt is None else {"prompt": workbench.references.said}
     record = {
         "format": FORMAT,
         "model": {"name": card.name, "weights": card.weights_sha256},

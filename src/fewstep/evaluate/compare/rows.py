@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,7 +14,7 @@ from fewstep.evaluate.compare.design import Design, seeds_text
 from fewstep.sampling.choose import draws_noise
 from fewstep.sampling.settings import Filled
 
-__all__ = ["CHECKED", "make_row", "times"]
+__all__ = ["CHECKED", "agreements", "make_row", "times"]
 
 CHECKED = 32  # seeds whose error stands in the row by itself, for a quick recomputation
 ROUNDS = 3  # of timing
@@ -45,6 +45,33 @@ def make_row(
         "fd": {},
         "fd_data": {},
     }
+
+
+def agreements(
+    rows: Sequence[dict[str, Any]], features: Sequence[Callable[[], np.ndarray]], judge: str
+) -> None:
+    """Note in each row how near its pictures are to those of its sampler's largest budget.
+
+    Args:
+        rows: of all samplers; "agreement" is added where the sampler has a larger budget.
+        features: reads those of each row, [n, d], of the same seeds.
+        judge: whose features they are.
+    """
+    for name in dict.fromkeys(row["sampler"] for row in rows):
+        *less, last = sorted(
+            (i for i, row in enumerate(rows) if row["sampler"] == name),
+            key=lambda i: rows[i]["nfe"],
+        )
+        best = _directions(features[last]()) if less else np.empty(0)
+        for i in less:
+            told = rows[i].setdefault("agreement", {"nfe": rows[last]["nfe"], "cosine": {}})
+            cosines = (_directions(features[i]()) * best).sum(1)
+            told["cosine"][judge] = float(cosines.mean())
+
+
+def _directions(features: np.ndarray) -> np.ndarray:
+    rows = features.astype(float)
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
 
 
 def times(ran: Sequence[tuple[Workbench, Filled]], seeds: Sequence[int]) -> list[float]:

@@ -9,6 +9,8 @@ seeds; the chosen one runs on the test seeds. A row of the result has
                 network from other seeds, in each feature network's space
     excess      fd less that of the reference solves of the same seeds: 0 is a perfect sampler
     fd_data     Frechet distance to the statistics of data that come with the feature network
+    agreement   mean cosine of the features of its picture and of the same seed's by the same
+                sampler at its largest budget: 1 means that a preview is the picture
     seconds     wall time per picture, sampling and decoding, of one batch; median of ROUNDS rounds
                 in which every row has its turn, so that all are taken in the same minutes
 
@@ -28,17 +30,20 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fewstep.evaluate.compare.bench import CHUNK, Judge, Workbench
 from fewstep.evaluate.compare.design import Design
+from fewstep.evaluate.compare.pieces import Do, prepare
 from fewstep.evaluate.compare.records import check_protocol, merge, protocol
-from fewstep.evaluate.compare.rows import CHECKED, make_row, times
+from fewstep.evaluate.compare.rows import CHECKED, agreements, make_row, times
 from fewstep.evaluate.compare.screening import all_candidates, screened
 from fewstep.evaluate.statistics import Statistics, paired_frechet
 from fewstep.models import Model, is_model, load, read_card
+from fewstep.models.formats.loras import DIFFUSERS
 from fewstep.provenance import machine
 
 __all__ = ["Comparison", "compare", "compare_beside", "load_students"]
@@ -59,11 +64,19 @@ class Comparison:
 
 
 def compare(
-    workbench: Workbench, design: Design, judges: Sequence[Judge], *, command: str = ""
+    workbench: Workbench,
+    design: Design,
+    judges: Sequence[Judge],
+    *,
+    command: str = "",
+    do: Do | None = None,
 ) -> Comparison:
     """Screen, run and measure.
 
     A budget that a solver cannot spend is left out, and the record says why.
+
+    Args:
+        do: has what will be needed done by workers, see `prepare`; without it this process does it
 
     Raises:
         ValueError: before any work, where no solver can spend any budget, choose_by names no judge,
@@ -83,10 +96,13 @@ def compare(
     if judges and min(len(design.seeds), design.population) < 2:
         raise ValueError("a distance needs at least 2 seeds and a population of 2, got 1")
     candidates, left_out = all_candidates(workbench, design)
+    if do is not None:
+        prepare(workbench, design, by_label, candidates, do)
     populations = {judge.label: workbench.population(judge, design) for judge in judges}
     exact = {
         judge.label: workbench.features(judge, *workbench.exact(design.seeds)) for judge in judges
     }
+    digests: list[str] = []
     rows, ran, strips = [], [], {"": workbench.exact(design.seeds[:CHUNK])[0][:SHOWN]}
     for (nfe, solver), settings in candidates.items():
         own = workbench.of(solver)
@@ -103,10 +119,13 @@ def compare(
                 ours = Statistics.of(features, extractor=judge.name)
                 row["fd_data"][judge.label] = ours.frechet(judge.data)
         rows.append(row)
+        digests.append(run.digest)
         ran.append((own, chosen))
         strips[f"{solver}@{nfe}"] = run.images[:SHOWN]
     for row, spent in zip(rows, times(ran, design.seeds[: workbench.batch]), strict=True):
         row["seconds"] = spent
+    for judge in judges:
+        agreements(rows, [workbench.features_at(judge, digest) for digest in digests], judge.label)
     floor = {}
     for judge in judges:
         ours = Statistics.of(exact[judge.label], extractor=judge.name)
@@ -134,11 +153,12 @@ def compare_beside(
     *,
     command: str = "",
     note: Callable[[str], None] = lambda text: None,
+    do: Do | None = None,
 ) -> Comparison:
     """`compare`, with the rows of an earlier comparison.
 
     Args:
-        workbench, design, judges, command: as of `compare`
+        workbench, design, judges, command, do: as of `compare`
         earlier: a record of the same protocol
         note: called with what takes long, before it begins
 
@@ -149,31 +169,37 @@ def compare_beside(
         check_protocol(protocol(workbench, design, judges), earlier)
     if forecast := workbench.forecast(design, judges):
         note(forecast)
-    result = compare(workbench, design, judges, command=command)
+    result = compare(workbench, design, judges, command=command, do=do)
     if earlier is None:
         return result
     return Comparison(merge(result.record, earlier), result.strips)
 
 
-def load_students(model: Model, solvers: Sequence[str], **options: Any) -> dict[str, Model]:
-    """Those of the solvers that are models, by the name given: students of this one.
+def load_students(
+    model: Model, solvers: Sequence[str], base: str = "", **options: Any
+) -> dict[str, Model]:
+    """Those of the solvers that are models, or folders of adapters, by the name given: students of
+    this one.
 
     Args:
+        base: name or path of the model, to which adapters are added
         options: of `load`
 
     Raises:
         ValueError: for a model that was not distilled from this one, weights and all.
     """
-    students = {}
+    students: dict[str, Model] = {}
     for name in solvers:
-        if not is_model(name):
+        adapters = (Path(name) / DIFFUSERS).is_file() and not is_model(name)
+        if not adapters and not is_model(name):
             continue
-        how = read_card(name).distilled
+        student: Any = load(base, loras=[(name, 1.0)], **options) if adapters else None
+        how = (student.card if adapters else read_card(name)).distilled
         if how is None or how.teacher_weights != model.card.weights_sha256:
             what = f"distilled from {how.teacher}" if how else "no student"
             raise ValueError(
                 f"{name} is {what}, so it has no place beside samplers of {model.card.name} "
                 f"({model.card.weights_sha256[:8]}); compare it on the weights that it came from"
             )
-        students[name] = load(name, **options)
+        students[name] = student if adapters else load(name, **options)
     return students

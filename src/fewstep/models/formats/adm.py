@@ -17,13 +17,10 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from fewstep.files import file_hash
-from fewstep.models.adm import GUIDE, NULL_CLASS, STAGE, Spec, card_of
+from fewstep.models.adm_spec import GUIDE, NULL_CLASS, STAGE, Spec, betas_of, card_of
 from fewstep.models.formats.adm_settings import (
     PRESETS,
     Unsaid,
@@ -36,9 +33,11 @@ from fewstep.models.formats.adm_settings import (
 from fewstep.models.formats.adm_settings import preset as named_preset
 from fewstep.models.formats.papers import Source
 from fewstep.models.formats.state import open_tensors
-from fewstep.networks.adm import ADMConfig
-from fewstep.networks.autoencoder import AutoencoderConfig
+from fewstep.networks.adm_config import ADMConfig, AutoencoderConfig
 from fewstep.records import shown
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Examined", "examine", "examine_classifier", "known", "open_source"]
 
@@ -49,7 +48,7 @@ TEACHER, STUDENTS = "edm_", ("cd_", "ct_")  # how the published files of consist
 
 SMALL = ("betas", "scale_factor")  # tensors that say something of the process
 
-Tensors = Mapping[str, Tensor]
+Numbers = Mapping[str, list[float]]
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def kind_of(shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 def examine(
     entries: Mapping[str, Any],
-    small: Tensors,
+    small: Numbers,
     where: str,
     name: str | None = None,
     config: str | Path | Mapping[str, Any] | None = None,
@@ -90,7 +89,7 @@ def examine(
 
     Args:
         entries: whatever has a shape, by the names of the file
-        small: the tensors of SMALL that it has
+        small: the numbers of those of SMALL that it has
         where: the file, for messages; how it begins decides between teacher and student of
             consistency models where nothing else does
         name: of a preset
@@ -158,7 +157,7 @@ def open_source(
     """
     path = Path(path)
     file = open_tensors(path)
-    small = file.load([name for name in SMALL if name in file.entries])
+    small = {name: file.floats(name) for name in SMALL if name in file.entries}
     found = examine(file.entries, small, str(path), preset, config)
     spec, named = found.spec, [(file, found.names, "", found.unet_rows)]
     if found.stage:
@@ -305,6 +304,8 @@ def _heads(kind: str, chosen: Mapping[str, Any], where: str) -> dict[str, int]:
     width, heads = chosen.get("num_head_channels", -1), chosen.get("num_heads", -1)
     if width > 0:
         return {"head_width": width, "heads": 0}
+    if (upper := chosen.get("num_heads_upsample", -1)) not in (-1, heads):
+        raise ValueError(f"num_heads_upsample must be num_heads, {heads}, or -1, got {upper}")
     if heads > 0:
         return {"heads": heads, "head_width": 0}
     raise Unsaid(
@@ -332,7 +333,7 @@ def _spec(
     kind: str,
     derived: dict[str, Any],
     chosen: dict[str, Any],
-    small: Tensors,
+    small: Numbers,
     where: str,
     how: str,
 ) -> Spec:
@@ -362,7 +363,7 @@ def _spec(
     if kind == "latent-diffusion":
         schedule = _read_betas(small, chosen, where)
         scale = small.get("scale_factor")
-        factor = chosen.get("scale_factor", 1.0) if scale is None else float(scale)
+        factor = chosen.get("scale_factor", 1.0) if scale is None else math.prod(scale)
         if not (math.isfinite(factor) and factor > 0):
             raise ValueError(f"{where}: scale_factor must be positive, got {factor}")
         return Spec(kind, unet, "eps", schedule, clip=clip, scale=factor, how=how)
@@ -383,26 +384,25 @@ def _named_betas(chosen: Mapping[str, Any]) -> tuple[str | float, ...]:
     return ("linear", count, 0.1 / count, 20 / count)  # 1e-4 to 0.02 of 1000
 
 
-def _read_betas(tensors: Tensors, chosen: Mapping[str, Any], where: str) -> tuple[str | float, ...]:
+def _read_betas(small: Numbers, chosen: Mapping[str, Any], where: str) -> tuple[str | float, ...]:
     """The schedule of a latent diffusion: its ends in the fewest digits that give the table in the
     file, else the table itself."""
     low, high = chosen.get("linear_start"), chosen.get("linear_end")
-    betas = tensors.get("betas")
-    if betas is None:
+    table = small.get("betas")
+    if table is None:
         if low is None or high is None:
             raise ValueError(f"{where} has no betas; give config with linear_start and linear_end")
         return ("scaled_linear", chosen.get("diffusion_steps", 1000), low, high)
-    table = betas.double().flatten()
-    if not 2 <= len(table) <= 100_000 or not ((table > 0) & (table < 1)).all():
-        raise ValueError(f"{where}: betas must be numbers in (0, 1), got {len(table)} of them")
-    ends = tuple(float(f"{float(value):.4g}") for value in (table[0], table[-1]))
-    low_root, high_root = (end**0.5 for end in ends)
-    roots = torch.linspace(low_root, high_root, len(table), dtype=torch.float64)
-    same = torch.allclose(roots**2, table, rtol=2e-6, atol=0)
+    count = len(table)
+    if not 2 <= count <= 100_000 or not all(0 < beta < 1 for beta in table):
+        raise ValueError(f"{where}: betas must be numbers in (0, 1), got {count} of them")
     for name, given, end in (("linear_start", low, table[0]), ("linear_end", high, table[-1])):
-        if given is not None and not math.isclose(given, float(end), rel_tol=1e-5):
-            raise ValueError(f"config says {name} = {given}, and {where} has {float(end):.6g}")
-    return ("scaled_linear", len(table), *ends) if same else ("betas", *table.tolist())
+        if given is not None and not math.isclose(given, end, rel_tol=1e-5):
+            raise ValueError(f"config says {name} = {given}, and {where} has {end:.6g}")
+    short = ("scaled_linear", count, *(float(f"{end:.4g}") for end in (table[0], table[-1])))
+    same = zip(betas_of(short), table, strict=True)
+    close = all(math.isclose(ours, theirs, rel_tol=2e-6) for ours, theirs in same)
+    return short if close else ("betas", *table)
 
 
 def _diffusion_names(names: Iterable[str], ema: bool, where: str) -> dict[str, str]:

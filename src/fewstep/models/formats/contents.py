@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fewstep.pickles import Pickled, is_pickle, read, tensors
+from fewstep.pickles import Pickled, is_pickle, named, read
 from fewstep.tensors import read_header, read_metadata
 
 __all__ = ["KINDS", "Contents", "Kind", "declared", "of_pickle", "recognise", "tensor_names"]
@@ -222,4 +222,4 @@ def _not_weights(start: bytes) -> str:
 
 def of_pickle(file: Pickled) -> Contents:
     """The names in a file that was read as data."""
-    return Contents(frozenset(tensors(file.root)), frozenset(map(str, file.names)))
+    return Contents(frozenset(named(file)), frozenset(map(str, file.names)))

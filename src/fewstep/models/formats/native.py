@@ -121,6 +121,7 @@ def save_folder(
         for name, value in one.state_dict().items()
     }
     values |= {STATISTICS + name: value for name, value in stats.items()}
+    values = dict(sorted(values.items()))
     layout = {name: Entry("F16", tuple(value.shape)) for name, value in values.items()}
     return write_folder(folder, card, layout, values.items)
 

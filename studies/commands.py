@@ -1,0 +1,62 @@
+"""Commands that a study runs, and the end of its time."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+__all__ = ["positive", "run", "stop_after"]
+
+_running: list[subprocess.Popen[bytes]] = []
+
+
+def run(command: Sequence[str]) -> None:
+    """In a process of its own, by this Python.
+
+    Raises:
+        SystemExit: with its code, where it fails or is stopped.
+    """
+    print(f"\n$ {shlex.join(command)}", flush=True)
+    with subprocess.Popen([sys.executable, "-m", *command]) as process:
+        _running.append(process)
+        code = process.wait()
+        _running.remove(process)
+    if code:
+        raise SystemExit(code)
+
+
+def positive(text: str) -> float:
+    """A number of minutes as an option gives it."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"must be minutes above 0, got {text!r}")
+    return value
+
+
+def stop_after(minutes: float | None) -> None:
+    """Stop by Ctrl-C after so many minutes: whatever runs then saves, and the study goes on there.
+
+    Args:
+        minutes: None: never.
+    """
+    if minutes is None:
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        print(f"\nthe {minutes:g} minutes are over", file=sys.stderr, flush=True)
+        if _running:
+            _running[-1].send_signal(signal.SIGINT)  # its exit code ends the study
+        else:
+            signal.raise_signal(signal.SIGINT)
+
+    signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
