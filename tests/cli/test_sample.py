@@ -110,7 +110,7 @@ def test_ctrl_c_says_so_and_keeps_what_was_finished(tmp_path: Path) -> None:
     ("change", "word"),
     [
         (["--nfe", "3"], "nfe=2 (now 3)"),
-        (["--nfe", "2", "--solver", "heun"], "solver=ddim (now heun)"),
+        (["--nfe", "2", "--solver", "dpmpp-2s"], "solver=ddim (now dpmpp-2s)"),
         (["--nfe", "2", "--label", "1", "--guidance", "2"], "guidance=None (now 2.0)"),
     ],
 )

@@ -9,6 +9,7 @@ there a solver and ddim each have the best of three.
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 import pytest
@@ -19,7 +20,8 @@ import fewstep.solver as registry
 from fewstep.grid import make_grid
 from fewstep.models.process import Shifted
 from fewstep.plan import Combine, gain
-from fewstep.sampling.choose import GAIN
+from fewstep.sampling.choose import GAIN, plan_for
+from fewstep.sampling.settings import Settings
 from fewstep.schedule import EDM, PURE_NOISE, VP, Flow
 from fewstep.solver.rules import trapezoid
 from fewstep.solving import solve
@@ -144,6 +146,16 @@ def test_on_few_intervals_of_an_edm_grid_it_is_warned_of_or_near_ddim(name: str,
         assert all(
             weighed == pytest.approx(1, abs=1e-3) for _, weighed in found.values()
         )  # means of D's
+
+
+@pytest.mark.parametrize("name, nfe, warned", [("heun", 4, True), ("dpmpp-2s", 4, False)])
+def test_the_warning_says_how_many_intervals_there_are(name: str, nfe: int, warned: bool) -> None:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        plan_for(Settings(name, nfe))
+    assert [str(one.message)[:38] for one in seen] == [
+        f"{name} at {nfe} evaluations has 2 long intervals"[:38]
+    ] * warned
 
 
 DIRECTIONS = torch.nn.functional.normalize(

@@ -16,6 +16,7 @@ from fewstep.sampling.settings import Filled, Settings
 from fewstep.schedule import PURE_NOISE
 from fewstep.solver import Solver, get, intervals_for
 from fewstep.solving import DEFAULT_GRID, DEFAULT_NFE, Runnable, find, is_folder, resolve
+from fewstep.text import count
 
 if TYPE_CHECKING:
     from fewstep.models import Card, Model
@@ -291,10 +292,11 @@ def warn_of_gain(settings: Settings | Filled, program: Program) -> None:
         return
     found = gain(solver.plan(sigmas, settings.afs or "none"))
     if found > GAIN:
+        long = count(intervals, "long interval")
         warnings.warn(
-            f"{solver.name} at {program.evaluations} evaluations has {intervals} long intervals, "
-            f"and weighs outputs of the network {found:.0f}-fold; it may end further off than "
-            "ddim. Take more evaluations, or a solver of one a step, as dpmpp-2m or ipndm-3",
+            f"{solver.name} at {program.evaluations} evaluations has {long}, and weighs outputs of "
+            f"the network {found:.0f}-fold; it may end further off than ddim. Take more "
+            "evaluations, or a solver of one a step, as dpmpp-2m or ipndm-3",
             stacklevel=3,
         )
 
