@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,6 @@ from fewstep.serve.limits import Limits
 
 SERVICE, LIMITS = Group("Service", sort_key=2), Group("Limits", sort_key=6)
 BOUNDS = ("most_images", "most_evaluations", "most_waiting", "most_streams")
-DEFAULTS = ("garments", "fashion-mnist")  # the first that comes with this version
 
 
 @command(
@@ -106,10 +106,9 @@ def serve_command(
 
 
 def _default() -> str:
-    from fewstep.models import builtin
-
-    there = builtin()
-    return next(name for name in (*DEFAULTS, *there) if name in there)
+    """The model that is served where none is named: one by text, where it can be loaded."""
+    by_text = all(find_spec(library) for library in ("diffusers", "transformers"))
+    return "garments" if by_text else "fashion-mnist"
 
 
 def _loaded(names: list[str], given: dict[str, Any]) -> dict[str, Any]:
