@@ -17,7 +17,7 @@ from PIL import Image
 import fewstep
 from fewstep.data.images import metadata_in
 from fewstep.serve.keys import read_keys
-from fewstep.serve.limits import Limits
+from fewstep.serve.settings import Limits
 from tests.support.serving import running
 
 KEY = "sk-0123456789abcdef"
