@@ -16,12 +16,12 @@ import fewstep
 from fewstep.denoiser import Bound, Predicted
 from fewstep.distillation import Recipe, distill, student_levels
 from fewstep.distillation.subject import Subject
-from fewstep.distillation.subpath import CleanEnd, Consistency, DiscreteEnd
 from fewstep.distillation.teacher import stepper
 from fewstep.distillation.training import Distillation
 from fewstep.learned import LearnedSolver
 from fewstep.learned.amed import Amed
 from fewstep.learned.predictor import Predictor
+from fewstep.models.students import CleanEnd, Consistency, DiscreteEnd
 from fewstep.networks.conditioning import guidance_embedding
 from fewstep.schedule import EDM, VP, Flow, Schedule
 from fewstep.train.checkpoint import restore, save

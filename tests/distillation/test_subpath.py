@@ -14,18 +14,10 @@ from torch import Tensor
 
 import fewstep
 from fewstep.distillation import recipe, student_levels
-from fewstep.distillation.subpath import (
-    LOSSES,
-    RULES,
-    CleanEnd,
-    Consistency,
-    DiscreteEnd,
-    consistency,
-    on_line,
-    x0_hat,
-)
+from fewstep.distillation.subpath import LOSSES, RULES, on_line
 from fewstep.distillation.teacher import stepper
 from fewstep.grid import make_grid
+from fewstep.models.students import CleanEnd, Consistency, DiscreteEnd, consistency, x0_hat
 from fewstep.networks.conditioning import (
     Told,
     gamma_index,

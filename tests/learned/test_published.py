@@ -444,7 +444,7 @@ def test_convert_makes_a_folder_of_it_and_says_what_it_is(tmp_path, capsys, kind
     made.get(kind, lambda: parallel(path, kind))()
     out = tmp_path / "out"
     assert run(["models", str(path)]) == 2
-    assert "made a folder by fewstep convert" in capsys.readouterr().err
+    assert "a published solver, fewstep convert makes a folder of it" in capsys.readouterr().err
     assert run(["convert", str(path), "--out", str(out)]) == 0
     assert published.describe(read(path)) in " ".join(capsys.readouterr().out.split())
     assert LearnedSolver.load(out).digest == read(path).digest

@@ -158,6 +158,7 @@ CONTRADICTIONS = {
     "num_chanels": (32, "there is no setting 'num_chanels'; did you mean num_channels"),
     "predict_xstart": (True, "predict_xstart must be False here"),
     "rescale_timesteps": (True, "rescale_timesteps must be False here"),
+    "parameterization": ("x0", "parameterization must be 'eps' here"),
 }
 
 
@@ -165,6 +166,12 @@ CONTRADICTIONS = {
 def test_a_setting_that_the_weights_contradict_is_refused_by_name(tmp_path, name):
     value, words = CONTRADICTIONS[name]
     refused(saved(tmp_path / "x.pt", tensors(GUIDED)), words, config={**SAID, name: value})
+
+
+def test_heads_of_the_decoder_are_those_of_the_encoder(tmp_path):
+    path = saved(tmp_path / "x.pt", tensors(GUIDED))
+    said = {**SAID, "num_head_channels": -1, "num_heads": 4, "num_heads_upsample": 2}
+    refused(path, "num_heads_upsample must be num_heads, 4, or -1, got 2", config=said)
 
 
 def test_a_preset_that_the_weights_contradict_is_refused_by_name(tmp_path):

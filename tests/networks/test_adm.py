@@ -123,6 +123,14 @@ def test_the_classifier_pools_by_attention(tmp_path):
     assert gap(classifier.net(x, t), forward(weights, s, x, t)) < 2e-5
 
 
+def test_a_classifier_that_halves_by_convolutions(tmp_path):
+    s = {**SMALL, "legacy": True, "pooled": 5, "image_size": 8, "resblock_updown": False}
+    weights, (x, t, _) = tensors(s), drawn(s)
+    classifier = classifier_of(tmp_path, weights)
+    with torch.no_grad():
+        assert gap(classifier.net(x, t), forward(weights, s, x, t)) < 2e-5
+
+
 def test_the_gradient_of_the_classifier_is_that_of_log_p_in_edm_units(tmp_path):
     s = {**SMALL, "legacy": True, "pooled": 5, "image_size": 8, "num_res_blocks": 2}
     weights = tensors(s)

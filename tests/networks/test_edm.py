@@ -11,7 +11,9 @@ import torch
 
 import fewstep
 from fewstep.denoiser import calls_per_eval
+from fewstep.models.edm_spec import tap
 from fewstep.networks.edm2 import EDM2UNet
+from fewstep.networks.edm_config import EDMConfig
 from fewstep.networks.preconditioning import IDDPM, VE, VP
 from tests.support.edm_files import Reference, write_edm, write_edm2
 
@@ -283,3 +285,12 @@ def test_preconditions_are_values() -> None:
     assert VP() == VP(19.9, 0.1, 1000)
     assert VE() == VE()
     assert IDDPM((2.0, 1.0, 0.0)) == IDDPM((2.0, 1.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("classes", "blocks", "block"),
+    [(0, 4, "block3"), (10, 4, "block2"), (10, 3, "block2"), (0, 2, "block1"), (0, 0, "down")],
+)
+def test_features_are_of_the_block_that_amed_reads(classes: int, blocks: int, block: str) -> None:
+    config = EDMConfig(16, 3, 3, label_dim=classes, num_blocks=blocks, channel_mult=(1, 2))
+    assert tap(config) == f"enc.8x8_{block}"

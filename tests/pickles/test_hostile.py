@@ -287,6 +287,22 @@ def test_memory_stays_below_twice_the_size(name: str, tmp_path: Path) -> None:
     assert int(done.stdout) < 2 * path.stat().st_size + 4 * 2**20  # 4 MiB: the interpreter's own
 
 
+@pytest.mark.parametrize("name", ["deep", "keys"])
+def test_names_take_little_memory(name: str, tmp_path: Path) -> None:
+    """A name has the names of all tables around it, and a key may hold one text many times."""
+    text = "a" * 4000
+    value: Any = {(text,) * 50_000: 1, "x": 2}
+    if name == "deep":
+        value = dict.fromkeys(range(20_000), 1)
+        for i in range(60):
+            value = {f"{text}{i}": value}
+    path = tmp_path / "f"
+    path.write_bytes(pickle.dumps(value, 4))
+    command = [sys.executable, "-c", MEASURED, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert int(done.stdout) < 2 * path.stat().st_size + 16 * 2**20
+
+
 def read_or_refuse(data: bytes, path: Path) -> None:
     path.write_bytes(data)
     message = ""

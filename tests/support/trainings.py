@@ -29,7 +29,7 @@ from fewstep.train.network import train_network
 from fewstep.train.recipe import Recipe
 from recipes import fashion_features
 
-__all__ = ["LONGER", "OTHER", "RESULTS", "STEPS", "TRAININGS", "step_of"]
+__all__ = ["LONGER", "OTHER", "PIPELINES", "RESULTS", "STEPS", "TRAININGS", "step_of"]
 
 Report = Callable[[Progress], None]
 STEPS, BATCH = 5, 8
@@ -84,12 +84,44 @@ def solver(method: str) -> Callable[..., None]:
     return run
 
 
+def pipeline(**how: Any) -> Callable[..., None]:
+    """Of a Stable Diffusion, which lies with its pictures beside the folder of the run."""
+
+    def run(out: Path, report: Report, steps: int = STEPS, data: int = 0, **settings: Any) -> None:
+        import fewstep
+        from fewstep.distillation import encoded
+        from tests.distillation.test_pipelines import data as write_data
+        from tests.support import pipelines
+
+        encoded.ROWS = 2  # in this process, which does nothing else
+        teacher, folder = out.parent / "sd", out.parent / "data"
+        if not folder.exists():
+            pipelines.saved("sd", teacher)
+            write_data(folder)
+        recipe = {
+            "pictures": 4 * steps,
+            "batch": 4,
+            "dtype": "float32",
+            "guidance": 2.0,
+            "lr": 1e-3,
+        }
+        often = {"checkpoint_every": 1, "validate_every": 2, "validation_seeds": 2}
+        asked = {**recipe, **often, **how, **settings}
+        distill(fewstep.load(teacher), folder, out=out, report=report, **asked)
+
+    return run
+
+
 TRAININGS: dict[str, Callable[..., None]] = {
     "network": network,
     "features": features,
     "distillation": distillation,
     "tuned": solver("tuned"),
     "amed": solver("amed"),
+}
+PIPELINES = {  # that take seconds to begin
+    "a pipeline": pipeline(),
+    "adapters": pipeline(train="lora", rank=2, lora_format="kohya"),
 }
 OTHER = {"lr": 0.0123}  # a setting by which runs differ
 LONGER = ("network", "distillation")  # can be taken further
@@ -124,4 +156,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if len(sys.argv) > 3:
         die_in(int(sys.argv[3]))
-    TRAININGS[sys.argv[1]](Path(sys.argv[2]), lambda progress: print(progress.step, flush=True))
+    {**TRAININGS, **PIPELINES}[sys.argv[1]](
+        Path(sys.argv[2]), lambda progress: print(progress.step, flush=True)
+    )

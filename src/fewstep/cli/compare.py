@@ -23,7 +23,7 @@ from fewstep.cli.options import (
     flag,
     option,
 )
-from fewstep.cli.parsing import words
+from fewstep.cli.parsing import refuse_beside, words
 from fewstep.cli.work import AsJson, command_line, resumable
 from fewstep.evaluate.compare.design import Design
 from fewstep.reference import ReferenceSolve
@@ -83,6 +83,10 @@ def compare_command(
         str | None,
         option("SHA-256 of TorchScript files of --features that may run their code, with commas."),
     ] = None,
+    prompts: Annotated[
+        Path | None,
+        option("Texts of this file, csv, tsv, json or jsonl, which take turns by seed."),
+    ] = None,
     cache: Annotated[
         Path | None, option("Folder of the reference solves. Default: $FEWSTEP_CACHE.")
     ] = None,
@@ -100,6 +104,7 @@ def compare_command(
 
     What was sampled in the same folder before is not sampled again; --beside keeps its rows.
     """
+    from fewstep.data.captions import read_captions
     from fewstep.evaluate.compare import Workbench, check_solvers, load_students, read_comparison
     from fewstep.evaluate.compare.run import compare_beside
     from fewstep.evaluate.features import own_features, resolve_features
@@ -110,6 +115,9 @@ def compare_command(
     from fewstep.report.terminal import Progress, comparison_table
 
     about = {name: given[name] for name in ("label", "guidance", "prompt")}
+    if prompts is not None:
+        refuse_beside("--prompts has the texts", {"--prompt": given["prompt"]})
+        about["prompt"] = read_captions(prompts).texts
     choose_by, how = given["choose_by"], ReferenceSolve(**SOLVE.take(given))
     design = Design(**ASKED.take(given), **CHOSEN.take(given), **about)
     batch, machine = given["batch"], {name: given[name] for name in ("device", "dtype", "compile")}
@@ -126,7 +134,7 @@ def compare_command(
     ]
     if judges and choose_by is None:
         design = replace(design, choose_by=judges[0].label)
-    students = load_students(loaded, design.solvers, **machine)
+    students = load_students(loaded, design.solvers, model, **machine)
     check_solvers(loaded, design, students)
     references = References(exact, how, folder=cache, batch=batch, **about)
     with resumable(out), Progress(as_json) as bar:

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
 from fewstep.cli.app import distill_app
-from fewstep.cli.options import LEARNING, MACHINE, Machine, ModelArgument, Take, command, option
+from fewstep.cli.options import (
+    LEARNING,
+    MACHINE,
+    TEXT,
+    Machine,
+    ModelArgument,
+    Take,
+    command,
+    option,
+)
 from fewstep.cli.work import resumable
-from fewstep.distillation.recipe import Recipe
+from fewstep.distillation.recipe import Encoding, Recipe
 from fewstep.text import clean
 
-MACHINE_FIELDS = ("dtype", "compile")
+MACHINE_FIELDS = ("checkpointing", "dtype", "compile")
+NONE = "none"
 
 
 @command(
@@ -20,6 +31,7 @@ MACHINE_FIELDS = ("dtype", "compile")
     "splam",
     Take(Recipe, LEARNING, without=MACHINE_FIELDS),
     Take(Recipe, MACHINE, only=MACHINE_FIELDS),
+    Take(Encoding, TEXT),
     Take(Machine, MACHINE, only=("device",)),
 )
 def distill_splam_command(
@@ -27,7 +39,11 @@ def distill_splam_command(
     /,
     *,
     data: Annotated[
-        Path, option("Folder of idx files; or a folder, .zip, .npz or .npy of pictures.")
+        str,
+        option(
+            "Folder of idx files; or a folder, .zip, .npz or .npy of pictures. Of models that take "
+            "text: with captions, or a table of them, .tar or .parquet; none: the teacher's own."
+        ),
     ],
     out: Annotated[Path, option("Folder for the checkpoint and the student.")],
     name: Annotated[str | None, option("The student's name in its card.")] = None,
@@ -39,15 +55,29 @@ def distill_splam_command(
     validation_seeds: Annotated[
         int, option("Pictures compared with the teacher's; 0 for none.")
     ] = 250,
+    validation_prompts: Annotated[
+        Path | None,
+        option("File with texts of these pictures. Default: the first captions.", TEXT),
+    ] = None,
+    features: Annotated[
+        Path | None, option("Folder of a feature network, for the distances of validation.")
+    ] = None,
+    clip_model: Annotated[
+        Path | None, option("Folder of a CLIP model, for scores of validation.")
+    ] = None,
+    lora_format: Annotated[
+        str, option("Of adapters: diffusers, or kohya beside it (A1111, Forge, ComfyUI).")
+    ] = "diffusers",
     **settings: Any,
 ) -> None:
     """Distil by sub-path linear approximation (SPLAM), on pictures.
 
     Resumes, exactly, from the checkpoint in the output folder. Ends with a model folder that every
-    command takes. `torchrun --nproc-per-node 2 -m fewstep distill splam ...` shares the work among
-    processes.
+    command takes, or with a file of adapters for `fewstep sample MODEL --lora`.
+    `torchrun --nproc-per-node 2 -m fewstep distill splam ...` shares the work among processes.
     """
     device = settings.pop("device")
+    encoding = Encoding(**{one.name: settings.pop(one.name) for one in fields(Encoding)})
     recipe = Recipe(**settings)
 
     from fewstep.distillation import distill
@@ -61,8 +91,14 @@ def distill_splam_command(
     with resumable(out), TrainingBar(recipe.total_steps, quiet=not leads) as bar:
         student = distill(
             loaded,
-            data,
+            None if data == NONE else Path(data),
             out=out,
+            encoding=None if encoding == Encoding() else encoding,
+            encoding_report=bar,
+            validation_prompts=validation_prompts,
+            features=features,
+            clip_model=clip_model,
+            lora_format=lora_format,
             name=name,
             sampler=sampler,
             checkpoint_every=checkpoint_every,
@@ -73,6 +109,9 @@ def distill_splam_command(
             **settings,
         )
     budgets = ", ".join(student.card.auto)
-    if leads:
+    if leads and recipe.train == "lora":
+        told = f"{out}: adapters for {budgets} evaluations; "
+        print(clean(f"{told}try: fewstep sample {model} --lora {out} --nfe 4"))
+    elif leads:
         told = f"{out}: a model folder for {budgets} evaluations; "
         print(clean(f"{told}try: fewstep sample {out} --nfe 2"))

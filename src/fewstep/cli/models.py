@@ -74,6 +74,8 @@ def _list(cards: list[Card]) -> Table:
 
 def _card(card: Card) -> Table:
     """What a reader wants to know of a model before using it."""
+    from fewstep.models import BUILTIN
+
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -94,7 +96,8 @@ def _card(card: Card) -> Table:
         table.add_row("auto", "what it takes for a number of evaluations:")
     for nfe in card.auto:
         table.add_row("", styled(f"{nfe}: {_choice(card, nfe)}"))
-    table.add_row("try", styled(f"fewstep sample {shlex.quote(card.name)}"))
+    named = card.name if card.folder is None or card.folder.parent == BUILTIN else str(card.folder)
+    table.add_row("try", styled(f"fewstep sample {shlex.quote(named)}"))
     return table
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 __all__ = [
@@ -10,6 +12,7 @@ __all__ = [
     "parse_budgets",
     "parse_grid",
     "parse_guidance",
+    "parse_lora",
     "parse_many_seeds",
     "parse_seeds",
     "parse_size",
@@ -99,6 +102,21 @@ def parse_guidance(text: str) -> float | tuple[float, float]:
     if len(parts) not in (1, 2):
         raise ValueError(f"guidance is one scale or two, like 4 or 2,8, got {text!r}")
     return parts[0] if len(parts) == 1 else (parts[0], parts[1])
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    """A file and its scale from "FILE" or "FILE:0.8"."""
+    name, colon, tail = text.rpartition(":")
+    try:
+        scale = float(tail) if colon else 1.0
+    except ValueError:
+        name, scale = text, 1.0
+    name = name if colon and name else text
+    if not name or not math.isfinite(scale):
+        raise ValueError(
+            f"adapters are written FILE or FILE:SCALE, like style.safetensors:0.8, got {text!r}"
+        )
+    return Path(name), scale
 
 
 def words(text: str, what: str = "a list") -> tuple[str, ...]:

@@ -23,7 +23,14 @@ from fewstep.cli.options import (
     command,
     option,
 )
-from fewstep.cli.parsing import parse_many_seeds, parse_seeds, parse_size, refuse_beside, words
+from fewstep.cli.parsing import (
+    parse_lora,
+    parse_many_seeds,
+    parse_seeds,
+    parse_size,
+    refuse_beside,
+    words,
+)
 from fewstep.cli.work import AsJson, command_line, resumable
 from fewstep.sampling.request import Request
 from fewstep.sampling.settings import Settings
@@ -82,6 +89,10 @@ def sample_command(
     ] = None,
     classifier: Annotated[
         Path | None, option("A file with a classifier, by which guidance goes.", MACHINE)
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        option("Of a pipeline: a file of adapters, FILE or FILE:SCALE; may be repeated.", MACHINE),
     ] = None,
     as_json: AsJson = False,
     prompts: Annotated[
@@ -154,6 +165,7 @@ def sample_command(
     options = {name: given.pop(name) for name in ("config", "slicing", "tiling")}
     options |= {"size": parse_size(size) if size else None, "preset": preset, "vae": vae}
     options |= {"guide": guide, "classifier": classifier}
+    options["loras"] = [parse_lora(one) for one in lora or []]
     options = {name: one for name, one in options.items() if one}
     machine = {name: given.pop(name) for name in ("device", "dtype", "compile")}
     batch = given.pop("batch")

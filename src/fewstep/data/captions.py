@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from fewstep.data.bounds import read_bytes, reason
 from fewstep.text import clean
 
-__all__ = ["Captions", "match_captions", "read_captions"]
+__all__ = ["Captions", "Row", "match_captions", "read_captions", "read_rows"]
 
 TEXT = ("prompt", "caption")
 SEED = ("evaluation_seed", "seed")
@@ -89,6 +89,19 @@ def read_captions(path: Path | str) -> Captions:
             seeds or of image_id must have a value in every row, or in none.
         OSError: the file cannot be read.
     """
+    rows, name = read_rows(path), clean(path)
+    try:
+        texts = tuple(map(_caption, rows))
+        ids = _column(rows, "image_id")
+        column = next((key for key in SEED if any(row.text(key) for row in rows)), SEED[0])
+        seeds = tuple(map(_seed, rows, _column(rows, column)))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    return Captions(str(path), texts, ids, seeds)
+
+
+def read_rows(path: Path | str) -> list[Row]:
+    """All rows of a file of captions, as they are. Errors as in `read_captions`."""
     path = Path(path)
     name = clean(path)
     try:
@@ -100,14 +113,7 @@ def read_captions(path: Path | str) -> Captions:
         raise ValueError(f"{name} cannot be read as captions ({reason(error)})") from None
     if not rows:
         raise ValueError(f"{name} has no captions")
-    try:
-        texts = tuple(map(_caption, rows))
-        ids = _column(rows, "image_id")
-        column = next((key for key in SEED if any(row.text(key) for row in rows)), SEED[0])
-        seeds = tuple(map(_seed, rows, _column(rows, column)))
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-    return Captions(str(path), texts, ids, seeds)
+    return rows
 
 
 def _caption(row: Row) -> str:

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from fewstep.denoiser import Bound, Condition, Guided, per_sample
 from fewstep.distillation.recipe import Recipe
 from fewstep.distillation.subject import Subject
-from fewstep.distillation.subpath import LOSSES, RULES, consistency, on_line
+from fewstep.distillation.subpath import LOSSES, RULES, on_line
 from fewstep.distillation.teacher import Stepper
+from fewstep.models.students import consistency
 from fewstep.networks.conditioning import indices
 from fewstep.noise import generator
 from fewstep.solving import solve

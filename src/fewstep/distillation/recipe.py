@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
-__all__ = ["Recipe"]
+__all__ = ["Encoding", "Recipe"]
 
 METHODS = ("splam", "lcm")
 TOLD = ("gamma", "level")
+TRAIN = ("full", "lora")
+RATE = 3e-4
 LOSSES, RULES = ("huber", "l2"), ("linear", "variance")  # what `subpath` has
 
 
@@ -20,9 +23,9 @@ class Recipe:
 
     Attributes:
         method: splam, or lcm: consistency distillation, gamma = 1 throughout.
-        points: Levels of the training grid. Default: 10.
+        points: Levels of the training grid. Default: 10; 11 of pipelines.
         grid: Kind of that grid: time-uniform, karras, log-snr; discrete and trailing go by the
-            network's own time. Default: time-uniform.
+            network's own time. Default: time-uniform; trailing of pipelines.
         teacher: A solver's name, a plan's JSON file, or a learned solver's folder. A plan brings
             its own grid and steps.
         substeps: Steps of the teacher on one sub-path. Default: 2.
@@ -37,13 +40,18 @@ class Recipe:
         pictures: Length of the run in pictures, rounded up to whole batches.
         batch: Pictures per step, over all processes.
         accumulate: Parts in which a process takes its share of a batch, to save memory.
-        lr: Learning rate of Adam.
+        lr: Learning rate of Adam. Default: 3e-4; of pipelines 1e-5, and 1e-4 of their adapters.
         warmup: First share of the run, over which the learning rate rises.
         cooldown: Last share of the run, over which it falls to 0.
         label_dropout: Share of pictures without their condition, for networks that have conditions.
-            Default: 0.5.
+            Default: 0.5; 0.1 of texts.
         target_decay: Decay of the average of the student that gives the target.
         clip: Largest norm of a gradient.
+        train: full: the whole network; lora: adapters alone, of a pipeline.
+        rank: Of the adapters. Default: 64.
+        targets: Layers that get adapters, by the ends of their names, with commas. Default: those
+            of LCM-LoRA.
+        checkpointing: Compute activations of a pipeline's network again, to save memory.
         dtype: Arithmetic of the networks, bfloat16 or float32; weights stay float32.
         compile: Use torch.compile: faster for long runs, minutes at the start, other rounding.
         seed: Decides data order and noise.
@@ -65,12 +73,16 @@ class Recipe:
     pictures: int = 500_000
     batch: int = 128
     accumulate: int = 1
-    lr: float = 3e-4
+    lr: float | None = None
     warmup: float = 0.05
     cooldown: float = 0.3
     label_dropout: float | None = None
     target_decay: float = 0.95
     clip: float = 1.0
+    train: str = "full"
+    rank: int | None = None
+    targets: tuple[str, ...] | None = None
+    checkpointing: bool = False
     dtype: str = "bfloat16"
     compile: bool = False
     seed: int = 0
@@ -80,6 +92,7 @@ class Recipe:
             ("method", METHODS),
             ("loss", LOSSES),
             ("dtype", ("bfloat16", "float32")),
+            ("train", TRAIN),
             ("rule", (None, *RULES)),
             ("tell", (None, *TOLD)),
         ):
@@ -93,6 +106,13 @@ class Recipe:
                         f"{name}={value} has no effect with method lcm, where gamma is 1 "
                         "throughout; leave it out"
                     )
+        for name in ("rank", "targets"):
+            if self.train != "lora" and (value := getattr(self, name)) is not None:
+                raise ValueError(f"{name}={value} is of adapters; give train lora too")
+        if self.compile and (self.train == "lora" or self.checkpointing):
+            raise ValueError("compile does not go with train lora or checkpointing; leave it out")
+        if isinstance(self.targets, list):
+            object.__setattr__(self, "targets", tuple(self.targets))
         low, high = self.scales
         if isinstance(self.guidance, list):  # as JSON has it
             object.__setattr__(self, "guidance", (low, high))
@@ -104,7 +124,9 @@ class Recipe:
             ("pictures", self.pictures >= 1, "positive"),
             ("batch", self.batch >= 1, "positive"),
             ("accumulate", 1 <= self.accumulate <= self.batch, "from 1 to batch"),
-            ("lr", 0 < self.lr < math.inf, "positive"),
+            ("lr", self.lr is None or 0 < self.lr < math.inf, "positive"),
+            ("rank", self.rank is None or self.rank >= 1, "positive"),
+            ("targets", self.targets is None or all(self.targets), "names"),
             ("warmup", 0 <= self.warmup <= 1, "between 0 and 1"),
             ("cooldown", 0 <= self.cooldown <= 1 - self.warmup + 1e-9, "between 0 and 1 - warmup"),
             ("label_dropout", 0 <= self.dropout <= 1, "between 0 and 1"),
@@ -157,4 +179,30 @@ class Recipe:
         """Learning rate of the update after `step` earlier ones."""
         rise = (step + 1) / (self.warmup * self.total_steps + 1)
         fall = (self.total_steps - step) / (self.cooldown * self.total_steps + 1)
-        return self.lr * min(1.0, rise, fall)
+        return (RATE if self.lr is None else self.lr) * min(1.0, rise, fall)
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How pictures and texts become the data of a student.
+
+    Attributes:
+        captions: A file with the caption of each picture, by its name; without pictures, the texts.
+        most_bad: Samples that may be left out because they cannot be read.
+        starts: Without pictures: how many of the teacher's own. Default: one per text, or 10,000.
+        cache_gib: Most that the cache of latents may take on disk, in GiB.
+    """
+
+    captions: Path | None = None
+    most_bad: int = 100
+    starts: int | None = None
+    cache_gib: float = 50.0
+
+    def __post_init__(self) -> None:
+        for name, fine, rule in (
+            ("most_bad", self.most_bad >= 0, "at least 0"),
+            ("starts", self.starts is None or self.starts >= 1, "at least 1"),
+            ("cache_gib", self.cache_gib > 0, "positive"),
+        ):
+            if not fine:
+                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)}")

@@ -11,40 +11,28 @@ from typing import Any
 import numpy as np
 import torch
 
+from fewstep.cache import cache_folder, recall
 from fewstep.data.idx import to_unit
 from fewstep.data.images import contact_sheet, write_png
 from fewstep.evaluate import frechet_distance
+from fewstep.evaluate.clip import load_clip
 from fewstep.evaluate.references import References
 from fewstep.models import Model
-from fewstep.models.card import Card, Choice, Distilled
-from fewstep.networks.features import load_feature_network
+from fewstep.models.card import Card, Distilled
+from fewstep.models.students import choices, student_levels
+from fewstep.networks.features import load_feature_folder, load_feature_network
 from fewstep.provenance import VERSION
+from fewstep.sampling.choose import identify
 from fewstep.sampling.generate import sample
 
 __all__ = ["Examination", "student_card", "student_levels"]
 
-BUDGETS = range(1, 9)  # evaluations for which a student's card has levels
 EXAMINED = (1, 2, 4)
 SAMPLERS = {"consistency": "", "consistency-ode": "_ode"}  # and what marks their figures
 FIRST_SEED = 1_000_000  # of those for validation
 FEATURES, LEAST = "fashion-a", 250  # a training metric, never the judge; pictures for a covariance
 SHOWN = 12  # pictures of each kind on a sheet
-
-
-def student_levels(levels: Sequence[float], nfe: int) -> tuple[float, ...]:
-    """The grid on which a student spends `nfe` evaluations: levels that it was trained on, spread
-    evenly from the first, then 0.
-
-    Level i of the evaluations is number floor(i (N - 1) / nfe) of the N of its training grid; the
-    last of these was never the start of a sub-path.
-
-    Raises:
-        ValueError: there are too few.
-    """
-    starts = len(levels) - 1
-    if not 1 <= nfe <= starts:
-        raise ValueError(f"a student on {starts} sub-paths takes 1 to {starts} nfe, got {nfe}")
-    return (*(levels[i * starts // nfe] for i in range(nfe)), 0.0)
+FINE, FINE_NFE = "dpmpp-2m", 50  # of the teacher's pictures of texts
 
 
 def student_card(
@@ -66,16 +54,11 @@ def student_card(
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
-    auto = {
-        str(nfe): Choice(sampler, student_levels(levels, nfe))
-        for nfe in BUDGETS
-        if nfe < len(levels)
-    }
     return replace(
         card,
         name=name,
         summary=f"{facts['teacher']} distilled by {facts['method']}, {len(levels)} levels",
-        auto=auto,
+        auto=choices(levels, sampler),
         screened={},
         distilled=Distilled(**facts, levels=tuple(levels)),
         about={"fewstep": VERSION, **run, "teacher": card.about},
@@ -90,6 +73,9 @@ class Examination:
     count: of pictures; as many of other seeds are what their distribution is compared with
     labels, guidance: conditions of the pictures, the labels in turn; guidance is that of the
         teacher, and of a student that is told it
+    prompts: texts of the pictures, in turn, for models that take them
+    features: folder of the network of the distances; fashion-a for its pictures where left out
+    clip: folder of a CLIP model, for scores of pictures against their texts
     """
 
     def __init__(
@@ -99,8 +85,16 @@ class Examination:
         *,
         labels: Sequence[int | None] = (None,),
         guidance: float | None = None,
+        prompts: Sequence[str] = (),
+        features: Path | None = None,
+        clip: Path | None = None,
     ) -> None:
         self.teacher, self.guidance, self.labels = teacher, guidance, labels
+        self.prompts = tuple(prompts)
+        self.network = None if features is None else load_feature_folder(features)
+        if clip is not None and not prompts:
+            raise ValueError(f"{teacher.card.name} takes no text that clip could score")
+        self.clip = None if clip is None else load_clip(clip)
         self.seeds = range(FIRST_SEED, FIRST_SEED + count)
         self.others = range(self.seeds.stop, self.seeds.stop + count)
 
@@ -111,15 +105,16 @@ class Examination:
 
     @cached_property
     def distance(self) -> Callable[[np.ndarray], float] | None:
-        """Frechet distance of pictures to fine solutions of other seeds, in the features of
-        fashion-a; None for pictures that it does not know, or too few.
+        """Frechet distance of pictures to fine solutions of other seeds, in the features of the
+        network, or of fashion-a; None for pictures that it does not know, or too few.
 
         Of other seeds, since with those of its own a sampler that keeps to its path would be nearer
         than one with fresh noise, whichever pictures are better.
         """
-        if self.reference.shape[1:] != (32, 32, 1) or len(self.seeds) < LEAST:
+        known = self.network is not None or self.reference.shape[1:] == (32, 32, 1)
+        if not known or len(self.seeds) < LEAST:
             return None
-        network = load_feature_network(FEATURES)
+        network = self.network or load_feature_network(FEATURES)
 
         def features(images: np.ndarray) -> np.ndarray:
             return network(to_unit(torch.from_numpy(images)).permute(0, 3, 1, 2)).numpy()
@@ -129,6 +124,8 @@ class Examination:
 
     def _fine(self, seeds: range) -> np.ndarray:
         """From the cache, or solved now: the same solves that comparisons are made with."""
+        if self.prompts:
+            return self._texts_solved(seeds)
         pictures: dict[int, np.ndarray] = {}
         for i, label in enumerate(self.labels):
             mine = seeds[i :: len(self.labels)]
@@ -137,6 +134,30 @@ class Examination:
                 ends = torch.from_numpy(solved.endpoints(mine)[:, 0])
                 pictures |= zip(mine, self.teacher.decode(ends), strict=True)
         return np.stack([pictures[seed] for seed in seeds])
+
+    def _texts_solved(self, seeds: range) -> np.ndarray:
+        """The teacher's pictures of the prompts, by a fine solve."""
+        how = {"solver": FINE, "nfe": FINE_NFE, "guidance": self.guidance}
+        facts = getattr(self.teacher, "facts", dict)()
+        key = {
+            **facts,
+            **identify(self.teacher),
+            **how,
+            "texts": self.prompts,
+            "seeds": list(seeds),
+        }
+        shape = (len(seeds), *self.teacher.picture)  # type: ignore[attr-defined]
+
+        def solve() -> torch.Tensor:
+            made = sample(self.teacher, seeds=seeds, prompt=self._texts(seeds), **how)
+            return torch.from_numpy(made.images).float()
+
+        made = recall(cache_folder() / "references", key, shape, solve)
+        return made.numpy().astype(np.uint8)
+
+    def _texts(self, seeds: Sequence[int]) -> list[str] | None:
+        texts = self.prompts
+        return [texts[i % len(texts)] for i in range(len(seeds))] if texts else None
 
     def __call__(self, student: Model, guided: bool, sheet: Path | None) -> dict[str, float]:
         """Distances of the student's pictures at each of `EXAMINED` nfe.
@@ -168,17 +189,27 @@ class Examination:
                     nfe=nfe,
                     seeds=self.seeds,
                     label=None if None in turns else turns,
+                    prompt=self._texts(self.seeds),
                     guidance=self.guidance if guided else None,
                 ).images
                 difference = (images.astype(np.float64) - self.reference) / 127.5
                 figures[f"rmse{mark}_{nfe}"] = float(np.sqrt(np.mean(difference**2)))
                 if self.distance is not None:
                     figures[f"fd{mark}_{nfe}"] = self.distance(images)
+                if self.clip is not None:
+                    figures[f"clip{mark}_{nfe}"] = self._score(images)
                 if nfe == 1 or sampler == student.card.auto[str(nfe)].solver:
                     rows.append(images[:SHOWN])
         if self.distance is not None:
             figures["fd_fine"] = self.distance(self.reference)
+        if self.clip is not None:
+            figures["clip_fine"] = self._score(self.reference)
         if sheet is not None:
             pictures = np.concatenate(rows)
             write_png(sheet, contact_sheet(list(pictures), columns=len(rows[0])), figures)
         return figures
+
+    def _score(self, images: np.ndarray) -> float:
+        """The CLIP score of pictures with their texts."""
+        assert self.clip is not None
+        return float(self.clip(images, self._texts(self.seeds) or []).mean())

@@ -26,33 +26,21 @@ divides by sigma_gamma, and for every kind of network
 
 All agree at gamma = 1, the only value at inference.
 
-Source: SPLAM, arXiv:2404.13903; the boundary of discrete-time models is that of Luo et al. 2023
-(LCM), arXiv:2310.04378, and the metric that of Song & Dhariwal 2023, arXiv:2310.14189.
+f is `fewstep.models.students.consistency`.
+
+Source: SPLAM, arXiv:2404.13903; the metric is that of Song & Dhariwal 2023, arXiv:2310.14189.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fewstep.denoiser import Condition, Evaluation, Wrapper, per_sample
-from fewstep.schedule import Schedule
+from fewstep.denoiser import per_sample
 
-__all__ = [
-    "LOSSES",
-    "RULES",
-    "Boundary",
-    "CleanEnd",
-    "Consistency",
-    "DiscreteEnd",
-    "consistency",
-    "on_line",
-    "x0_hat",
-]
+__all__ = ["LOSSES", "RULES", "on_line"]
 
 HUBER = 1e-3  # c of the published training scripts
 
@@ -73,76 +61,3 @@ def on_line(x_s: Tensor, x_t: Tensor, gamma: Tensor) -> Tensor:
     """x_gamma, [b, ...]; gamma [b]. At gamma = 1 it is x_t to the bit."""
     g = per_sample(gamma, x_t)
     return (1 - g) * x_s + g * x_t
-
-
-def x0_hat(x_gamma: Tensor, denoised: Tensor, ratio: Tensor) -> Tensor:
-    """The clean picture that D at x_gamma stands for; ratio as the module's docstring has it, [b].
-
-    eps divides by the level that the network is told, sigma_t, and not by that of x_gamma. At ratio
-    = 1 it is D to the bit.
-    """
-    r = per_sample(ratio, x_gamma)
-    return (1 - r) * x_gamma + r * denoised
-
-
-class Boundary(Protocol):
-    """The role: (skip, out) of f = skip x + out x0_hat, with x in EDM units, so that f(x) = x at
-    the clean end.
-
-    sigma: [b], float64 in training
-    """
-
-    def __call__(self, sigma: Tensor, /) -> tuple[Tensor, Tensor]: ...
-
-
-@dataclass(frozen=True)
-class CleanEnd:
-    """f = x0_hat, and f = x at sigma_min or below: for networks in continuous time."""
-
-    sigma_min: float
-
-    def __call__(self, sigma: Tensor, /) -> tuple[Tensor, Tensor]:
-        skip = (sigma <= self.sigma_min * (1 + 1e-6)).to(sigma)  # levels that went through float32
-        return skip, 1 - skip
-
-
-@dataclass(frozen=True)
-class DiscreteEnd:
-    """The published boundary of discrete-time models, in which f = x at t = 0:
-
-        skip = alpha_t d^2 / ((k t)^2 + d^2)      out = k t / sqrt((k t)^2 + d^2)
-
-    d, k: `data` and `scaling`, with the published values
-    """
-
-    schedule: Schedule
-    data: float = 0.5
-    scaling: float = 10.0
-
-    def __call__(self, sigma: Tensor, /) -> tuple[Tensor, Tensor]:
-        t = self.scaling * self.schedule.t(sigma)
-        total = t.square() + self.data**2
-        return self.schedule.alpha(sigma) * self.data**2 / total, t / total.sqrt()
-
-
-def consistency(
-    x: Tensor, denoised: Tensor, ratio: Tensor, scalings: tuple[Tensor, Tensor]
-) -> Tensor:
-    """f = skip x + out x0_hat, [b, ...]; everything else [b]."""
-    skip, out = (per_sample(scale, x) for scale in scalings)
-    return skip * x + out * x0_hat(x, denoised, ratio)
-
-
-@dataclass(frozen=True, eq=False)
-class Consistency(Wrapper):
-    """A trained student's f at gamma = 1, as a denoiser; inside a counter, outside guidance."""
-
-    denoiser: Any
-    boundary: Boundary
-
-    def evaluate(
-        self, inner: Evaluation, x: Tensor, sigma: Tensor, *conditions: Condition
-    ) -> tuple[Tensor, Any]:
-        denoised, features = inner(x, sigma, *conditions)
-        ratio = torch.ones_like(sigma)
-        return consistency(x, denoised, ratio, self.boundary(sigma)), features

@@ -95,13 +95,14 @@ def stepper(
     points: int | None = None,
     grid: str | None = None,
     substeps: int | None = None,
+    usual: tuple[int, str] | None = None,
 ) -> Stepper:
     """The teacher's step on a named grid, or that of a plan on its own grid.
 
     Args:
         teacher: a solver's name; or a plan in JSON or a learned solver's folder, whose steps must
             not look back beyond their own interval, and which bring their own grid
-        points, grid: DEFAULT_POINTS and DEFAULT_GRID where left out
+        points, grid: those of `usual` where left out, else DEFAULT_POINTS and DEFAULT_GRID
         substeps: how many steps of the solver one interval takes, on the same kind of grid refined;
             DEFAULT_SUBSTEPS where left out
 
@@ -123,9 +124,10 @@ def stepper(
     substeps = DEFAULT_SUBSTEPS if substeps is None else substeps
     if substeps < 1:
         raise ValueError(f"substeps must be at least 1, got {substeps}")
-    points = DEFAULT_POINTS if points is None else points
+    known = usual or (DEFAULT_POINTS, DEFAULT_GRID)
+    points = known[0] if points is None else points
     many = substeps * (points - 1) + 1
-    fine = make_grid(grid or DEFAULT_GRID, many, sigma_max, sigma_min, schedule)
+    fine = make_grid(grid or known[1], many, sigma_max, sigma_min, schedule)
     starts = range(0, len(fine) - 1, substeps)
     plans = [solver.plan(fine[i : i + substeps + 1]) for i in starts]
     return Stepper.of(fine[::substeps], plans, solver.name)

@@ -9,9 +9,10 @@ Sources: SPLAM, arXiv:2404.13903; Luo et al. 2023 (LCM), arXiv:2310.04378; Song 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -21,15 +22,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.data.captions import read_captions
 from fewstep.data.training import Data, mapped, read_data
 from fewstep.denoiser import Condition
+from fewstep.distillation.encoded import Report, encoded
 from fewstep.distillation.losses import Levels, draw, subpath_losses
-from fewstep.distillation.recipe import Recipe
+from fewstep.distillation.recipe import Encoding, Recipe
 from fewstep.distillation.students import Examination, student_card
-from fewstep.distillation.subject import Subject, subject
+from fewstep.distillation.subject import Subject, Training, subject
 from fewstep.distillation.teacher import Stepper, stepper
 from fewstep.models import Model, load
-from fewstep.models.card import CARD_FILE, WEIGHTS_FILE, Card
+from fewstep.models.card import Card
 from fewstep.records import check_slug
 from fewstep.train.average import Average
 from fewstep.train.loop import Folder, Progress, Schedule, Step, check_every, share, train
@@ -39,7 +42,9 @@ from fewstep.train.run import Identity, Run
 
 __all__ = ["Distillation", "distill"]
 
-RESULTS, SHEETS = (CARD_FILE, WEIGHTS_FILE), "validation"
+SHEETS = "validation"
+KOHYA = "kohya"
+FORMATS = ("diffusers", KOHYA)
 ALONE = Team()
 
 
@@ -134,7 +139,7 @@ class Distillation:
 
 def distill(
     model: Model,
-    data: Data | tuple[Tensor, Tensor] | Path | str,
+    data: Data | tuple[Tensor, Tensor] | Path | str | None,
     *,
     out: Path | str | None = None,
     name: str | None = None,
@@ -142,7 +147,13 @@ def distill(
     checkpoint_every: int = 100,
     validate_every: int = 500,
     validation_seeds: int = 250,
+    encoding: Encoding | None = None,
+    validation_prompts: Path | None = None,
+    features: Path | None = None,
+    clip_model: Path | None = None,
+    lora_format: str = "diffusers",
     report: Callable[[Progress], None] = lambda progress: None,
+    encoding_report: Report = lambda what, done, count: None,
     resumed: Callable[[int], None] = lambda step: None,
     **settings: Any,
 ) -> Model:
@@ -151,14 +162,20 @@ def distill(
     Args:
         model: the teacher, as `fewstep.load` returns it; it is left as it is
         data: a folder of idx files; pictures in a folder, a .zip, an .npz or an .npy; (images uint8
-            [n, c, h, w], labels [n]); or a `Data`
+            [n, c, h, w], labels [n]); or a `Data`. Of a pipeline that takes text, pictures with
+            captions (`fewstep.data.captioned`); None for pictures of the teacher's own
         out: folder for checkpoint, log, validation sheets and the student; a run that is there
             already is resumed. None keeps everything in memory.
         name: of the student in its card
         sampler: what its card names, "consistency" or, without fresh noise, "consistency-ode"
         checkpoint_every, validate_every: in steps
         validation_seeds: pictures that are compared with the teacher's fine solutions; 0 for none
+        encoding: how a pipeline's pictures and texts are encoded
+        validation_prompts: file of their texts; the first captions where left out
+        features, clip_model: folders of a feature network, and of a CLIP model, for validation
+        lora_format: of adapters, "diffusers", or "kohya" for a second file
         report: called after every step
+        encoding_report: called with what is encoded, how many are done, and of how many
         resumed: called once, with the step, where there was a checkpoint
         settings: the fields of `Recipe`
 
@@ -175,40 +192,85 @@ def distill(
         FloatingPointError: the loss is not finite. What was saved stays.
     """
     recipe = _recipe(settings)
+    if lora_format not in FORMATS or (lora_format == KOHYA and recipe.train != "lora"):
+        raise ValueError(
+            f"lora_format must be {' or '.join(FORMATS)}, and kohya needs train lora, got "
+            f"{lora_format!r}"
+        )
     if validation_seeds < 0:
         raise ValueError(f"validation_seeds must be at least 0, got {validation_seeds}")
     check_every(checkpoint_every=checkpoint_every, validate_every=validate_every)
-    known = subject(model, recipe.told, recipe.seed)
-    step = _checked(recipe, known, model)
-    pictures = read_data(data, model, recipe.dropout)
-    name = check_slug("name", name or f"{model.card.name}-{recipe.method}")
-    card = _card(recipe, known, step, model.card, pictures, name, sampler)
-    place = None if out is None else Path(out)
-    inputs = _inputs(pictures, model, step)
-    validate = validate_every if validation_seeds else None
-    plan = Schedule(recipe.total_steps, recipe.batch, checkpoint_every, validate)
+    how = Training(recipe.train, recipe.rank, recipe.targets, recipe.checkpointing)
+    known = subject(model, recipe.told, recipe.seed, how)
     device = next(known.student.parameters()).device
-    with (
-        team(device) as together,
-        Folder(place if together.leads else None, RESULTS, (SHEETS,)) as folder,
-    ):
+    with contextlib.ExitStack() as held:
+        held.callback(known.close)
+        recipe = _filled(recipe, known)
+        step = _checked(recipe, known, model)
+        name = check_slug("name", name or f"{model.card.name}-{recipe.method}")
+        together = held.enter_context(team(device))
+        with together.led(device):
+            if together.leads:
+                pictures = _read(data, model, recipe, encoding, encoding_report)
+        if not together.leads:
+            pictures = _read(data, model, recipe, encoding, encoding_report)
+        card = _card(recipe, known, step, model.card, pictures, name, sampler)
+        if lora_format == KOHYA:
+            card = replace(card, about={**card.about, "lora_format": lora_format})
+        texts = _prompts(model, pictures, validation_prompts, validation_seeds)
+        judges = {"prompts": texts, "features": features, "clip": clip_model}
+        examine = _examination(model, recipe, validation_seeds, **judges)
+        place = None if out is None else Path(out)
+        validate = validate_every if validation_seeds else None
+        plan = Schedule(recipe.total_steps, recipe.batch, checkpoint_every, validate)
+        folder = Folder(place if together.leads else None, known.results, (SHEETS,))
+        held.enter_context(folder)
         with together.led(device):
             folder.check()
+        inputs = _inputs(pictures, model, step)
         task = Distillation(recipe, known, step, pictures, inputs, together)
         task.resume(folder)
         if together.leads:
             if task.run.step:
                 resumed(task.run.step)
-            if examine := _examination(model, recipe, validation_seeds):
+            if examine:
                 task.examine = _examined(examine, known, card, recipe, place)
         train(task, folder, plan, report, together)
         card = replace(card, about={**card.about, "validation": folder.log.latest(task.run.step)})
         if place is None:
+            held.pop_all()
             return known.bind(task.averaged(), card)
         if together.leads:
             known.save(place, task.averaged(), card)
         together.wait()
+        if known.in_memory:
+            held.pop_all()
+            return known.bind(task.averaged(), card)
     return load(place, device=str(device))
+
+
+def _read(
+    data: Any, model: Model, recipe: Recipe, encoding: Encoding | None, report: Report
+) -> Data:
+    """The data, those of a pipeline encoded."""
+    if model.card.kind != "pipeline":
+        if encoding is not None or data is None:
+            raise ValueError(
+                f"captions, starts and the cache of latents are for pipelines, and "
+                f"{model.card.name} is none; give pictures, and leave them out"
+            )
+        return read_data(data, model, recipe.dropout)
+    if data is not None and not isinstance(data, str | Path):
+        return read_data(data, model, 1.0)
+    low, high = recipe.scales
+    guidance = None if (low, high) == (1.0, 1.0) else (low + high) / 2
+    return encoded(data, model, encoding or Encoding(), guidance, report)  # type: ignore[arg-type]
+
+
+def _filled(recipe: Recipe, known: Subject) -> Recipe:
+    """The recipe with what the kind of model has other defaults for."""
+    missing = {n: v for n, v in known.defaults.items() if getattr(recipe, n) is None}
+    return replace(recipe, **missing)
 
 
 def _inputs(pictures: Data, model: Model, step: Stepper) -> dict[str, str]:
@@ -254,6 +316,7 @@ def _checked(recipe: Recipe, known: Subject, model: Model) -> Stepper:
         points=recipe.points,
         grid=recipe.grid,
         substeps=recipe.substeps,
+        usual=known.usual,
     )
     start, end = step.levels[0], step.levels[-1]
     if not (math.isclose(start, known.sigma_max, rel_tol=1e-6) and 0 < end < start):
@@ -285,6 +348,7 @@ def _card(
     facts = {
         "method": recipe.method,
         "rule": None if recipe.method == "lcm" else recipe.level_rule,
+        "boundary": known.boundary_name,
         "gamma_input": "embedding" if "gamma" in recipe.told else "none",
         "guidance": recipe.guidance,
         "teacher": teacher.name,
@@ -295,7 +359,17 @@ def _card(
     return student_card(known.card, step.levels, facts, run, name, sampler)
 
 
-def _examination(model: Model, recipe: Recipe, count: int) -> Examination | None:
+def _prompts(model: Model, data: Data, file: Path | None, count: int) -> Sequence[str]:
+    """The texts of validation: of a file, or the first of the data; none without texts."""
+    known = getattr(data, "known_texts", ())
+    if file is None:
+        return known[:count]
+    if not known:
+        raise ValueError(f"{model.card.name} is not trained on texts; leave out validation_prompts")
+    return read_captions(file).texts
+
+
+def _examination(model: Model, recipe: Recipe, count: int, **judges: Any) -> Examination | None:
     """With the mean of the guidance scales and all classes in turn where there is guidance, or
     where the student never sees pictures without a class; else without a class."""
     if count == 0:
@@ -303,11 +377,13 @@ def _examination(model: Model, recipe: Recipe, count: int) -> Examination | None
     low, high = recipe.scales
     classes = len(model.card.classes)
     labelled = classes and (high > 1 or recipe.dropout == 0)
+    guided = (labelled or judges["prompts"]) and (low, high) != (1.0, 1.0)
     return Examination(
         model,
         count,
         labels=tuple(range(classes)) if labelled else (None,),
-        guidance=(low + high) / 2 if labelled and (low, high) != (1.0, 1.0) else None,
+        guidance=(low + high) / 2 if guided else None,
+        **judges,
     )
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fewstep.distillation.subject import Subject
-from fewstep.distillation.subpath import CleanEnd
 from fewstep.models.card import Card
 from fewstep.models.formats.native import save_folder
 from fewstep.models.network import Conditional, NetworkModel
+from fewstep.models.students import CleanEnd
 from fewstep.networks.preconditioning import denoise
 from fewstep.networks.unet import UNet
 

@@ -10,6 +10,7 @@ its weights has no cache.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -48,7 +49,15 @@ class References:
     guidance: float | None = None
     folder: Path | None = None
     batch: int = 50
-    prompt: str | None = None
+    prompt: str | tuple[str, ...] | None = None
+
+    @property
+    def said(self) -> str | None:
+        """The prompt; of several, how many, and a hash of them."""
+        if self.prompt is None or isinstance(self.prompt, str):
+            return self.prompt
+        digest = hashlib.sha256("\0".join(self.prompt).encode()).hexdigest()
+        return f"{len(self.prompt)} texts, SHA-256 {digest[:16]}"
 
     def facts(self) -> dict[str, Any]:
         """Everything that the endpoints depend on but the seed, JSON-ready."""
@@ -58,7 +67,7 @@ class References:
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "label": self.label,
             "guidance": self.guidance,
-            **({} if self.prompt is None else {"prompt": self.prompt}),
+            **({} if self.prompt is None else {"prompt": self.said}),
             **asdict(self.how),
         }
 

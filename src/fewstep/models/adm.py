@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from fewstep.denoiser import per_sample
 from fewstep.models.adm_spec import GUIDE, STAGE, Spec, spec_of
 from fewstep.models.card import Card
-from fewstep.models.network import NetworkModel, Precondition
+from fewstep.models.network import NetworkModel, Precondition, assembled
 from fewstep.networks.adm import ADM, Encoder, cast_torso
 from fewstep.networks.autoencoder import Autoencoder
 from fewstep.networks.preconditioning import EDM, Preconditioned
@@ -155,14 +155,13 @@ def model(
         assert isinstance(guide, Encoder)
         assert schedule is not None
         classifier = Classifier(guide, schedule)
-    return NetworkModel(
+    return assembled(
         card,
         net,
-        {name: value.to(device) for name, value in stats.items()},
-        net,
-        net.image_shape,
-        _precondition(spec, schedule),
-        torch.compile(net) if compile else None,
+        stats,
+        device,
+        compile,
+        precondition=_precondition(spec, schedule),
         schedule=schedule,
         first_stage=None if stage is None else Latents(stage, spec.scale),
         needs_label=spec.needs_label,

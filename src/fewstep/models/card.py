@@ -104,12 +104,14 @@ class Distilled:
     teacher, teacher_weights: the name and the weights' hash of the model that it imitates
     teacher_step: the solver and the evaluations of one step of the teacher
     levels: from sigma_max down
+    boundary: clean, or discrete as published for networks in discrete time
     """
 
     method: Slug
     levels: Levels
     teacher: Slug
     teacher_weights: Digest
+    boundary: Annotated[Text, Field(pattern="^(clean|discrete)$")] = "clean"
     rule: Slug | None = None
     gamma_input: Slug = "none"
     guidance: Annotated[Any, AfterValidator(_scale)] = None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fewstep.models.families import Condition
 from fewstep.models.texts import on_leaves
+from fewstep.networks.conditioning import guidance_embedding as embedding_of
 from fewstep.networks.taps import as_map, hear
 
 __all__ = [
@@ -79,11 +80,13 @@ def _rows(condition: Condition, count: int) -> Condition:
     return on_leaves(rows, condition)
 
 
-def guidance_embedding(pipe: Any, net: Any, guidance: Tensor) -> Condition:
-    """The condition of a network that is told its guidance (LCM and its like), [b, k]."""
-    size = net.config.time_cond_proj_dim
-    told = pipe.get_guidance_scale_embedding(guidance.cpu().float() - 1, embedding_dim=size)
-    return {"timestep_cond": told.to(device=guidance.device, dtype=dtype_of(net))}
+def guidance_embedding(net: Any, index: Tensor) -> Condition:
+    """The condition of a network that is told a number (LCM and its like), [b, k].
+
+    index: guidance - 1, or 10 - 10 gamma; [b]
+    """
+    told = embedding_of(index, net.config.time_cond_proj_dim)
+    return {"timestep_cond": told.to(dtype_of(net))}
 
 
 def told_guidance(net: Any) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fewstep.models.card import Card
 from fewstep.models.edm_spec import PIXELS_PER_LATENT, Spec, card_of, guide_of, spec_of
-from fewstep.models.network import NetworkModel, Precondition
+from fewstep.models.network import NetworkModel, Precondition, assembled
 from fewstep.networks.edm import EDMUNet, narrow
 from fewstep.networks.edm2 import EDM2UNet
 from fewstep.networks.edm_config import EDMConfig
@@ -104,26 +104,20 @@ def model(
     guide = None
     if spec.guide is not None:
         theirs = guide_of(spec)
-        guide = _plain(card_of(theirs, f"{card.name}-guide"), made["guide."], theirs, device, dtype)
+        ready = _ready(made["guide."], theirs, device, dtype)
+        of_guide = card_of(theirs, f"{card.name}-guide")
+        guide = assembled(of_guide, ready, {}, precondition=_precondition(theirs))
     vae = made.get("vae.")
-    return NetworkModel(
+    return assembled(
         card,
         net,
-        {name: value.to(device) for name, value in stats.items()},
-        net,
-        spec.shape,
-        _precondition(spec),
-        torch.compile(net) if compile else None,
+        stats,
+        device,
+        compile,
+        precondition=_precondition(spec),
         first_stage=Latents(vae and vae.to(device).eval(), spec) if spec.latent else None,
         guide=guide,
     )
-
-
-def _plain(
-    card: Card, net: nn.Module, spec: Spec, device: str | torch.device, dtype: torch.dtype
-) -> NetworkModel:
-    ready = _ready(net, spec, device, dtype)
-    return NetworkModel(card, ready, {}, ready, spec.shape, _precondition(spec))
 
 
 def _precondition(spec: Spec) -> Precondition:

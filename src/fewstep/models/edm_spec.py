@@ -17,7 +17,7 @@ from fewstep.records import Int, Real, Text, as_slug, record, shown
 __all__ = ["Spec", "card_of", "guide_of", "spec_of"]
 
 LOW, HIGH = 0.002, 80.0  # levels of the published sampling, as far as a network's range has them
-TAP = 8  # side of the map whose encoder's last block AMED reads
+TAP = 8  # side of the map whose encoder's block AMED reads: block 3, or 2 with classes
 PIXELS_PER_LATENT = 8
 LATENT_MEAN = (5.81, 3.25, 0.12, -2.15)  # of the latents that EDM2 was trained on
 LATENT_STD = (4.17, 4.62, 3.71, 3.28)
@@ -118,13 +118,13 @@ def card_of(spec: Spec, name: str, weights_sha256: str = "", **about: Any) -> Ca
 
 
 def tap(unet: EDMConfig | EDM2Config) -> str:
-    """The encoder's last block at 8 x 8, whose output AMED reads; else its very last."""
+    """The encoder's block at 8 x 8, whose output AMED reads, as far as there is one; else its
+    last."""
     prefix = "" if isinstance(unet, EDMConfig) else "unet."
     sides = [side for side, _ in unet.levels]
     side = TAP if TAP in sides else sides[-1]
-    last = f"block{unet.num_blocks - 1}" if unet.num_blocks else "down"
-    if last == "down" and side == sides[0]:
-        last = "conv"
+    block = min(2 if unet.label_dim else 3, unet.num_blocks - 1)
+    last = f"block{block}" if unet.num_blocks else "conv" if side == sides[0] else "down"
     return f"{prefix}enc.{side}x{side}_{last}"
 
 

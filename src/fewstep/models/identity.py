@@ -94,9 +94,14 @@ def of_component(part: Any) -> str:
         return digest_of([known, checksum(part)])
     if hasattr(part, "get_vocab"):
         fast = getattr(part, "backend_tokenizer", None)
-        words = part.get_vocab() if fast is None else fast.to_str()
+        words = part.get_vocab() if fast is None else _without_state(json.loads(fast.to_str()))
         return digest_of([type(part).__name__, part.model_max_length, words])
     return type(part).__name__
+
+
+def _without_state(words: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer without what its last call has left in it."""
+    return {name: value for name, value in words.items() if name not in ("truncation", "padding")}
 
 
 def digest_of(values: Any) -> str:

@@ -1,4 +1,4 @@
-"""Labels by seed: one for all, several that take turns, or one that each seed draws."""
+"""Labels and texts by seed: one for all, several that take turns, or one that each seed draws."""
 
 from __future__ import annotations
 
@@ -23,18 +23,28 @@ def drawn_label(seed: int, count: int) -> int:
 
 
 def by_seed(
-    model: Any, label: int | str | None, prompt: str | None = None, guidance: float | None = None
+    model: Any,
+    label: int | str | None,
+    prompt: str | Sequence[str] | None = None,
+    guidance: float | None = None,
 ) -> Callable[[Sequence[int]], Denoiser]:
     """From seeds to a model's denoiser, bound to their labels.
 
     Args:
         label: class name or index; several, with commas, take turns: seed s has the s-th, counted
             round; all: each seed draws one
-        prompt, guidance: as in `model.denoiser`
+        prompt: one for all; several take turns as labels do
+        guidance: as in `model.denoiser`
 
     Raises:
         ValueError: as `model.denoiser`, for each of the labels.
     """
+    if prompt is not None and not isinstance(prompt, str):
+        model.denoiser(label, prompt[0], guidance)  # raises where it takes no text
+        texts = prompt
+        return lambda seeds: model.denoiser(
+            label, [texts[seed % len(texts)] for seed in seeds], guidance
+        )
     classes = model.card.classes
     names = [name.strip() for name in label.split(",")] if isinstance(label, str) else [label]
     if label == "all":

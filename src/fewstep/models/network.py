@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.data.idx import to_pixels, to_unit
-from fewstep.denoiser import Bound, Evaluation, Guided, Wrapper, calls_per_eval, per_sample
+from fewstep.denoiser import Bound, Guided, Wrapper
 from fewstep.models.card import Card
 from fewstep.models.exact import gaussian_flow
+from fewstep.models.guidance import ByNetwork, ClassGradient, ClassGuided
 from fewstep.models.identity import checksums, differ, digest_of, of_component
 from fewstep.networks.conditioning import indices
 from fewstep.networks.preconditioning import denoise
@@ -28,9 +29,10 @@ from fewstep.networks.taps import as_map, hear
 from fewstep.noise import normal
 from fewstep.schedule import Schedule
 
-__all__ = ["Conditional", "FirstStage", "NetworkModel", "Precondition"]
+__all__ = ["Conditional", "FirstStage", "NetworkModel", "Precondition", "assembled"]
 
 DECODED = 8  # states that a first stage decodes at a time
+SHOWN = 20  # classes in a message
 
 Label = int | np.integer | str | Sequence[Any] | Tensor | np.ndarray | None
 
@@ -64,43 +66,6 @@ class FirstStage(Protocol):
     def picture(self, height: int, width: int) -> tuple[int, int, int]: ...
     def encode(self, pictures: Tensor) -> Tensor: ...
     def decode(self, x: Tensor) -> Tensor: ...
-
-
-class ClassGradient(Protocol):
-    """grad_x log p(label | x, sigma) by a classifier of noisy states."""
-
-    def gradient(self, x: Tensor, sigma: Tensor, label: Tensor, /) -> Tensor: ...
-
-
-@dataclass(frozen=True, eq=False)
-class ClassGuided(Wrapper):
-    """D + scale sigma^2 grad_x log p(label | x, sigma), which asks the classifier at each call.
-
-    Attributes:
-        scale: a float, or one number per sample, [b]
-        label: [b], or [1] for all
-    """
-
-    denoiser: Any
-    classifier: ClassGradient
-    scale: float | Tensor
-    label: Tensor
-
-    @property
-    def calls_per_eval(self) -> int:
-        return 1 + calls_per_eval(self.denoiser)
-
-    @property
-    def far_mean(self) -> None:
-        return None
-
-    def evaluate(
-        self, inner: Evaluation, x: Tensor, sigma: Tensor, *conditions: Any
-    ) -> tuple[Tensor, Any]:
-        denoised, features = inner(x, sigma, *conditions)
-        slope = self.classifier.gradient(x, sigma, self.label.expand(len(x)))
-        level = per_sample(sigma, x) ** 2 * per_sample(self.scale, x)
-        return denoised + level * slope.to(denoised), features
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,34 +118,6 @@ class Heard(Wrapper):
             lambda: inner.by(model.forward, x, sigma, label),
         )
         return out, as_map(features, tuple(x.shape[2:]), 1)
-
-
-@dataclass(frozen=True, eq=False)
-class ByNetwork(Wrapper):
-    """Guidance by a second network: ref + scale (D - ref), ref what the second one says.
-
-    Attributes:
-        denoiser: D(x, sigma)
-        guide: the second network's, which has its condition bound
-        scale: a float, or one number per sample, [b]
-    """
-
-    denoiser: Any
-    guide: Any
-    scale: float | Tensor
-
-    @property
-    def calls_per_eval(self) -> int:
-        return calls_per_eval(self.denoiser) + calls_per_eval(self.guide)
-
-    @property
-    def far_mean(self) -> None:
-        return None
-
-    def evaluate(self, inner: Evaluation, x: Tensor, sigma: Tensor) -> tuple[Tensor, Any]:
-        denoised, features = inner(x, sigma)
-        ref = self.guide(x, sigma)
-        return ref + per_sample(self.scale, x) * (denoised - ref), features
 
 
 @dataclass(frozen=True, eq=False)
@@ -391,7 +328,9 @@ class NetworkModel:
             text = str(one)
             index = names.index(one) if one in names else int(text) if text.isdecimal() else -1
             if not 0 <= index < len(names):
-                have = ", ".join(f"{i} {name}" for i, name in enumerate(names)) or "none"
+                named = [f"{i} {name}" for i, name in enumerate(names)]
+                named[SHOWN:-1] = ["..."] if len(named) > SHOWN + 1 else named[SHOWN:-1]
+                have = ", ".join(named) or "none"
                 lower = {name.lower(): name for name in names}
                 near = difflib.get_close_matches(text.lower(), lower, n=1)
                 hint = f" (did you mean {lower[near[0]]}?)" if near else ""
@@ -471,6 +410,27 @@ class NetworkModel:
         height, width, channels = self.picture
         x = x.reshape(-1, channels, height, width)
         return to_pixels(x).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def assembled(
+    card: Card,
+    net: Any,
+    stats: Mapping[str, Tensor],
+    device: str | torch.device = "cpu",
+    compile: bool = False,
+    **more: Any,
+) -> NetworkModel:
+    """The model of a network that is where it will run.
+
+    Args:
+        card, net, stats: as of `NetworkModel`; the statistics are moved there
+        device: where that is
+        compile: torch.compile the network
+        more: further fields
+    """
+    placed = {name: value.to(device) for name, value in stats.items()}
+    compiled = torch.compile(net) if compile else None
+    return NetworkModel(card, net, placed, net, net.image_shape, compiled=compiled, **more)
 
 
 def _levels(schedule: Schedule) -> list[float]:

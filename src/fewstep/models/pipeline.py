@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -35,6 +35,7 @@ from fewstep.models.components import (
 from fewstep.models.families import Condition, Family
 from fewstep.models.identity import checksums, differ, of_component
 from fewstep.models.process import Process, Scheduled, betas_of, read_process, said_of_process
+from fewstep.models.students import Consistency, DiscreteEnd
 from fewstep.models.texts import TextCache, on_leaves, warn_of_cuts
 from fewstep.networks.taps import has_module
 from fewstep.noise import normal
@@ -65,6 +66,7 @@ class PipelineModel:
     size: height and width of the pictures, in pixels
     forward: the network, compiled or not
     texts: what texts became in earlier calls, which are not encoded again
+    loras: adapters whose weights are in the network's, as `facts` names them
     """
 
     card: Card
@@ -74,6 +76,7 @@ class PipelineModel:
     size: Size
     forward: Callable[..., Any] = field(repr=False)
     texts: TextCache = field(default_factory=TextCache, repr=False)
+    loras: tuple[Mapping[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         step = self.scale * math.lcm(self.family.patch(self.net), self.family.step(self.net))
@@ -134,6 +137,7 @@ class PipelineModel:
             "scheduler": said_of_process(self.pipe.scheduler),
             "autoencoder": {**decoding, **scaling},
             "conditioning": {name: self.pipe.config[name] for name in used},
+            **({"loras": [dict(one) for one in self.loras]} if self.loras else {}),
         }
 
     def components(self) -> dict[str, Any]:
@@ -193,7 +197,7 @@ class PipelineModel:
             if named:
                 raise ValueError(f"{self.card.name} takes no text; leave out {' and '.join(named)}")
             return self._finish(Bound(self._network(), {}))
-        scale = self._scale(guidance)
+        scale = self._checked(self._scale(guidance), guidance)
         told = told_guidance(self.net)
         guided = scale is not None and not told
         if guided and prompt is None:
@@ -213,7 +217,7 @@ class PipelineModel:
         cond, uncond = self._encode(prompt, negative, guided, sizes)
         if told:
             w = torch.ones(1, device=self.device) if scale is None else scale.reshape(-1)
-            cond = cond | guidance_embedding(self.pipe, self.net, w)
+            cond = cond | guidance_embedding(self.net, w - 1)
         if uncond is None:
             return self._finish(Bound(self._network(), cond))
         assert scale is not None
@@ -232,6 +236,37 @@ class PipelineModel:
         if scale.ndim == 0 and one == 0:
             return self._finish(Bound(self._network(), uncond))
         return self._finish(Guided(self._network(), one, cond, uncond))
+
+    @torch.no_grad()
+    def condition(self, texts: Sequence[str | None]) -> Condition:
+        """What the network is given for some texts, one row each; None stands for no text. Empty
+        where the model takes no text."""
+        wanted = dict.fromkeys(("original_size", "target_size"), self.size)
+        sizes = {**wanted, "crops_coords_top_left": (0, 0)}
+        return {} if self.family.encode is None else self._half(texts, sizes)
+
+    def _checked(self, scale: Tensor | None, guidance: Any) -> Tensor | None:
+        """The scale. Raises: ValueError where a student was distilled for other scales."""
+        card, told = self.card, self.card.told
+        if card.built_in_guidance is not None and guidance is not None:
+            raise ValueError(
+                f"{card.name} has guidance {card.built_in_guidance:g} built in, in one pass; "
+                "leave guidance out"
+            )
+        if "gamma" in told and guidance is not None:
+            raise ValueError(f"{card.name} was distilled without guidance; leave guidance out")
+        known = card.distilled.guidance if card.distilled else None
+        if "guidance" not in told or not isinstance(known, tuple):
+            return scale
+        low, high = known
+        if scale is None and guidance is None:
+            return torch.tensor((low + high) / 2, device=self.device)
+        given = torch.ones(1) if scale is None else scale
+        if not bool(((given >= low) & (given <= high)).all()):
+            raise ValueError(
+                f"{card.name} was distilled for guidance from {low:g} to {high:g}, got {guidance}"
+            )
+        return scale
 
     def _scale(self, guidance: float | Sequence[float] | Tensor | None) -> Tensor | None:
         """The scale as a tensor, [] or [b]; None where there is no guidance."""
@@ -278,6 +313,7 @@ class PipelineModel:
             return self.family.encode(self.pipe, texts, sizes)
 
     def _network(self) -> Predicted:
+        """D of the network under conditions, (x, sigma, condition)."""
         inner = network = Network(self.forward)
         if has_module(self.net, self.card.feature_module):
             patch = self.family.patch(self.net)
@@ -288,8 +324,11 @@ class PipelineModel:
         )
 
     def _finish(self, denoiser: Any) -> Any:
-        """Clipping, and the time of the grids, around a bound denoiser."""
+        """The boundary of a student, clipping, and the time of the grids, around a bound
+        denoiser."""
         process = self.process
+        if self.card.distilled and self.card.distilled.boundary == "discrete":
+            denoiser = Consistency(denoiser, DiscreteEnd(process.schedule))
         if process.clip is not None:
             denoiser = Clipped(denoiser, -process.clip, process.clip)
         if process.grid_schedule is not process.schedule:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.models.card import Card
-from fewstep.models.network import NetworkModel
+from fewstep.models.network import NetworkModel, assembled
 from fewstep.networks.unet import UNet
 from fewstep.networks.unet_config import UNetConfig
 
@@ -48,7 +48,4 @@ def model(
     net = made[""].to(device).eval().requires_grad_(False)
     for value in net.parameters():  # the table of frequencies stays float32
         value.data = value.data.to(dtype)
-    assert isinstance(net, UNet)
-    placed = {name: value.to(device) for name, value in stats.items()}
-    compiled = torch.compile(net) if compile else None
-    return NetworkModel(card, net, placed, net, net.image_shape, compiled=compiled)
+    return assembled(card, net, stats, device, compile)

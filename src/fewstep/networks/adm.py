@@ -224,7 +224,7 @@ class ADM(nn.Module):
     x: [b, c, h, w], cast to the torso's dtype
     t: the time that the network is told, [b], any real number
     label: rows of the class embedding, or of the table of contexts, [b], where there are any
-    context: [b, m, d], where there is one without such a table
+    context: [b, m, d], where there is one; in place of a row of that table
 
     Returns float32 [b, outputs, h, w]. The output of `middle_block` is that of the lowest level.
     """
@@ -262,7 +262,7 @@ class ADM(nn.Module):
         emb = self.time_embed(time_waves(t, self.config.width))
         if self.config.classes:
             emb = emb + self.label_emb(label)
-        if self.config.context_rows:
+        if self.config.context_rows and context is None:
             context = self.contexts(label)[:, None]  # [b, 1, d]
         emb = F.silu(emb)
         h = x.to(next(self.input_blocks.parameters()).dtype)

@@ -10,7 +10,7 @@ torch.save. See docs/pickles.md for what it promises.
 
 from fewstep.pickles.files import Pickled, is_pickle, read
 from fewstep.pickles.records import Array, Bytes, Name, Record, Skipped, Storage, Tensor
-from fewstep.pickles.tensors import floats, load, module_tensors, stream, tensors
+from fewstep.pickles.tensors import floats, load, module_tensors, named, stream, tensors
 
 __all__ = [
     "Array",
@@ -25,6 +25,7 @@ __all__ = [
     "is_pickle",
     "load",
     "module_tensors",
+    "named",
     "read",
     "stream",
     "tensors",

@@ -16,18 +16,24 @@ from fewstep.text import clean
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["floats", "load", "module_tensors", "stream", "tensors"]
+__all__ = ["floats", "load", "module_tensors", "named", "stream", "tensors"]
 
 DEEPEST = 64
 FEW = 1_000_000  # numbers
 SMALL = 64 * 2**20
 PLAIN = ("state_dict", "model", "ema", "network")  # these say what, and are no part of a name
+LONGEST, MOST_TEXT = 1024, 4 * 2**20  # characters of a name, and of all names of a file
 
 
 def tensors(root: Any) -> dict[str, Tensor]:
     """The tensors in nested tables and modules, by dotted name; those of a state dict as they
-    stand."""
+    stand.
+
+    Raises:
+        ValueError: where their names are longer than any network's.
+    """
     found: dict[str, Tensor] = {}
+    names = _Names()
     level: list[tuple[str, Any]] = [("", root)]
     seen: set[int] = set()
     for _ in range(DEEPEST):
@@ -36,26 +42,33 @@ def tensors(root: Any) -> dict[str, Tensor]:
             if isinstance(node, Tensor):
                 found.setdefault(prefix, node)
             elif isinstance(node, Record):
-                dotted = f"{prefix}." if prefix not in ("", *PLAIN) else ""
+                named = prefix if prefix not in PLAIN else ""
                 if id(node) not in seen:
-                    found |= {dotted + name: t for name, t in module_tensors(node).items()}
+                    found |= {names.join(named, n): t for n, t in module_tensors(node).items()}
             elif isinstance(node, dict) and id(node) not in seen:
                 named = prefix if prefix not in PLAIN else ""
-                for key, value in node.items():
-                    inner.append((f"{named}.{key}" if named else str(key), value))
+                inner += [(names.join(named, key), value) for key, value in node.items()]
             seen.add(id(node))
         level = inner
     return found
+
+
+def named(pickled: Pickled) -> dict[str, Tensor]:
+    """The tensors of a file by name, as `tensors`. Errors: ValueError that names the file."""
+    try:
+        return tensors(pickled.root)
+    except ValueError as error:
+        raise ValueError(f"{clean(pickled.path)} cannot be read ({error}); {FETCH}") from None
 
 
 def module_tensors(module: Record) -> dict[str, Tensor]:
     """Parameters and buffers of a module that lies in a pickle as its state.
 
     Raises:
-        ValueError: where its modules are nested deeper than any network's.
+        ValueError: where its modules are nested deeper, or named longer, than any network's.
     """
     found: dict[str, Tensor] = {}
-    level = [("", module)]
+    level, names = [("", module)], _Names()
     for _ in range(DEEPEST):
         inner: list[tuple[str, Record]] = []
         for prefix, one in level:
@@ -63,17 +76,32 @@ def module_tensors(module: Record) -> dict[str, Tensor]:
                 values = one.get(part)
                 for name, value in values.items() if isinstance(values, dict) else ():
                     if isinstance(value, Tensor):
-                        found[f"{prefix}{name}"] = value
+                        found[names.join(prefix, name)] = value
             children = one.get("_modules")
             for name, child in children.items() if isinstance(children, dict) else ():
                 if isinstance(child, Record):
-                    inner.append((f"{prefix}{name}.", child))
+                    inner.append((names.join(prefix, name), child))
         if len(inner) > 100_000:
             break
         level = inner
         if not level:
             return found
     raise ValueError(f"{clean(module.kind, 80)} has modules nested more than {DEEPEST} deep")
+
+
+class _Names:
+    """Makes dotted names, of which a small file must not make many long ones."""
+
+    def __init__(self) -> None:
+        self.left = MOST_TEXT
+
+    def join(self, prefix: str, key: Any) -> str:
+        """Errors: ValueError where the names get longer than any network's."""
+        last = f"({type(key).__name__})" if isinstance(key, tuple) else str(key)
+        self.left -= len(prefix) + len(last) + 64
+        if self.left < 0 or len(prefix) + len(last) > LONGEST:
+            raise ValueError("its tensors have longer names than any network's")
+        return f"{prefix}.{last}" if prefix else last
 
 
 def load(pickled: Pickled, chosen: Mapping[str, Tensor]) -> dict[str, torch.Tensor]:

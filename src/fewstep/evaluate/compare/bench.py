@@ -118,7 +118,7 @@ class Workbench:
     def run(self, settings: Filled, seeds: Sequence[int]) -> Run:
         """Sample the seeds, or read what was sampled before."""
         facts = {
-            **describe(self.model, settings, prompt=self.references.prompt, guidance=self.guidance),
+            **describe(self.model, settings, prompt=self.references.said, guidance=self.guidance),
             **identify(self.model),
             "label": self.references.label,
             "reference": self.references.facts(),

@@ -30,7 +30,7 @@ class Design:
         seeds: Test seeds: 0-4999.
         label: Class name or index. Several, with commas, take turns by seed; all: each draws one.
         guidance: Scale of classifier-free guidance; needs a prompt or a label.
-        prompt: Text, for models that take one.
+        prompt: Text, for models that take one; several take turns by seed.
         grids: Grids that are tried; all that the model has if left out.
         afs: Analytic first steps that are tried.
         ends: Ends of named grids that are tried.
@@ -49,7 +49,7 @@ class Design:
     seeds: tuple[Int, ...]
     label: int | str | None = None
     guidance: Real | None = None
-    prompt: Text | None = None
+    prompt: Text | tuple[Text, ...] | None = None
     grids: tuple[Text, ...] = ()
     afs: tuple[Text, ...] = ("none", "zero", "mean")
     ends: tuple[Text, ...] = ("sigma_min", "zero")

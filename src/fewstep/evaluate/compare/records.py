@@ -119,7 +119,7 @@ RECORD = TypeAdapter(Record)
 def protocol(workbench: Workbench, design: Design, judges: Sequence[Judge]) -> dict[str, Any]:
     """What every number of a comparison depends on, known before any work, JSON-ready."""
     card = workbench.model.card
-    prompt = {} if design.prompt is None else {"prompt": design.prompt}
+    prompt = {} if design.prompt is None else {"prompt": workbench.references.said}
     record = {
         "format": FORMAT,
         "model": {"name": card.name, "weights": card.weights_sha256},

@@ -30,6 +30,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,7 @@ from fewstep.evaluate.compare.rows import CHECKED, agreements, make_row, times
 from fewstep.evaluate.compare.screening import all_candidates, screened
 from fewstep.evaluate.statistics import Statistics, paired_frechet
 from fewstep.models import Model, is_model, load, read_card
+from fewstep.models.formats.loras import DIFFUSERS
 from fewstep.provenance import machine
 
 __all__ = ["Comparison", "compare", "compare_beside", "load_students"]
@@ -161,25 +163,31 @@ def compare_beside(
     return Comparison(merge(result.record, earlier), result.strips)
 
 
-def load_students(model: Model, solvers: Sequence[str], **options: Any) -> dict[str, Model]:
-    """Those of the solvers that are models, by the name given: students of this one.
+def load_students(
+    model: Model, solvers: Sequence[str], base: str = "", **options: Any
+) -> dict[str, Model]:
+    """Those of the solvers that are models, or folders of adapters, by the name given: students of
+    this one.
 
     Args:
+        base: name or path of the model, to which adapters are added
         options: of `load`
 
     Raises:
         ValueError: for a model that was not distilled from this one, weights and all.
     """
-    students = {}
+    students: dict[str, Model] = {}
     for name in solvers:
-        if not is_model(name):
+        adapters = (Path(name) / DIFFUSERS).is_file() and not is_model(name)
+        if not adapters and not is_model(name):
             continue
-        how = read_card(name).distilled
+        student: Any = load(base, loras=[(name, 1.0)], **options) if adapters else None
+        how = (student.card if adapters else read_card(name)).distilled
         if how is None or how.teacher_weights != model.card.weights_sha256:
             what = f"distilled from {how.teacher}" if how else "no student"
             raise ValueError(
                 f"{name} is {what}, so it has no place beside samplers of {model.card.name} "
                 f"({model.card.weights_sha256[:8]}); compare it on the weights that it came from"
             )
-        students[name] = load(name, **options)
+        students[name] = student if adapters else load(name, **options)
     return students

@@ -49,7 +49,7 @@ class Format:
         )
 
 
-PIPELINE_OPTIONS = ("config", "size", "slicing", "tiling")
+PIPELINE_OPTIONS = ("config", "size", "slicing", "tiling", "loras", "preset")
 PIPELINE = "fewstep.models.formats.diffusers:load_pipeline"
 PAPER = "fewstep.models.formats.papers:load_file"
 FORMATS = (
@@ -68,7 +68,7 @@ FORMATS = (
         "a single file",
         lambda path: path.is_file(),
         "fewstep.models.formats:load_single",
-        (*PIPELINE_OPTIONS, "preset", "classifier", "vae", "guide"),
+        (*PIPELINE_OPTIONS, "classifier", "vae", "guide"),
     ),
 )
 

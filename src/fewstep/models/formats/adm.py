@@ -304,6 +304,8 @@ def _heads(kind: str, chosen: Mapping[str, Any], where: str) -> dict[str, int]:
     width, heads = chosen.get("num_head_channels", -1), chosen.get("num_heads", -1)
     if width > 0:
         return {"head_width": width, "heads": 0}
+    if (upper := chosen.get("num_heads_upsample", -1)) not in (-1, heads):
+        raise ValueError(f"num_heads_upsample must be num_heads, {heads}, or -1, got {upper}")
     if heads > 0:
         return {"heads": heads, "head_width": 0}
     raise Unsaid(

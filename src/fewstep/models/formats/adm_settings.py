@@ -141,6 +141,7 @@ KNOWN: dict[str, type | tuple[type, ...]] = {
     "channel_mult": (str, list, tuple),
     "attention_resolutions": (str, list, tuple),
     "num_heads": int,
+    "num_heads_upsample": int,
     "num_head_channels": int,
     "num_classes": int,
     "class_cond": bool,
@@ -171,7 +172,6 @@ WITHOUT_EFFECT = {
     "dropout",
     "use_checkpoint",
     "use_fp16",
-    "num_heads_upsample",
     "weight_schedule",
     "timestep_respacing",
     "use_kl",
@@ -181,7 +181,7 @@ WITHOUT_EFFECT = {
     "conv_resample",
 }
 FIXED = {"predict_xstart": False, "rescale_timesteps": False, "pool": "attention"}
-FIXED |= {"dims": 2, "conv_resample": True, "timestep_respacing": ""}
+FIXED |= {"dims": 2, "conv_resample": True, "parameterization": "eps", "beta_schedule": "linear"}
 
 
 def preset(name: str) -> dict[str, Any]:
@@ -213,6 +213,7 @@ def read_config(
         params = _table(model, "params")
         unet = _table(_table(params, "unet_config"), "params")
         taken = ("linear_start", "linear_end", "timesteps", "scale_factor", "use_ema")
+        taken += ("parameterization", "beta_schedule")
         values = {**unet, **{name: params[name] for name in taken if name in params}}
     its = {n: v for n, v in values.items() if str(n).startswith(OF_CLASSIFIER)}
     if not classifier:
@@ -262,15 +263,12 @@ def _of_shapes(shapes: Shapes) -> dict[str, Any]:
     count = _stages(shapes, "input_blocks")
     pooled = "out.2.positional_embedding" in shapes
     if pooled:
-        blocks, ups, resample = _blocks_of_encoder(shapes, count), [], True
+        blocks, ups = _blocks_of_encoder(shapes, count), []
         levels = count // (blocks + 1)
     else:
         decoder = _stages(shapes, "output_blocks")
         ups = [j for j in range(decoder) if _up(shapes, j)]
         blocks, levels = (ups[0] if ups else decoder - 1), len(ups) + 1
-        resample = not ups or not any(
-            f"output_blocks.{ups[0]}.{k}.conv.weight" in shapes for k in (1, 2)
-        )
         if decoder != count:
             raise ValueError(f"it has {count} stages in the encoder and {decoder} in the decoder")
     if blocks < 1 or levels * (blocks + 1) != count:
@@ -299,7 +297,7 @@ def _of_shapes(shapes: Shapes) -> dict[str, Any]:
         "outputs": outputs,
         "classes": shapes.get("label_emb.weight", (0,))[0],
         "scale_shift": rows == 2 * widths[0],
-        "resample_blocks": resample,
+        "resample_blocks": not any(f"input_blocks.{i}.0.op.weight" in shapes for i in range(count)),
         "context": context,
         "depth": max(depth, 1),
     }
@@ -321,6 +319,9 @@ def _blocks_of_encoder(shapes: Shapes, count: int) -> int:
 
     Errors: ValueError where none or several fit.
     """
+
+    if halving := [i for i in range(count) if f"input_blocks.{i}.0.op.weight" in shapes]:
+        return halving[0] - 1
 
     def fits(blocks: int) -> bool:
         stages = [f"input_blocks.{i}.0.skip_connection.weight" in shapes for i in range(count)]

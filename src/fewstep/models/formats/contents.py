@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fewstep.pickles import Pickled, is_pickle, read, tensors
+from fewstep.pickles import Pickled, is_pickle, named, read
 from fewstep.tensors import read_header
 
 __all__ = ["KINDS", "Contents", "Kind", "of_pickle", "recognise", "tensor_names"]
@@ -167,4 +167,4 @@ def tensor_names(path: Path) -> Contents:
 
 def of_pickle(file: Pickled) -> Contents:
     """The names in a file that was read as data."""
-    return Contents(frozenset(tensors(file.root)), frozenset(map(str, file.names)))
+    return Contents(frozenset(named(file)), frozenset(map(str, file.names)))

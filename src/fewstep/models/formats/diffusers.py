@@ -10,71 +10,46 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import pickle
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from fewstep.extras import needs
 from fewstep.files import file_hash
 from fewstep.models.card import CARD_FILE, Card, Choice
 from fewstep.models.components import pixels_per_latent, quiet, sample_sides
 from fewstep.models.families import FAMILIES, Family
-from fewstep.models.formats.checks import check_folder, check_pickle, in_one_line
-from fewstep.models.formats.contents import recognise, tensor_names
+from fewstep.models.formats.checks import check_folder, in_one_line
+from fewstep.models.formats.contents import tensor_names
+from fewstep.models.formats.loras import Lora, with_loras
+from fewstep.models.formats.sources import (
+    INDEX_FILE,
+    LOAD_ERRORS,
+    PICKLED,
+    SAFE,
+    Source,
+    find_source,
+)
 from fewstep.models.pipeline import PipelineModel, Size, process_of
 from fewstep.models.process import Process
+from fewstep.models.students import as_lcm
 from fewstep.models.texts import TextCache
 from fewstep.networks.device import check_device
 from fewstep.records import as_slug, check_slug, read_json, shown
 
-__all__ = ["INDEX_FILE", "from_pipe", "load_pipeline"]
+__all__ = ["from_pipe", "load_pipeline", "weights_hash"]
 
-INDEX_FILE = "model_index.json"
 WEIGHTS = re.compile(r"diffusion_pytorch_model(\.(?P<variant>[\w-]+?))?(-\d+-of-\d+)?\.\w+")
-SAFE, PICKLED = (".safetensors",), (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 # Components that judge or watermark pictures, or read pictures in place of text.
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
 LIBRARIES = ("diffusers", "transformers", "fewstep.integrations.diffusers")
 ZERO_SNR = "rescale_betas_zero_snr"
-CONFIG_FILES = ["*.json", "*/*.json", "*/*.txt", "*/*.model"]
-LOAD_ERRORS = (
-    OSError,
-    ValueError,
-    TypeError,
-    KeyError,
-    AttributeError,
-    ImportError,
-    RuntimeError,
-    EOFError,
-    SafetensorError,
-    pickle.UnpicklingError,
-)
-
-
-@dataclass(frozen=True)
-class Source:
-    """A pipeline on disk.
-
-    name: for the record
-    folder: with model_index.json and the configurations
-    single: the file with all weights, where they are not in the folder
-    """
-
-    name: str
-    folder: Path
-    single: Path | None = None
-
-    @property
-    def where(self) -> Path:
-        return self.single or self.folder
 
 
 def load_pipeline(
@@ -87,6 +62,8 @@ def load_pipeline(
     size: Size | None = None,
     slicing: bool = False,
     tiling: bool = False,
+    loras: Sequence[tuple[Path | str, float]] = (),
+    preset: str | None = None,
 ) -> PipelineModel:
     """Load a pipeline of diffusers, recognised by what it holds.
 
@@ -98,11 +75,15 @@ def load_pipeline(
             diffusers folder of the same class, its weights not needed
         size: (height, width) of the pictures in pixels; the size of training where left out
         slicing, tiling: decode one picture at a time, or each in overlapping tiles: less memory
+        loras: files of adapters with a scale each, added to the weights
+        preset: lcm: it is a latent consistency model, by its adapters too
 
     Raises:
         ValueError: for what is not a pipeline, classes and processes that fewstep does not run,
             missing components, damaged files, and pickles with anything but tensors in them.
     """
+    if preset not in (None, "lcm"):
+        raise ValueError(f"preset of a pipeline must be lcm, got {preset!r}")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
     place = check_device(device)
@@ -123,9 +104,14 @@ def load_pipeline(
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.to(place).eval().requires_grad_(False)
-    digest = _weights_hash(source, family, dtype)
+    digest = weights_hash(source, family, dtype)
     model = _model(pipe, family, source.name, digest, size, compile)
-    return replace(model, card=_told(model.card, source))
+    model = replace(model, card=_told(model.card, source))
+    if loras:
+        model = with_loras(model, [Lora(Path(path), scale) for path, scale in loras])
+    if preset is None:
+        return model
+    return replace(model, card=as_lcm(model.card, model.process.schedule))
 
 
 def from_pipe(pipe: Any, *, size: Size | None = None, compile: bool = False) -> PipelineModel:
@@ -162,25 +148,6 @@ def _model(
     card = _card(name, type(pipe).__name__, family, net, process, digest)
     forward = torch.compile(net) if compile else net
     return PipelineModel(card, pipe, family, process, (height, width), forward)
-
-
-def find_source(name_or_path: str | Path, config: str | Path | None) -> Source:
-    """Where the files are; a hub name is fetched first."""
-    path = Path(name_or_path)
-    if path.is_dir():
-        if config is not None:
-            raise ValueError(
-                f"{path} is a folder, which has its own configuration; leave out config"
-            )
-        return Source(path.name or str(path), path)
-    if path.is_file():
-        if path.suffix not in SAFE + PICKLED:
-            raise ValueError(
-                f"{path} is not a file of weights; a single file is .safetensors or .ckpt"
-            )
-        _check_single(path)
-        return Source(path.name, _config_folder(path, config), path)
-    return Source(str(name_or_path), _fetch(str(name_or_path)))
 
 
 def read_index(source: Source) -> tuple[dict[str, Any], Family]:
@@ -248,33 +215,6 @@ def _import_diffusers(name_or_path: str | Path) -> None:
         import transformers  # noqa: F401
 
 
-def _fetch(name: str) -> Path:
-    """A hub name's files, from the cache or from the hub."""
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-
-    try:
-        with quiet():
-            return Path(DiffusionPipeline.download(name))
-    except Exception as error:  # the client's errors are of many libraries
-        raise ValueError(
-            f"there is no folder {name!r}, and the hub did not give it ({in_one_line(error)}); "
-            "fetch it where there is a network and give its folder"
-        ) from None
-
-
-def _check_single(path: Path) -> None:
-    """Raise ValueError where the file is damaged, of another kind, or a pickle of more than
-    tensors."""
-    kind, contents = recognise(path)
-    if kind is not None and kind.advice:
-        raise ValueError(f"{path} is {kind.name}: {kind.advice}")
-    if path.suffix not in SAFE:
-        check_pickle(path)
-    if kind is None:
-        some = ", ".join(map(shown, sorted(contents.names)[:3])) or "none"
-        raise ValueError(f"{path} is no model that fewstep knows; its tensors: {some[:200]}")
-
-
 def _apply_marks(pipe: Any, source: Source, given: bool) -> None:
     """Set the scheduler to what a single file says of itself by its keys.
 
@@ -303,42 +243,6 @@ def _apply_marks(pipe: Any, source: Source, given: bool) -> None:
             )
     if wanted:
         pipe.scheduler = type(pipe.scheduler).from_config(config, **wanted)
-
-
-def _config_folder(path: Path, config: str | Path | None) -> Path:
-    """The folder of configurations that goes with a single file."""
-    if config is not None:
-        if Path(config).is_dir():
-            return Path(config)
-        if Path(config).exists():
-            raise ValueError(f"config must be a folder with {INDEX_FILE}, got the file {config}")
-        repository = str(config)
-    else:
-        repository = _usual_config(path)
-    import huggingface_hub
-
-    try:
-        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=CONFIG_FILES))
-    except Exception as error:  # the client's errors are of many libraries
-        raise ValueError(
-            f"{path} has weights but no configuration, and the hub did not give {repository!r} "
-            f"({in_one_line(error)}); pass config=FOLDER, a diffusers folder of the same class"
-        ) from None
-
-
-def _usual_config(path: Path) -> str:
-    """The hub's name for the configurations of a file's class, guessed by diffusers from its
-    keys."""
-    from diffusers.loaders import single_file_utils as utils
-
-    try:
-        checkpoint = utils.load_single_file_checkpoint(str(path), local_files_only=True)
-        return utils.fetch_diffusers_config(checkpoint)["pretrained_model_name_or_path"]
-    except LOAD_ERRORS as error:
-        raise ValueError(
-            f"the class of {path} cannot be told from its keys ({in_one_line(error)}); pass "
-            "config=FOLDER, a diffusers folder of the same class"
-        ) from None
 
 
 def network_files(source: Source, family: Family) -> tuple[dict[str | None, list[Path]], Path]:
@@ -440,7 +344,7 @@ def check_network(where: str | Path, net: Any) -> None:
 
 def _card(name: str, kind: str, family: Family, net: Any, process: Process, digest: str) -> Card:
     flow = process.prediction == "flow"
-    return Card(
+    card = Card(
         name=as_slug(name),
         network={"class": type(net).__name__},
         summary=f"{kind} of diffusers, {process.prediction} prediction",
@@ -457,6 +361,7 @@ def _card(name: str, kind: str, family: Family, net: Any, process: Process, dige
         about={"pipeline": kind, "prediction": process.prediction, "flow": flow},
         kind="pipeline",
     )
+    return as_lcm(card, process.schedule) if net.config.get("time_cond_proj_dim") else card
 
 
 def _told(card: Card, source: Source) -> Card:
@@ -479,12 +384,13 @@ def _told(card: Card, source: Source) -> Card:
         network=said.network,
         auto=card.auto | said.auto,
         screened=said.screened,
+        distilled=said.distilled or card.distilled,
         about=card.about | said.about,
         folder=said.folder,
     )
 
 
-def _weights_hash(source: Source, family: Family, dtype: str) -> str:
+def weights_hash(source: Source, family: Family, dtype: str) -> str:
     """SHA-256 of the denoising network's weights, or of the single file; of the list of hashes
     where they are in parts."""
     if source.single is not None:

@@ -85,8 +85,8 @@ def read(file: Pickled, preset: str | None = None) -> tuple[Spec, dict[str, Tens
     where, outer = file.path, network_of(file.root)
     if outer is None:
         raise ValueError(
-            f"{where} holds no network of {', '.join(CLASSES)}; a published solver is made a "
-            "folder by fewstep convert"
+            f"{where} holds no network of NVlabs ({', '.join(CLASSES)}); if it is a published "
+            "solver, fewstep convert makes a folder of it"
         )
     try:
         spec, tensors = _edm2(outer, file) if outer.kind == "Precond" else _edm(outer, file)

@@ -43,7 +43,7 @@ def open_tensors(path: Path) -> TensorFile:
         start = file.read(16)
     if pickles.is_pickle(start) and start[8:9] != b"{":
         found = pickles.read(path)
-        tensors = pickles.tensors(found.root)
+        tensors = pickles.named(found)
         return TensorFile(
             tensors,
             lambda names: pickles.stream(found, {name: tensors[name] for name in names}),

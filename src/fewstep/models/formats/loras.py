@@ -1,0 +1,258 @@
+"""Adapters (LoRA) of pipelines in files: read in all common forms, and written.
+
+    diffusers   unet.X.lora_A.weight, .lora_B.weight; older: .lora.down.weight, .lora.up.weight and
+                X.processor.to_q_lora.down.weight
+    peft        base_model.model.X.lora_A.weight
+    kohya       lora_unet_X.lora_down.weight, .lora_up.weight, .alpha, with X's dots as underscores;
+                of SDXL also by the names of sgm. lora_te_, lora_te1_, lora_te2_ for text encoders
+
+What is added to a weight is alpha / rank up down; alpha is the rank where a file names none. A
+kohya name is found among the network's own names, and never split at its underscores.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from fewstep.files import file_hash, write_whole
+from fewstep.models.card import Card
+from fewstep.models.pipeline import PipelineModel
+from fewstep.records import parse, shown
+from fewstep.tensors import load_tensors, read_metadata
+
+__all__ = ["DIFFUSERS", "KOHYA", "Lora", "save_lora", "with_loras"]
+
+DIFFUSERS, KOHYA = "pytorch_lora_weights.safetensors", "lora_kohya.safetensors"
+PRESET = "fewstep"  # the card of a student, among the texts of its file
+PARTS = {  # ends of keys
+    ".lora_A.weight": "down",
+    ".lora_B.weight": "up",
+    ".lora.down.weight": "down",
+    ".lora.up.weight": "up",
+    "_lora.down.weight": "down",
+    "_lora.up.weight": "up",
+    ".lora_down.weight": "down",
+    ".lora_up.weight": "up",
+    ".alpha": "alpha",
+}
+NETWORKS = ("unet", "transformer")
+ENCODERS = {"lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"}
+RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}  # of sgm
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A file, or a folder with one of ours, and the factor of what it adds."""
+
+    path: Path
+    scale: float = 1.0
+
+    @property
+    def file(self) -> Path:
+        return self.path / DIFFUSERS if self.path.is_dir() else self.path
+
+
+@torch.no_grad()
+def with_loras(model: PipelineModel, loras: Sequence[Lora]) -> PipelineModel:
+    """The model with what adapters add in its weights, which change in place.
+
+    One that was distilled, as its file says, makes the model a student: its levels, sampler and
+    guidance are those of the card.
+
+    Raises:
+        ValueError: for a file that cannot be read or does not fit; the first key that does not is
+            named. Nothing has changed then.
+        OSError: a file cannot be read.
+    """
+    found = [(lora, *_read(lora.file, model)) for lora in loras]
+    students = [card for _, _, card in found if card is not None]
+    if len(students) > 1:
+        raise ValueError("two of the LoRAs are students, each with levels of its own; give one")
+    for lora, deltas, _ in found:
+        for weight, down, up, factor in deltas:
+            more = (up.flatten(1).float() @ down.flatten(1).float()).reshape(weight.shape)
+            weight.add_((lora.scale * factor * more).to(weight))
+    model.texts.clear()
+    card = model.card
+    if students:
+        said = students[0]
+        network = {**card.network, "told": list(said.told)}
+        card = replace(
+            card, name=said.name, auto=said.auto, distilled=said.distilled, network=network
+        )
+    known = [
+        {"file": one.file.name, "sha256": file_hash(one.file), "scale": one.scale} for one in loras
+    ]
+    return replace(model, card=card, loras=(*model.loras, *known))
+
+
+def save_lora(
+    path: Path, tensors: Mapping[str, tuple[Tensor, Tensor]], component: str, card: Card
+) -> None:
+    """Write adapters, (down, up) by layer, as float16, whole; in the form of diffusers or of kohya,
+    by the name of the file. The card is among the file's texts."""
+    values: dict[str, Tensor] = {}
+    for name, (down, up) in sorted(tensors.items()):
+        key, ends = f"{component}.{name}", ("lora_A.weight", "lora_B.weight")
+        if path.name == KOHYA:
+            key = "lora_unet_" + name.replace(".", "_")
+            ends = ("lora_down.weight", "lora_up.weight")
+            values[f"{key}.alpha"] = torch.tensor(float(down.shape[0])).half()
+        for end, value in zip(ends, (down, up), strict=True):
+            values[f"{key}.{end}"] = value.detach().cpu().half().contiguous()
+    if not all(torch.isfinite(value).all() for value in values.values()):
+        raise ValueError(f"{path} would hold numbers that are not finite in float16")
+    rank = str(next(iter(tensors.values()))[0].shape[0])
+    texts = {PRESET: json.dumps(card.to_dict()), "format": "pt"}
+    if path.name == KOHYA:
+        texts |= {"ss_network_module": "networks.lora", "ss_network_dim": rank}
+        texts |= {"ss_network_alpha": rank}
+    write_whole(path, safetensors.torch.save(values, texts))
+
+
+Change = tuple[Tensor, Tensor, Tensor, float]  # a weight, down, up, alpha / rank
+
+
+def _read(path: Path, model: PipelineModel) -> tuple[list[Change], Card | None]:
+    """What a file adds to which weights, and the card of a student. Raises: ValueError, OSError."""
+    texts, tensors = read_metadata(path), load_tensors(path)
+    find = _finder(model)
+    parts: dict[tuple[str, str], dict[str, Tensor]] = {}
+    first: dict[tuple[str, str], str] = {}
+    for key in sorted(tensors):
+        base, part = _split(key)
+        place = None if part is None else find(base)
+        if part is None or place is None:
+            what = "is of no kind of LoRA that fewstep reads" if part is None else "has no layer"
+            raise ValueError(
+                f"{path} does not fit {model.card.name}: its key {shown(key)} {what}"
+                + (" there; is it for another model?" if part else "")
+            )
+        parts.setdefault(place, {})[part] = tensors[key]
+        first.setdefault(place, key)
+    alphas = _alphas(texts)
+    changes = []
+    for place, found in parts.items():
+        if "down" not in found or "up" not in found:
+            raise ValueError(f"{path} has {shown(first[place])} without its other half")
+        weight = getattr(model.pipe, place[0]).get_submodule(place[1]).weight
+        down, up = found["down"], found["up"]
+        rank = down.shape[0] if down.ndim else 0
+        fits = (
+            min(down.ndim, up.ndim) > 1
+            and up.flatten(1).shape[1] == rank > 0
+            and (up.shape[0], *down.shape[1:]) in _shapes_of(weight, down.ndim)
+        )
+        if not fits:
+            raise ValueError(
+                f"{path} does not fit {model.card.name}: its key {shown(first[place])} has shape "
+                f"{list(down.shape)} beside {list(up.shape)}, and the layer's weight "
+                f"{list(weight.shape)}"
+            )
+        alpha = float(found["alpha"]) if "alpha" in found else alphas.get(place[0], float(rank))
+        changes.append((weight, down, up, alpha / rank))
+    return changes, _student(path, texts)
+
+
+def _shapes_of(weight: Tensor, ndim: int) -> list[tuple[int, ...]]:
+    """Shapes of up times down that stand for the weight: 1x1 convolutions are linear layers."""
+    shape = tuple(weight.shape)
+    plain = shape[:2] if set(shape[2:]) <= {1} else shape
+    return [shape, plain, (*plain, *(1,) * (ndim - len(plain)))]
+
+
+def _split(key: str) -> tuple[str, str | None]:
+    """The layer that a key names, and which part of its adapter it is."""
+    for end, part in PARTS.items():
+        if key.endswith(end):
+            base = key.removesuffix(end)
+            if end.startswith("_lora"):  # X.processor.to_q
+                base = re.sub(r"\.processor\.(\w+)$", r".\1", base)
+                base = re.sub(r"\.to_out$", ".to_out.0", base)
+            return base, part
+    return key, None
+
+
+def _finder(model: PipelineModel) -> Callable[[str], tuple[str, str] | None]:
+    """From the name of a layer in a file to (component, name)."""
+    network, pipe = model.family.network, model.pipe
+    names: dict[str, tuple[str, str]] = {}
+    for name in _layers(model.net):
+        place = (network, name)
+        for start in (f"{network}.", "base_model.model.", ""):
+            names[start + name] = place
+        names["lora_unet_" + name.replace(".", "_")] = place
+        if network == "unet" and (other := _sgm(name, model.net)) is not None:
+            names["lora_unet_" + other.replace(".", "_")] = place
+    for start, part in ENCODERS.items():
+        for name in _layers(getattr(pipe, part, None)):
+            long = name if name.startswith("text_model.") else f"text_model.{name}"
+            names[start + long.replace(".", "_")] = (part, name)
+            names[f"{part}.{long}"] = names[f"{part}.{name}"] = (part, name)
+    return names.get
+
+
+def _layers(module: nn.Module | None) -> Iterator[str]:
+    if module is not None:
+        for name, layer in module.named_modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                yield name
+
+
+def _sgm(name: str, net: Any) -> str | None:
+    """The name that sgm gives to a layer of a U-Net."""
+    parts, layers = name.split("."), net.config.get("layers_per_block")
+    if parts[0] not in ("down_blocks", "mid_block", "up_blocks") or not isinstance(layers, int):
+        return None
+    mid = parts[0] == "mid_block"
+    block = 0 if mid else int(parts[1])
+    what, index, rest = parts[2 - mid], int(parts[3 - mid]), parts[4 - mid :]
+    inner = ".".join([RESNET.get(rest[0], rest[0]), *rest[1:]] if what == "resnets" else rest)
+    attends = what == "attentions"
+    if mid:
+        return f"middle_block.{1 if attends else 2 * index}.{inner}"
+    if what == "downsamplers":
+        return f"input_blocks.{(block + 1) * (layers + 1)}.0.op"
+    if what == "upsamplers":
+        crossed = "CrossAttn" in net.config.up_block_types[block]
+        return f"output_blocks.{block * (layers + 1) + layers}.{1 + crossed}.conv"
+    if parts[0] == "down_blocks":
+        return f"input_blocks.{1 + block * (layers + 1) + index}.{int(attends)}.{inner}"
+    return f"output_blocks.{block * (layers + 1) + index}.{int(attends)}.{inner}"
+
+
+def _alphas(texts: Mapping[str, str]) -> dict[str, float]:
+    """alpha by component, where diffusers has written the configuration of peft."""
+    try:
+        said = parse(texts.get("lora_adapter_metadata", "{}"))
+    except ValueError:
+        return {}
+    named = {part: said.get(f"{part}.lora_alpha") for part in (*NETWORKS, *ENCODERS.values())}
+    return {part: float(a) for part, a in named.items() if type(a) in (int, float) and a > 0}
+
+
+def _student(path: Path, texts: Mapping[str, str]) -> Card | None:
+    """The card among a file's texts. Raises: ValueError where it is no card."""
+    if PRESET not in texts:
+        return None
+    try:
+        card = Card(**parse(texts[PRESET], "its card"))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} has a card that cannot be read ({error})") from None
+    return card if card.distilled else None

@@ -1,0 +1,137 @@
+"""What makes a consistency function of a network: its boundary, around D; and its levels.
+
+    f = skip x + out x0_hat        x in EDM units, f(x) = x at the clean end
+
+Source: Luo et al. 2023 (LCM), arXiv:2310.04378, for the boundary of discrete-time models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fewstep.denoiser import Condition, Evaluation, Wrapper, per_sample
+from fewstep.grid import make_grid
+from fewstep.models.card import Card, Choice, Distilled
+from fewstep.schedule import Schedule
+
+__all__ = [
+    "Boundary",
+    "CleanEnd",
+    "Consistency",
+    "DiscreteEnd",
+    "as_lcm",
+    "choices",
+    "consistency",
+    "student_levels",
+    "x0_hat",
+]
+
+BUDGETS = range(1, 9)  # evaluations for which a student's card has levels
+LCM_POINTS = 51  # of the published ones' training: 50 steps of 20 times
+
+
+def x0_hat(x_gamma: Tensor, denoised: Tensor, ratio: Tensor) -> Tensor:
+    """The clean picture that D at x_gamma stands for; [b] ratio of its level to the told one.
+
+    eps divides by the level that the network is told, sigma_t, and not by that of x_gamma. At ratio
+    = 1 it is D to the bit.
+    """
+    r = per_sample(ratio, x_gamma)
+    return (1 - r) * x_gamma + r * denoised
+
+
+def consistency(
+    x: Tensor, denoised: Tensor, ratio: Tensor, scalings: tuple[Tensor, Tensor]
+) -> Tensor:
+    """f = skip x + out x0_hat, [b, ...]; everything else [b]."""
+    skip, out = (per_sample(scale, x) for scale in scalings)
+    return skip * x + out * x0_hat(x, denoised, ratio)
+
+
+class Boundary(Protocol):
+    """The role: (skip, out) of f = skip x + out x0_hat, with x in EDM units, so that f(x) = x at
+    the clean end.
+
+    sigma: [b], float64 in training
+    """
+
+    def __call__(self, sigma: Tensor, /) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class CleanEnd:
+    """f = x0_hat, and f = x at sigma_min or below: for networks in continuous time."""
+
+    sigma_min: float
+
+    def __call__(self, sigma: Tensor, /) -> tuple[Tensor, Tensor]:
+        skip = (sigma <= self.sigma_min * (1 + 1e-6)).to(sigma)  # levels that went through float32
+        return skip, 1 - skip
+
+
+@dataclass(frozen=True)
+class DiscreteEnd:
+    """The published boundary of discrete-time models, in which f = x at t = 0:
+
+        skip = alpha_t d^2 / ((k t)^2 + d^2)      out = k t / sqrt((k t)^2 + d^2)
+
+    d, k: `data` and `scaling`, with the published values
+    """
+
+    schedule: Schedule
+    data: float = 0.5
+    scaling: float = 10.0
+
+    def __call__(self, sigma: Tensor, /) -> tuple[Tensor, Tensor]:
+        t = self.scaling * self.schedule.t(sigma)
+        total = t.square() + self.data**2
+        return self.schedule.alpha(sigma) * self.data**2 / total, t / total.sqrt()
+
+
+@dataclass(frozen=True, eq=False)
+class Consistency(Wrapper):
+    """A trained student's f at gamma = 1, as a denoiser; inside a counter, outside guidance."""
+
+    denoiser: Any
+    boundary: Boundary
+
+    def evaluate(
+        self, inner: Evaluation, x: Tensor, sigma: Tensor, *conditions: Condition
+    ) -> tuple[Tensor, Any]:
+        denoised, features = inner(x, sigma, *conditions)
+        ratio = torch.ones_like(sigma)
+        return consistency(x, denoised, ratio, self.boundary(sigma)), features
+
+
+def student_levels(levels: Sequence[float], nfe: int) -> tuple[float, ...]:
+    """The grid on which a student spends `nfe` evaluations: levels that it was trained on, spread
+    evenly from the first, then 0.
+
+    Level i of the evaluations is number floor(i (N - 1) / nfe) of the N of its training grid; the
+    last of these was never the start of a sub-path.
+
+    Raises:
+        ValueError: there are too few.
+    """
+    starts = len(levels) - 1
+    if not 1 <= nfe <= starts:
+        raise ValueError(f"a student on {starts} sub-paths takes 1 to {starts} nfe, got {nfe}")
+    return (*(levels[i * starts // nfe] for i in range(nfe)), 0.0)
+
+
+def choices(levels: Sequence[float], sampler: str) -> dict[str, Choice]:
+    """The best known way to spend each budget, of a student."""
+    grids = {n: student_levels(levels, n) for n in BUDGETS if n < len(levels)}
+    return {str(nfe): Choice(sampler, grid) for nfe, grid in grids.items()}
+
+
+def as_lcm(card: Card, schedule: Schedule) -> Card:
+    """The card of a published latent consistency model, which was trained on 50 levels."""
+    levels = make_grid("trailing", LCM_POINTS, schedule.sigma_max, schedule.sigma_min, schedule)
+    known = Distilled("lcm", levels, "unknown", "", "discrete", gamma_input="none")
+    return replace(card, auto=choices(levels, "consistency"), distilled=known)

@@ -1,0 +1,435 @@
+"""Students of pipelines: their data, their training, their files, whole or as adapters."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fewstep
+from fewstep.distillation import distill
+from fewstep.distillation.encoded import encoded
+from fewstep.distillation.recipe import Encoding
+from fewstep.models.formats.loras import DIFFUSERS, KOHYA
+from tests.support import pipelines
+
+TEXTS = ("a cat", "a mat", "sat")
+TINY: dict[str, Any] = {"pictures": 16, "batch": 8, "dtype": "float32", "lr": 1e-2}
+QUIET: dict[str, Any] = {"validation_seeds": 0, "checkpoint_every": 1}
+FEW = {"train": "lora", "rank": 2, "targets": ("to_q", "conv1", "proj_in")}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def data(folder: Path, count: int = 6) -> Path:
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        pixels = rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(TEXTS[i % 3])
+    return folder
+
+
+def model(folder: Path, name: str = "sd", **options: Any) -> Any:
+    return fewstep.load(pipelines.saved(name, folder, **options))
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, loaded: Any) -> dict[str, int]:
+    """How many pictures and texts the autoencoder and the text encoder see."""
+    seen = {"pictures": 0, "texts": 0}
+    vae, text = loaded.pipe.vae, loaded.pipe.text_encoder
+    encode, forward = vae.encode, text.forward
+
+    def pictures(x: torch.Tensor, *args: Any, **options: Any) -> Any:
+        seen["pictures"] += len(x)
+        return encode(x, *args, **options)
+
+    def texts(*args: Any, **options: Any) -> Any:
+        seen["texts"] += 1
+        return forward(*args, **options)
+
+    monkeypatch.setattr(vae, "encode", pictures)
+    monkeypatch.setattr(text, "forward", texts)
+    return seen
+
+
+# --- the cache -------------------------------------------------------------------------------
+
+
+def test_the_second_epoch_runs_neither_autoencoder_nor_text_encoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, folder = model(tmp_path / "sd"), data(tmp_path / "data")
+    seen = count_calls(monkeypatch, loaded)
+    at: list[dict[str, int]] = []
+    run = {**TINY, "pictures": 24, "batch": 3}
+    distill(loaded, folder, report=lambda step: at.append(dict(seen)), **run, **QUIET)
+    assert len(at) == 8  # steps: four epochs of six pictures
+    assert at[0] == at[-1] == {"pictures": 6, "texts": 4}  # three texts, and none
+    distill(loaded, folder, **run, **QUIET)  # another run, or one that resumes
+    assert seen["pictures"] == 6
+
+
+def test_rows_are_those_of_the_autoencoder_and_the_text_encoder(tmp_path: Path) -> None:
+    loaded, folder = model(tmp_path / "sdxl", "sdxl"), data(tmp_path / "data")
+    found = encoded(folder, loaded, Encoding())
+    x_0, condition = found.batch(torch.tensor([4, 0]))
+    picture = np.array(Image.open(folder / "4.png"))[:, 2:22]
+    from fewstep.data.images import fit_picture
+
+    ours = loaded.encode(np.stack([fit_picture(picture, 16, 16)]))
+    torch.testing.assert_close(x_0[:1], ours, rtol=2e-3, atol=2e-3)  # float16
+    theirs = loaded.condition([TEXTS[1], TEXTS[0]])
+    text = condition["encoder_hidden_states"], theirs["encoder_hidden_states"]
+    torch.testing.assert_close(*text, rtol=2e-3, atol=2e-3)
+    sizes = (one["added_cond_kwargs"]["time_ids"] for one in (condition, theirs))
+    assert torch.equal(*sizes)
+
+
+def test_a_cache_that_was_cut_short_ends_in_the_same_bytes(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fewstep.distillation.encoded.ROWS", 2)
+    loaded, folder = model(tmp_path / "sd"), data(tmp_path / "data")
+    whole = encoded(folder, loaded, Encoding())
+    files = {one.name: one.read_bytes() for one in whole.folder.glob("*.safetensors")}
+    assert len(files) == 5
+    for name in ("pictures-00001.safetensors", "texts-00001.safetensors"):
+        (whole.folder / name).unlink()
+    cut = whole.folder / "pictures-00002.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-7])
+    again = encoded(folder, loaded, Encoding())
+    assert again.digest == whole.digest
+    assert {one.name: one.read_bytes() for one in again.folder.glob("*.safetensors")} == files
+
+
+def test_unreadable_samples_are_counted_named_and_left_out(tmp_path: Path) -> None:
+    loaded, folder = model(tmp_path / "sd"), data(tmp_path / "data")
+    (folder / "1.png").write_bytes(b"no picture")
+    Image.new("RGB", (9, 9)).save(folder / "3.png")
+    with pytest.warns(UserWarning, match=r"2 samples are left out: 1.png: .*; 3.png: .*fewer"):
+        found = encoded(folder, loaded, Encoding())
+    assert len(found) == 4
+    with pytest.raises(ValueError, match=r"2 samples cannot be read, and most_bad is 1: 1\.png"):
+        encoded(folder, loaded, Encoding(most_bad=1))
+
+
+def test_no_usable_sample_is_an_error_before_the_first_step(tmp_path: Path) -> None:
+    loaded, folder = model(tmp_path / "sd"), data(tmp_path / "data", count=1)
+    (folder / "0.png").write_bytes(b"no picture")
+    with (
+        pytest.warns(UserWarning, match="left out"),
+        pytest.raises(ValueError, match="no sample that can be used"),
+    ):
+        distill(loaded, folder, out=tmp_path / "out", **TINY, **QUIET)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_cache_is_bounded_and_the_oldest_sets_make_room(tmp_path: Path, cache: Path) -> None:
+    loaded = model(tmp_path / "sd")
+    first = encoded(data(tmp_path / "one"), loaded, Encoding())
+    size = sum(one.stat().st_size for one in first.folder.iterdir())
+    with pytest.raises(ValueError, match="raise it, or give fewer"):
+        encoded(data(tmp_path / "two"), loaded, Encoding(cache_gib=1e-6))
+    second = encoded(tmp_path / "two", loaded, Encoding(cache_gib=1.2 * size / 2**30))
+    assert {one.name for one in (cache / "latents").iterdir()} == {second.folder.name}
+
+
+@pytest.mark.slow
+def test_without_pictures_the_starts_are_the_teachers_own(tmp_path: Path) -> None:
+    loaded, texts = model(tmp_path / "sd"), tmp_path / "texts.csv"
+    texts.write_text("prompt\na cat\na mat\n")
+    with pytest.raises(ValueError, match="give a file of captions"):
+        distill(loaded, None, **TINY, **QUIET)
+    how = Encoding(captions=texts, starts=3)
+    found = encoded(None, loaded, how)
+    x_0, condition = found.batch(torch.arange(3))
+    denoiser = loaded.denoiser(prompt=["a cat", "a mat", "a cat"])
+    x = loaded.prior(range(2_000_000, 2_000_003))
+    ends = fewstep.solve(denoiser, x, "dpmpp-2m", nfe=25, grid="trailing", end="zero")
+    torch.testing.assert_close(x_0, ends, rtol=2e-3, atol=2e-3)
+    assert torch.equal(condition["encoder_hidden_states"][0], condition["encoder_hidden_states"][2])
+    student = distill(loaded, None, encoding=how, guidance=2.0, **TINY, **QUIET)
+    assert student.card.built_in_guidance == 2.0
+
+
+# --- training --------------------------------------------------------------------------------
+
+WAYS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "epsilon": ("sd", {}, {"guidance": 3.0}),
+    "v": ("sd", {"prediction_type": "v_prediction"}, {"method": "lcm"}),
+    "zero snr": (
+        "sd",
+        {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+        {"guidance": (2.0, 4.0)},
+    ),
+    "as published": ("sd", {}, {"tell": "gamma", "points": 51, "teacher": "ddim", "substeps": 1}),
+    "xl": ("sdxl", {}, {"checkpointing": True}),
+    "flow": ("sd3", {}, {"guidance": 2.0}),
+    "flow adapters": ("sd3", {}, {"train": "lora", "rank": 2}),
+    "adapters": ("sd", {}, {**FEW, "guidance": 3.0, "checkpointing": True}),
+}
+
+
+EVERYDAY = ("epsilon", "flow", "adapters")
+
+
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=[] if way in EVERYDAY else pytest.mark.slow) for way in WAYS]
+)
+def test_a_student_comes_back_from_its_files_and_samples(way: str, tmp_path: Path) -> None:
+    name, scheduler, settings = WAYS[way]
+    loaded = model(tmp_path / "teacher", name, **scheduler)
+    out = tmp_path / "student"
+    student = distill(loaded, data(tmp_path / "data"), out=out, **TINY, **QUIET, **settings)
+    if settings.get("train") == "lora":
+        again = fewstep.load(tmp_path / "teacher", loras=[(out, 1.0)])
+    else:
+        again = fewstep.load(out)
+    assert again.card.distilled == student.card.distilled != None  # noqa: E711
+    assert again.card.auto == student.card.auto
+    asked = {"seeds": range(2), "prompt": "a cat", "nfe": 2}
+    ours, theirs = (fewstep.sample(one, **asked) for one in (student, again))
+    assert (ours.nfe, ours.network_calls) == (2, 2)
+    difference = np.abs(ours.images.astype(int) - theirs.images)
+    assert difference.max() <= 3  # float16 in the files
+    plain = fewstep.sample(fewstep.load(tmp_path / "teacher"), **{**asked, "solver": "ddim"})
+    assert not np.array_equal(plain.images, theirs.images)
+    if student.card.built_in_guidance or "gamma" in student.card.told:
+        with pytest.raises(ValueError, match="leave guidance out"):
+            again.denoiser(prompt="a cat", guidance=5.0)
+
+
+def test_a_pipeline_without_text_learns_from_pictures_alone(tmp_path: Path) -> None:
+    loaded, folder = model(tmp_path / "ldm", "ldm"), data(tmp_path / "data")
+    for one in folder.glob("*.txt"):
+        one.unlink()
+    student = distill(loaded, folder, out=tmp_path / "out", **TINY, **QUIET)
+    assert fewstep.sample(student, seeds=[0], nfe=1).nfe == 1
+    with pytest.raises(ValueError, match="has no effect"):
+        distill(loaded, tmp_path / "data", guidance=2.0, **TINY, **QUIET)
+
+
+def test_adapters_leave_their_teacher_as_it_is_and_share_its_network(tmp_path: Path) -> None:
+    loaded, folder = model(tmp_path / "sd"), data(tmp_path / "data")
+    before = {name: value.clone() for name, value in loaded.net.state_dict().items()}
+    asked = {"seeds": range(2), "prompt": "a cat", "nfe": 2, "solver": "ddim"}
+    plain = fewstep.sample(loaded, **asked)
+    student = distill(loaded, folder, **TINY, **QUIET, **FEW)
+    assert student.net is loaded.net
+    after = loaded.net.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert np.array_equal(fewstep.sample(loaded, **asked).images, plain.images)
+    changed = fewstep.sample(student, **{**asked, "solver": "auto"})
+    assert not np.array_equal(changed.images, plain.images)
+
+
+def test_what_is_kept_of_adapters_is_the_adapters(tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    loaded = model(tmp_path / "sd")
+    distill(loaded, data(tmp_path / "data"), out=tmp_path / "out", **TINY, **QUIET, **FEW)
+    with safe_open(tmp_path / "out" / "checkpoint.safetensors", "pt") as file:
+        sizes = {name: file.get_tensor(name).numel() for name in file.keys()}  # noqa: SIM118
+    small = sum(n for name, n in sizes.items() if name.startswith("weights."))
+    whole = sum(value.numel() for value in loaded.net.parameters())
+    assert sum(sizes.values()) < 5.1 * small < whole
+
+
+def test_validation_shows_texts_beside_the_teacher(tmp_path: Path) -> None:
+    loaded, out = model(tmp_path / "sd"), tmp_path / "out"
+    how = {**QUIET, "validation_seeds": 3, "validate_every": 2}
+    distill(loaded, data(tmp_path / "data"), out=out, guidance=2.0, **TINY, **how)
+    assert (out / "validation" / "0000002.png").is_file()
+    line = (out / "log.jsonl").read_text()
+    assert '"rmse_1"' in line
+    assert '"rmse_ode_4"' in line
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"train": "lora", "tell": "gamma"}, "adapters cannot be told"),
+        ({"train": "lora", "guidance": (2.0, 3.0)}, "adapters cannot be told"),
+        ({"train": "lora", "targets": ("to_x",)}, "targets must end the names .* got to_x"),
+        ({"rank": 4}, "rank=4 is of adapters"),
+        ({"train": "lora", "compile": True}, "compile does not go with"),
+        ({"tell": "gamma", "guidance": (2.0, 3.0)}, "has one input for gamma, guidance"),
+        ({"lora_format": "kohya"}, "kohya needs train lora"),
+        ({"encoding": Encoding(starts=4)}, "starts is for training without pictures"),
+    ],
+)
+def test_settings_that_cannot_be_are_one_line(
+    settings: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    loaded, folder = model(tmp_path / "sd"), data(tmp_path / "data")
+    with pytest.raises(ValueError, match=words) as told:
+        distill(loaded, folder, out=tmp_path / "out", **{**TINY, **QUIET, **settings})
+    assert "\n" not in str(told.value)
+    assert not (tmp_path / "out").exists()
+
+
+# --- files that others read ------------------------------------------------------------------
+
+
+def drawn(pipe: Any, **options: Any) -> np.ndarray:
+    """Pictures of a diffusers pipeline from our noise of two seeds."""
+    from fewstep.noise import normal
+
+    x = normal([0, 1], (4, 8, 8), "prior")
+    made = pipe(
+        prompt=["a cat", "a cat"], latents=x, guidance_scale=1.0, output_type="np", **options
+    )
+    return np.round(made.images * 255).astype(int)
+
+
+def test_a_folder_runs_in_diffusers_with_the_scheduler_of_lcm(tmp_path: Path) -> None:
+    loaded, out = model(tmp_path / "sd"), tmp_path / "out"
+    distill(loaded, data(tmp_path / "data"), out=out, guidance=3.0, **TINY, **QUIET)
+    pipe = pipelines.diffusers.StableDiffusionPipeline.from_pretrained(out)
+    pipe.set_progress_bar_config(disable=True)
+    assert type(pipe.scheduler).__name__ == "LCMScheduler"
+    theirs = drawn(pipe, num_inference_steps=1)
+    ours = fewstep.sample(fewstep.load(out), nfe=1, seeds=[0, 1], prompt="a cat").images
+    assert np.abs(theirs - ours).max() <= 1
+    pipe.scheduler.set_timesteps(4)
+    schedule = fewstep.load(out).process.schedule
+    levels = fewstep.load(out).card.auto["4"].grid[:-1]
+    assert pipe.scheduler.timesteps.tolist() == [round(schedule.t(level)) for level in levels]
+
+
+@pytest.mark.parametrize("name", [DIFFUSERS, KOHYA])
+@pytest.mark.parametrize("kind", ["sd", pytest.param("sdxl", marks=pytest.mark.slow)])
+def test_adapters_give_in_diffusers_the_picture_that_they_give_here(
+    kind: str, name: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft")
+    loaded, out = model(tmp_path / kind, kind), tmp_path / "out"
+    how = {**FEW, "targets": None, "lora_format": "kohya"}
+    distill(loaded, data(tmp_path / "data"), out=out, **TINY, **QUIET, **how)
+    pipe = pipelines.diffusers.DiffusionPipeline.from_pretrained(tmp_path / kind)
+    pipe.set_progress_bar_config(disable=True)
+    before = drawn(pipe, num_inference_steps=1)
+    pipe.load_lora_weights(out, weight_name=name)
+    pipe.scheduler = pipelines.diffusers.LCMScheduler.from_config(
+        pipe.scheduler.config, original_inference_steps=10
+    )
+    theirs = drawn(pipe, num_inference_steps=1)
+    assert np.abs(theirs - before).max() > 1
+    student = fewstep.load(tmp_path / kind, loras=[(out / name, 1.0)])
+    ours = fewstep.sample(student, nfe=1, seeds=[0, 1], prompt="a cat").images
+    assert np.abs(theirs - ours).max() <= 1
+
+
+def test_adapters_that_do_not_fit_are_refused_by_their_first_key(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    folder = pipelines.saved("sd", tmp_path / "sd")
+    cases = {
+        "unet.mid_block.nowhere.lora_A.weight": "key 'unet.mid_block.nowhere.lora_A.weight' has no",
+        "lora_unet_mid.dora_scale": "is of no kind of LoRA",
+        "unet.mid_block.resnets.0.conv1.lora_A.weight": "without its other half",
+    }
+    for i, (key, words) in enumerate(cases.items()):
+        save_file({key: torch.zeros(2, 32)}, tmp_path / f"{i}.safetensors")
+        with pytest.raises(ValueError, match=words) as told:
+            fewstep.load(folder, loras=[(tmp_path / f"{i}.safetensors", 1.0)])
+        assert "\n" not in str(told.value)
+    key = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    wrong = {f"{key}.lora_A.weight": torch.zeros(2, 7), f"{key}.lora_B.weight": torch.zeros(32, 2)}
+    save_file(wrong, tmp_path / "wrong.safetensors")
+    with pytest.raises(ValueError, match=r"has shape \[2, 7\]"):
+        fewstep.load(folder, loras=[(tmp_path / "wrong.safetensors", 1.0)])
+
+
+@pytest.mark.slow
+def test_the_scale_of_adapters_is_a_factor_and_is_recorded(tmp_path: Path) -> None:
+    loaded, out = model(tmp_path / "sd"), tmp_path / "out"
+    distill(loaded, data(tmp_path / "data"), out=out, **TINY, **QUIET, **FEW)
+    layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    before = loaded.net.get_submodule(layer).weight
+    changes = []
+    for scale in (1.0, 0.5):
+        found = fewstep.load(tmp_path / "sd", loras=[(out, scale)])
+        changes.append(found.net.get_submodule(layer).weight - before)
+        assert found.facts()["loras"][0]["scale"] == scale
+    torch.testing.assert_close(changes[0], 2 * changes[1], rtol=1e-4, atol=1e-7)
+    with pytest.raises(ValueError, match="two of the LoRAs are students"):
+        fewstep.load(tmp_path / "sd", loras=[(out, 1.0), (out, 1.0)])
+
+
+def test_a_published_latent_consistency_model_is_a_student(tmp_path: Path) -> None:
+    pipelines.saved("sd", tmp_path / "lcm", unet={"time_cond_proj_dim": 8})
+    loaded = fewstep.load(tmp_path / "lcm")
+    times = [round(loaded.process.schedule.t(level)) for level in loaded.card.auto["4"].grid[:-1]]
+    assert times == [999, 759, 499, 259]
+    made = fewstep.sample(loaded, nfe=4, seeds=[0], prompt="a cat", guidance=8.0)
+    assert (made.network_calls, made.provenance["solver"]) == (4, "consistency")
+    with pytest.raises(ValueError, match="distilled already"):
+        distill(loaded, tmp_path, **TINY, **QUIET)
+    plain = fewstep.load(pipelines.saved("sd", tmp_path / "sd"), preset="lcm")
+    assert plain.card.auto == loaded.card.auto
+
+
+@pytest.mark.slow
+def test_from_the_command_line_to_pictures(tmp_path: Path) -> None:
+    from tests.support.command import command
+
+    pipelines.saved("sd", tmp_path / "sd")
+    folder = data(tmp_path / "data")
+    out = tmp_path / "out"
+    run = ["--pictures", "8", "--batch", "4", "--train", "lora", "--rank", "2", "--targets", "to_q"]
+    run += ["--guidance", "2", "--validation-seeds", "0", "--lora-format", "kohya"]
+    ran = command(
+        "distill", "splam", str(tmp_path / "sd"), "--data", str(folder), "--out", str(out), *run
+    )
+    assert ran.exit_code == 0, ran.output
+    assert "--lora" in ran.stdout
+    for name in (DIFFUSERS, KOHYA):
+        shutil.rmtree(tmp_path / "samples", ignore_errors=True)
+        asked = ["--lora", f"{out / name}:0.9", "--prompt", "a cat", "--nfe", "2", "--seeds", "0-1"]
+        ran = command("sample", str(tmp_path / "sd"), *asked, "--out", str(tmp_path / "samples"))
+        assert ran.exit_code == 0, ran.output
+        assert len(list((tmp_path / "samples").glob("*.png"))) == 3
+
+
+@pytest.mark.slow
+def test_a_student_and_adapters_stand_beside_solvers_on_texts(tmp_path: Path) -> None:
+    import json
+
+    from tests.support.command import command
+
+    loaded, folder = model(tmp_path / "sd"), data(tmp_path / "data")
+    for name, more in (("whole", {}), ("adapters", FEW)):
+        distill(loaded, folder, out=tmp_path / name, guidance=2.0, **TINY, **QUIET, **more)
+    texts = tmp_path / "texts.csv"
+    texts.write_text("prompt\na cat\na mat\nsat\n")
+    solvers = f"ddim,{tmp_path / 'whole'},{tmp_path / 'adapters'}"
+    asked = ["--prompts", str(texts), "--guidance", "2", "--nfe", "2", "--seeds", "0-5"]
+    asked += ["--screen", "0", "--features", "none", "--no-plots", "--solvers", solvers]
+    ran = command("compare", str(tmp_path / "sd"), *asked, "--out", str(tmp_path / "cmp"), "--json")
+    assert ran.exit_code == 0, ran.output
+    found = json.loads(ran.stdout)
+    assert found["condition"]["prompt"].startswith("3 texts, SHA-256")
+    errors = {row["solver"]: row["error"]["mean"] for row in found["rows"]}
+    assert len(set(errors.values())) == len(errors) == 3
