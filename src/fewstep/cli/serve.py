@@ -65,6 +65,10 @@ def serve_command(
         int | None,
         option("Threads that evaluate. Default: 2 on a CPU, else 1.", MACHINE, least=1),
     ] = None,
+    preview_decoder: Annotated[
+        Path | None,
+        option("Folder of an AutoencoderTiny that shows previews of latents.", MACHINE),
+    ] = None,
     grace: Annotated[
         int, option("Seconds in which running pictures end at a stop.", SERVICE, least=0)
     ] = 30,
@@ -116,7 +120,8 @@ def serve_command(
         if ray:
             from fewstep.serve.rays import Setup, create_front, deployed, models_of
 
-            setup = Setup(models_of(names), chosen, limits, batch, workers, log_prompts)
+            tiny = preview_decoder and preview_decoder.resolve()
+            setup = Setup(models_of(names), chosen, limits, batch, workers, log_prompts, tiny)
             service: Any = stack.enter_context(deployed(setup, Replicas(**spread), address or ""))
             application = create_front(service, limits, **access)
         else:
@@ -125,7 +130,9 @@ def serve_command(
 
             models = load_models(names, chosen)
             names = tuple(models)
-            service = make_service(models, limits, batch=batch, workers=workers)
+            service = make_service(
+                models, limits, batch=batch, workers=workers, preview_decoder=preview_decoder
+            )
             application = create_app(service, **access, log_prompts=log_prompts)
 
         def started(address: str) -> None:

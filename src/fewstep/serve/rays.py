@@ -57,7 +57,7 @@ class Setup:
     Attributes:
         models, given: see `load_models`
         limits: bounds
-        batch, workers: see `make_service`
+        batch, workers, preview_decoder: see `make_service`
         log_prompts: whether facts of requests have prompts
     """
 
@@ -67,6 +67,7 @@ class Setup:
     batch: int | None = None
     workers: int | None = None
     log_prompts: bool = False
+    preview_decoder: Path | None = None
 
 
 class Shared:
@@ -131,6 +132,7 @@ class Replica:
             batch=setup.batch,
             workers=setup.workers,
             store=SharedStore(shared),
+            preview_decoder=setup.preview_decoder,
         )
         await self._service.warm_up()
         self._api = create_api(self._service, setup.log_prompts)

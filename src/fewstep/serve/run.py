@@ -12,12 +12,14 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import uvicorn
 
 from fewstep.models import Model, load
 from fewstep.serve.engine import Engine
+from fewstep.serve.previews import read_tiny
 from fewstep.serve.service import Service
 from fewstep.serve.settings import Limits
 from fewstep.serve.store import Kept
@@ -53,6 +55,7 @@ def make_service(
     workers: int | None = None,
     threads: int | None = None,
     store: Kept | None = None,
+    preview_decoder: Path | None = None,
 ) -> Service:
     """A service of loaded models.
 
@@ -63,6 +66,10 @@ def make_service(
         workers: threads that evaluate; two on a CPU with more than one thread, else one
         threads: of torch in each worker; on a CPU its share of all
         store: where pictures are kept; in this process where left out
+        preview_decoder: a folder with a tiny autoencoder by which latents are shown
+
+    Raises:
+        ValueError: that folder holds none, or one of other latents.
     """
     import torch
 
@@ -73,9 +80,10 @@ def make_service(
         workers = 2 if on_cpu and total > 1 else 1
     if threads is None and on_cpu:
         threads = max(1, total // workers)
+    tiny = None if preview_decoder is None else read_tiny(preview_decoder)
     rows = batch or (16 if on_cpu else 64)
     engine = Engine(rows=rows, workers=workers, threads=threads, most_waiting=limits.most_waiting)
-    return Service(models, engine, limits, store)
+    return Service(models, engine, limits, store, tiny)
 
 
 def load_models(names: Sequence[str], given: Mapping[str, Any]) -> dict[str, Model]:

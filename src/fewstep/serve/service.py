@@ -108,7 +108,17 @@ class Service:
         engine: Engine,
         limits: Limits,
         store: Kept | None = None,
+        tiny: Any = None,
     ) -> None:
+        """
+        Args:
+            models, engine, limits: see the class
+            store: where pictures are kept; in this process where left out
+            tiny: a tiny autoencoder by which latents are shown, see `read_tiny`
+
+        Raises:
+            ValueError: there is no model, or the autoencoder is of other latents.
+        """
         if not models:
             raise ValueError("a service needs at least one model")
         self.models, self.engine, self.limits = dict(models), engine, limits
@@ -118,6 +128,8 @@ class Service:
         self._preparing = ThreadPoolExecutor(1, "prepare")
         self._encoding = ThreadPoolExecutor(2, "encode")
         self._shown: dict[str, Shown] = {}
+        if tiny is not None:
+            self._shown = {name: shown_by(model, tiny) for name, model in self.models.items()}
 
     def model(self, name: str | None) -> tuple[str, Model]:
         """A model by name, the first one where none is named. Raises ApiError 404."""
