@@ -167,7 +167,7 @@ def test_status_says_what_is_there(shards: Path, tmp_path: Path) -> None:
     assert ran.exit_code == 0, ran.output
     assert "3 of 3, of 4 pictures" in ran.stdout
     assert "10 of 10" in ran.stdout
-    [found] = json.loads(command("status", shards, "--json", "--check").stdout)
+    [found] = json.loads(command("status", shards, "--json", "--check").stdout)["jobs"]
     assert found["left"] == 0
     assert found["job"]["seeds"] == "0 to 9"
     ran = command("status", tmp_path)

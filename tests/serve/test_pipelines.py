@@ -90,9 +90,9 @@ def test_a_preview_of_latents_has_the_picture_s_size(model):
 
 def tiny(folder: Any, channels: int) -> Any:
     """A folder with a tiny autoencoder, and what it decodes."""
-    import diffusers
+    from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 
-    net = diffusers.AutoencoderTiny(
+    net = AutoencoderTiny(
         latent_channels=channels,
         encoder_block_out_channels=(8, 8),
         decoder_block_out_channels=(8, 8),

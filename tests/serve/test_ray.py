@@ -142,8 +142,8 @@ def test_a_request_that_no_replica_answers_is_refused_cleanly():
 @pytest.fixture(scope="module")
 def served():
     pytest.importorskip("ray.serve")
-    words = [sys.executable, "-m", "fewstep", "serve", "--ray", "--replicas", "2"]
-    words += ["--port", "0", "--quiet", "--grace", "5"]
+    words = [sys.executable, "-m", "fewstep", "serve", "fashion-mnist", "--ray", "--replicas"]
+    words += ["2", "--port", "0", "--quiet", "--grace", "5"]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     lines = iter(process.stdout.readline, "")

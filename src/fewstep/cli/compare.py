@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+from cyclopts import Group, Parameter
 from rich.console import Console
 
 from fewstep.cli.app import app
@@ -14,6 +14,7 @@ from fewstep.cli.options import (
     CHOICE,
     MACHINE,
     SOLVER,
+    SPREAD,
     TEXT,
     Condition,
     Machine,
@@ -27,6 +28,8 @@ from fewstep.cli.parsing import refuse_beside, words
 from fewstep.cli.work import AsJson, command_line, resumable
 from fewstep.evaluate.compare.design import Design
 from fewstep.reference import ReferenceSolve
+from fewstep.scale.settings import Scaling
+from fewstep.text import styled
 
 SOLVERS = "ddim,heun,dpm-solver-2,dpmpp-2m,unipc-2,deis-2,ipndm-2,ipndm-3,auto"
 ASKED = Take(
@@ -47,6 +50,8 @@ CHOSEN = Take(
     },
 )
 LABEL = "Class name or index. Several, with commas, take turns by seed; all: each seed draws one."
+PUBLISHED = Group("Published protocols", sort_key=7)
+SCALING = Take(Scaling, SPREAD)
 SOLVE = Take(ReferenceSolve, CHOICE, only=("nfe",), names={"nfe": "reference_nfe"})
 
 
@@ -64,6 +69,7 @@ SOLVE = Take(ReferenceSolve, CHOICE, only=("nfe",), names={"nfe": "reference_nfe
         defaults={"batch": 50},
         helps={"batch": "Pictures at a time."},
     ),
+    SCALING,
 )
 def compare_command(
     model: ModelArgument = "fashion-mnist",
@@ -94,6 +100,22 @@ def compare_command(
         Path | None,
         option("An earlier comparison.json of the same protocol whose rows are kept."),
     ] = None,
+    published: Annotated[
+        str | None,
+        Parameter("--protocol"),
+        option("A published protocol, as coco-30k: its pictures, seeds and numbers.", PUBLISHED),
+    ] = None,
+    captions: Annotated[
+        Path | None, option("Its captions: csv, tsv, json or jsonl.", PUBLISHED)
+    ] = None,
+    reference: Annotated[
+        Path | None,
+        option("What its pictures are compared with, as `fewstep evaluate` takes it.", PUBLISHED),
+    ] = None,
+    clip: Annotated[str | None, option("CLIP model, for the CLIP score too.", PUBLISHED)] = None,
+    keep: Annotated[
+        str | None, option("Of its pictures: tar, png or none. Default: none.", PUBLISHED)
+    ] = None,
     plots: Annotated[bool, flag("Leave the curves out of the report.", off="--no-plots")] = True,
     as_json: AsJson = False,
     **given: Any,
@@ -105,48 +127,97 @@ def compare_command(
     What was sampled in the same folder before is not sampled again; --beside keeps its rows.
     """
     from fewstep.data.captions import read_captions
-    from fewstep.evaluate.compare import Workbench, check_solvers, load_students, read_comparison
-    from fewstep.evaluate.compare.run import compare_beside
-    from fewstep.evaluate.features import own_features, resolve_features
-    from fewstep.evaluate.references import References
+    from fewstep.evaluate.compare import read_comparison
+    from fewstep.evaluate.compare.setup import Setup
     from fewstep.files import open_folder
-    from fewstep.models import load
     from fewstep.report.comparison import write_comparison
     from fewstep.report.terminal import Progress, comparison_table
+    from fewstep.scale.compare import compare_by
+    from fewstep.scale.executors import open_executor
 
+    spread = Scaling(**SCALING.take(given))
+    own = {"--captions": captions, "--reference": reference, "--clip": clip, "--keep": keep}
+    if published is not None:
+        more = {"captions": captions, "reference": reference, "clip": clip, "keep": keep or "none"}
+        other = {"--cache": cache, "--beside": beside, "--prompts": prompts}
+        refuse_beside("a protocol has settings of its own", other)
+        seen = {"features": features, "trust": words(trust, "trust") if trust else ()}
+        _published(model, str(out), published, spread, {**more, **seen}, given, as_json)
+        return
+    refuse_beside("these go with --protocol", own)
     about = {name: given[name] for name in ("label", "guidance", "prompt")}
     if prompts is not None:
         refuse_beside("--prompts has the texts", {"--prompt": given["prompt"]})
         about["prompt"] = read_captions(prompts).texts
     choose_by, how = given["choose_by"], ReferenceSolve(**SOLVE.take(given))
-    design = Design(**ASKED.take(given), **CHOSEN.take(given), **about)
-    batch, machine = given["batch"], {name: given[name] for name in ("device", "dtype", "compile")}
+    setup = Setup(
+        model,
+        {name: given[name] for name in ("device", "dtype", "compile")},
+        Design(**ASKED.take(given), **CHOSEN.take(given), **about),
+        choose_by,
+        out,
+        words(features, "features") if features is not None else None,
+        words(trust, "trust") if trust else (),
+        how,
+        cache,
+        given["batch"],
+    )
     earlier = read_comparison(beside) if beside else None
-    loaded = load(model, **machine)
-    exact = loaded
-    if machine["dtype"] != "float32":
-        exact = load(model, **{**machine, "dtype": "float32"})
-    named = own_features(loaded.card.name) if features is None else words(features, "features")
-    trusted = words(trust, "trust") if trust else ()
-    size = loaded.card.picture or (32, 32, 3)
-    judges = [
-        resolve_features(one, machine["device"], size, trusted) for one in named if one != "none"
-    ]
-    if judges and choose_by is None:
-        design = replace(design, choose_by=judges[0].label)
-    students = load_students(loaded, design.solvers, model, **machine)
-    check_solvers(loaded, design, students)
-    references = References(exact, how, folder=cache, batch=batch, **about)
-    with resumable(out), Progress(as_json) as bar:
-        open_folder(out)
-        bench = Workbench(loaded, references, out, batch, bar, students)
-        result = compare_beside(
-            bench, design, judges, earlier, command=command_line(), note=bar.say
-        )
-        files = write_comparison(result, out, plots)
+    with Progress(as_json) as bar, open_executor(spread, bar.say) as executor:
+        opened = setup.open(report=bar)
+        with resumable(out):
+            open_folder(out)
+            result = compare_by(
+                executor, setup, opened, earlier, command=command_line(), note=bar.say, report=bar
+            )
+            if result is None:
+                return
+            files = write_comparison(result, out, plots)
     if as_json:
         print(json.dumps(result.record))
         return
     Console().print(comparison_table(result.record))
+    for path in files:
+        print(path)
+
+
+def _published(
+    model: str,
+    out: str,
+    name: str,
+    spread: Scaling,
+    how: dict[str, Any],
+    given: dict[str, Any],
+    as_json: bool,
+) -> None:
+    """Compare by a published protocol.
+
+    Args:
+        how: captions, reference, clip and the like, as fields of `Published`
+        given: the options that are shared with other comparisons
+    """
+    from fewstep.report.scale import protocol_numbers
+    from fewstep.report.terminal import Progress
+    from fewstep.scale.executors import open_executor
+    from fewstep.scale.protocol import Published, compare_published, write_record
+    from fewstep.scale.shards import Source
+
+    refuse_beside("the captions are the prompts", {"--prompt": given["prompt"]})
+    asked = ASKED.take(given)
+    source = Source(model, given["device"], given["dtype"], given["compile"])
+    about = {name: given[name] for name in ("guidance", "label", "batch")}
+    what = Published(source, name, asked["solvers"], asked["budgets"], out, **about, **how)
+    with Progress(as_json) as bar, open_executor(spread, bar.say) as executor:
+        with resumable(Path(out)):
+            record = compare_published(what, executor, command=command_line(), report=bar)
+        if record is None:
+            return
+        files = write_record(record, out)
+    if as_json:
+        print(json.dumps(record))
+        return
+    Console().print(protocol_numbers(record), highlight=False)
+    for why in record["left_out"].values():
+        Console().print(styled(f"left out: {why}"))
     for path in files:
         print(path)

@@ -11,6 +11,7 @@ from rich.console import Console
 from fewstep.cli.app import app
 from fewstep.cli.options import (
     MACHINE,
+    SPREAD,
     TEXT,
     Condition,
     Machine,
@@ -22,6 +23,9 @@ from fewstep.cli.options import (
 )
 from fewstep.cli.parsing import parse_grid, parse_seeds
 from fewstep.cli.work import AsJson, command_line
+from fewstep.scale.settings import Scaling
+
+SCALING = Take(Scaling, SPREAD)
 
 
 @command(
@@ -34,6 +38,7 @@ from fewstep.cli.work import AsJson, command_line
         only=("device", "dtype", "batch"),
         helps={"batch": "Trajectories at a time. Default: as memory allows."},
     ),
+    SCALING,
 )
 def geometry_command(
     model: ModelArgument = "fashion-mnist",
@@ -55,22 +60,28 @@ def geometry_command(
     Resumes a run that was cut short; seeds may be added to one that was not.
     """
     from fewstep.evaluate.geometry import run_geometry
-    from fewstep.models import load
     from fewstep.report.geometry import write_geometry
     from fewstep.report.terminal import Progress, geometry_table
+    from fewstep.scale.executors import open_executor
+    from fewstep.scale.geometry import GeometryWork, shared
+    from fewstep.scale.shards import Source
 
     chosen, levels = parse_seeds(seeds), parse_grid(grid) or "karras"
-    machine = {name: given.pop(name) for name in ("device", "dtype")}
-    loaded = load(model, **machine)
-    with Progress(as_json) as bar:
+    spread = Scaling(**SCALING.take(given))
+    source = Source(model, **{name: given.pop(name) for name in ("device", "dtype")})
+    with Progress(as_json) as bar, open_executor(spread, bar.say) as executor:
+        if not executor.leads:
+            executor.serve(GeometryWork(source))
+            return
         result = run_geometry(
-            loaded,
+            source.load(executor.here),
             out,
             seeds=chosen,
             points=points,
             solver=solver,
             grid=levels,
             command=command_line(),
+            by=shared(executor, source) if spread.shares else None,
             report=bar,
             **given,
         )

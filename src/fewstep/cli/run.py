@@ -34,7 +34,13 @@ __all__ = ["app", "run"]
 
 MAY_BE_EMPTY = ("--prompt", "--negative")
 PLUGINS = "fewstep.solvers"  # the group of entry points that register solvers
-SHARED = ("distill", "evaluate", "sample")  # commands that share their work between processes
+SHARED = (
+    "compare",
+    "distill",
+    "evaluate",
+    "geometry",
+    "sample",
+)  # commands that share their work between processes
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +23,6 @@ BOUNDS = Take(
     only=("most_images", "most_evaluations", "most_waiting", "most_streams", "most_requests"),
 )
 REPLICAS = Take(Replicas, SPREAD)
-DEFAULTS = ("garments", "fashion-mnist")  # the first that comes with this version
 
 
 @command(
@@ -143,7 +143,6 @@ def serve_command(
 
 
 def _default() -> str:
-    from fewstep.models import builtin
-
-    there = builtin()
-    return next(name for name in (*DEFAULTS, *there) if name in there)
+    """The model that is served where none is named: one by text, where it can be loaded."""
+    by_text = all(find_spec(library) for library in ("diffusers", "transformers"))
+    return "garments" if by_text else "fashion-mnist"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -28,10 +29,13 @@ def status_command(
     It works from any machine that sees the folder, while the shards are being made.
     """
     from fewstep.report.scale import status_table
+    from fewstep.scale.phases import read_phase
     from fewstep.scale.status import status_of
+    from fewstep.scale.stores import open_store
 
-    found = status_of(place, check=check)
+    found, phase = status_of(place, check=check), read_phase(open_store(place))
     if as_json:
-        print(json.dumps([one.to_dict() for one in found]))
+        jobs = [one.to_dict() for one in found]
+        print(json.dumps({"phase": asdict(phase) if phase else None, "jobs": jobs}))
         return
-    Console().print(status_table(found), highlight=False)
+    Console().print(status_table(found, phase), highlight=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -32,7 +32,7 @@ from fewstep.solver import get
 from fewstep.solving import DEFAULT_RANGE
 from fewstep.text import span
 
-__all__ = ["Geometry", "run_geometry"]
+__all__ = ["Geometry", "Tracing", "measure_part", "run_geometry"]
 
 STATES_BYTES = 2**28  # what the states of one batch may take
 LARGEST_BATCH = 32
@@ -135,6 +135,7 @@ def run_geometry(
     guidance: float | None = None,
     batch: int | None = None,
     command: str = "fewstep geometry",
+    by: Share | None = None,
     report: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Geometry:
     """Measure the trajectories of a model; write geometry.json.
@@ -148,6 +149,7 @@ def run_geometry(
         solver: of the ODE, by name
         label, prompt, guidance: one for all seeds
         batch: seeds at a time; what keeps their states below 256 MB unless given
+        by: has parts of the seeds measured by others, and gives each with its `measure_part`
         report: called with what is under way, and with the work done and in total, in points
 
     Raises:
@@ -174,11 +176,17 @@ def run_geometry(
     in_check = 3 * len(sigmas) - 1
     total = len(missing) * len(sigmas) + len(few) * in_check
     traced = _Tracer(loaded, denoiser, solver, report, total)
-    for part in _split(missing, size):
-        x, denoised = traced(part, sigmas, "trajectories")
-        a, b = measure(x), measure(denoised)
-        for seed, *row in zip(part, a.points, a.norms, b.points, b.norms, strict=True):
-            rows[seed] = row
+    parts = _split(missing, size)
+    if by is not None and missing:
+        how = Tracing(solver, sigmas, label, prompt, guidance)
+        for part, columns in by(how, [tuple(part) for part in parts]):
+            rows |= dict(zip(part, map(list, zip(*columns, strict=True)), strict=True))
+            traced.done += len(part) * len(sigmas)
+            report("trajectories", traced.done, total)
+            store.write(rows)
+    for part in parts:
+        columns = _columns(*traced(part, sigmas, "trajectories"))
+        rows |= dict(zip(part, map(list, zip(*columns, strict=True)), strict=True))
         store.write(rows)
     coarse, fine = [], []
     for part in _split(few, max(1, size // 2)):
@@ -201,6 +209,35 @@ def run_geometry(
     report("writing", total, total)
     write_json(out / "geometry.json", result.to_dict())
     return replace(result, files=(out / "geometry.json",))
+
+
+@dataclass(frozen=True)
+class Tracing:
+    """How trajectories come about: what `measure_part` needs besides a model and seeds."""
+
+    solver: str
+    sigmas: tuple[float, ...]
+    label: int | str | None = None
+    prompt: str | None = None
+    guidance: float | None = None
+
+
+Columns = tuple[np.ndarray, ...]  # points and norms of x, and of D(x; sigma), one row per seed
+Share = Callable[[Tracing, list[tuple[int, ...]]], Iterable[tuple[tuple[int, ...], Columns]]]
+
+
+@torch.no_grad()
+def measure_part(model: Model, how: Tracing, seeds: Sequence[int]) -> Columns:
+    """The curves of some seeds, as `run_geometry` keeps them."""
+    denoiser = model.denoiser(how.label, how.prompt, how.guidance)
+    curves = trace(denoiser, model.prior(seeds), how.solver, how.sigmas)
+    _check_finite(curves, seeds, how.sigmas)
+    return _columns(*curves)
+
+
+def _columns(x: Tensor, denoised: Tensor) -> Columns:
+    a, b = measure(x), measure(denoised)
+    return a.points, a.norms, b.points, b.norms
 
 
 def _check(seeds: Sequence[int], batch: int | None, solver: str) -> None:

@@ -94,10 +94,15 @@ class References:
     def error(self, seeds: Sequence[int]) -> float:
         """Their own error: root mean square distance at sigma_min to a solve three times as fine by
         another method, [-1, 1] pixel units."""
-        nfe = min(3 * self.how.nfe, 1000)
-        finer = replace(self, how=ReferenceSolve("exp-adams-4", nfe, "log-snr"))
-        ours, theirs = (one.endpoints(seeds)[:, 0].astype(float) for one in (self, finer))
+        both = (self, self.finer)
+        ours, theirs = (one.endpoints(seeds)[:, 0].astype(float) for one in both)
         return float(np.sqrt(np.square(ours - theirs).reshape(len(seeds), -1).mean(1)).mean())
+
+    @property
+    def finer(self) -> References:
+        """The solves that tell the error of these."""
+        nfe = min(3 * self.how.nfe, 1000)
+        return replace(self, how=ReferenceSolve("exp-adams-4", nfe, "log-snr"))
 
     def missing(self, seeds: Sequence[int]) -> int:
         """How many of the seeds would be solved now."""

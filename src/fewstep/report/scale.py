@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from fewstep.scale.protocol import numbers
 from fewstep.text import clean, count, styled
 
 if TYPE_CHECKING:
+    from fewstep.scale.phases import Phase
     from fewstep.scale.run import Result
     from fewstep.scale.status import Status
 
-__all__ = ["runs", "shards_lines", "status_table"]
+__all__ = ["protocol_numbers", "runs", "shards_lines", "status_table"]
 
 MOST_RUNS = 8  # of numbers that are named
 
@@ -40,17 +43,28 @@ def shards_lines(result: Result) -> list[str]:
     return [*lines, *(["; ".join(told)] if told else []), clean(result.place)]
 
 
-def status_table(found: Sequence[Status]) -> Table:
-    """One row per fact of each job."""
+def status_table(found: Sequence[Status], phase: Phase | None = None) -> Table:
+    """One row per fact of each job, after what is under way."""
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
+    for heading, text in _under_way(phase) if phase is not None else ():
+        table.add_row(heading, styled(text))
     for one in found:
         if table.row_count:
             table.add_row("", "")
         for heading, text in _facts(one):
             table.add_row(heading, styled(text))
     return table
+
+
+def _under_way(phase: Phase) -> list[tuple[str, str]]:
+    rows = [("phase", f"{phase.what}: {phase.done:,} of {phase.total:,} pieces")]
+    if phase.done < phase.total:
+        rows.append(("last told", f"{words(max(0.0, time.time() - phase.at))} ago"))
+        if phase.left is not None:
+            rows.append(("left", f"{words(phase.left)} of this phase"))
+    return rows
 
 
 def _facts(one: Status) -> list[tuple[str, str]]:
@@ -76,10 +90,23 @@ def _facts(one: Status) -> list[tuple[str, str]]:
     return [*rows, ("made on", hosts)] if hosts else rows
 
 
-def runs(numbers: Sequence[int]) -> str:
+def protocol_numbers(record: dict[str, Any]) -> Table:
+    """One row per sampler and budget."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.title = styled(f"{record['model']['name']}, protocol {record['protocol']['name']}")
+    names = list(record["rows"][0]["metrics"])
+    for name in ("sampler", "NFE", *names):
+        table.add_column(styled(name), justify="left" if name == "sampler" else "right")
+    for row in record["rows"]:
+        cells = [row["sampler"], str(row["nfe"])]
+        table.add_row(*map(styled, cells), *(numbers(row["metrics"][name]) for name in names))
+    return table
+
+
+def runs(places: Sequence[int]) -> str:
     """Rising numbers as "0-4, 9", the first few runs."""
     found: list[list[int]] = []
-    for number in numbers:
+    for number in places:
         if found and number == found[-1][1] + 1:
             found[-1][1] = number
         else:

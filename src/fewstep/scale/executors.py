@@ -259,13 +259,14 @@ class _Desk:
             self._submit(worker, task)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Local:
-    """This process, or processes of this machine."""
+    """This process, or processes of this machine, which stay between two calls of `map`."""
 
     workers: int = 1
     counts: Counts = field(default_factory=Counts)
     leads: bool = True
+    pool: Processes | None = None
 
     @property
     def here(self) -> Place | None:
@@ -277,8 +278,11 @@ class Local:
             for item in items:
                 yield item, Outcome(do(item), host=who[0], worker=who[1])
             return
-        with Processes(self.workers, pickle.dumps(work)) as pool:
-            yield from hand_out(pool, items, self.counts)
+        known = pickle.dumps(work)
+        if self.pool is None or self.pool.work != known:
+            self.__exit__()
+            self.pool = Processes(self.workers, known)
+        yield from hand_out(self.pool, items, self.counts)
 
     def serve(self, work: Work) -> None:
         raise ValueError("executor local has one process that leads")
@@ -287,7 +291,9 @@ class Local:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Nothing runs between two calls of `map`."""
+        if self.pool is not None:
+            self.pool.close()
+        self.pool = None
 
 
 class Processes:
@@ -327,10 +333,8 @@ class Processes:
                 os.kill(pid, signal.SIGTERM)
         self.made[worker].shutdown(wait=True, cancel_futures=True)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
+        """End them, whatever they do."""
         for worker in self.made:
             self._end(worker)
 

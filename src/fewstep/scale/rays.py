@@ -29,7 +29,7 @@ T = TypeVar("T")
 STORE = 100 * 2**20  # bytes of shared memory of a cluster of our own: shards do not pass through it
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Ray:
     """A cluster, ours or one that was there.
 
@@ -45,6 +45,7 @@ class Ray:
     counts: Counts = field(default_factory=Counts)
     leads: bool = True
     here: None = None
+    pool: _Actors | None = None
 
     @classmethod
     def of(cls, how: Scaling, say: Callable[[str], None] = lambda text: None) -> Ray:
@@ -77,12 +78,13 @@ class Ray:
         return most if most < self.gpus else None
 
     def map(self, work: Work, items: Iterable[T]) -> Generator[tuple[T, Outcome], None, None]:
-        pool = _Actors(self, pickle.dumps(work))
-        try:
-            yield from hand_out(pool, items, self.counts)
-        finally:
-            pool.close()
-        self.counts.lost += pool.restarts()
+        known = pickle.dumps(work)
+        if self.pool is None or self.pool.work != known:
+            self._close()
+            self.pool = _Actors(self, known)
+        before = self.pool.restarts()
+        yield from hand_out(self.pool, items, self.counts)
+        self.counts.lost += self.pool.restarts() - before
 
     def serve(self, work: Work) -> None:
         raise ValueError("executor ray has one process that leads")
@@ -91,8 +93,14 @@ class Ray:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._close()
         if self.own:
             self.ray.shutdown()
+
+    def _close(self) -> None:
+        if self.pool is not None:
+            self.pool.close()
+        self.pool = None
 
 
 class _Actors:
@@ -108,7 +116,8 @@ class _Actors:
         self.actors = [self._start(worker) for worker in range(self.count)]
 
     def _start(self, worker: int) -> Any:
-        return self.kind.remote(self.work, versions(), worker, bool(self.cluster.gpus))
+        gpu = bool(self.cluster.gpus)
+        return self.kind.remote(self.work, versions(), worker, gpu, os.getcwd())
 
     def submit(self, worker: int, item: Any) -> Future[Outcome]:
         reference = self.actors[worker].do.remote(pickle.dumps(item))
@@ -163,9 +172,15 @@ def _actor_class() -> type:
     """The class of the actors; made in a function, so that it is pickled whole."""
 
     class FewstepWorker:
-        def __init__(self, work: bytes, wanted: dict[str, str], number: int, own_gpu: bool) -> None:
+        def __init__(
+            self, work: bytes, wanted: dict[str, str], number: int, own_gpu: bool, folder: str
+        ) -> None:
+            import os
+
             self.work, self.wanted, self.number, self.own_gpu = work, wanted, number, own_gpu
             self.runner: Any = None
+            if os.path.isdir(folder):  # so that relative paths mean the same
+                os.chdir(folder)
 
         def do(self, item: bytes) -> tuple[Any, str, str, str, int]:
             import os

@@ -31,7 +31,7 @@ from fewstep.scale.shards import (
 from fewstep.scale.work import Place, device_at
 from fewstep.text import span
 
-__all__ = ["SHARD", "Asked", "plan_of", "sample_shards", "work_of"]
+__all__ = ["SHARD", "Asked", "plan_of", "judges_here", "sample_shards", "task_of", "work_of"]
 
 Keep = Literal["tar", "png", "none"]
 
@@ -126,23 +126,45 @@ def _run_on(seeds: Sequence[int]) -> bool:
     return isinstance(seeds, range) or list(seeds) == list(range(seeds[0], seeds[0] + len(seeds)))
 
 
-def work_of(source: Source, asked: Asked, model: Model, here: Place | None) -> SampleWork:
-    """What workers do for one job, checked before any work.
+def task_of(source: Source, asked: Asked, model: Model, judges: Judges) -> Task:
+    """A job as workers need it, checked before any work.
 
     Args:
         source: the model by name, as workers load it
         asked: what is sampled
         model: the same, loaded by this process
+        judges: what looks at the pictures, opened by this process
+
+    Raises:
+        ValueError: what the model or the solver cannot do.
+    """
+    job, first = job_of(asked, model, judges)
+    conditions = {n: v for n, v in asked.given.items() if n not in asked.each}
+    request = replace(first, **dict.fromkeys(asked.each), **conditions)
+    return Task(job, asked.place, source, asked.settings, request, asked.looks)
+
+
+def judges_here(source: Source, looks: Looks, model: Model, here: Place | None) -> Judges:
+    """What looks at the pictures, where this process works, else on the CPU to be asked its name.
+
+    Raises:
+        ValueError: there is no such network.
+    """
+    return looks.open(device_at(source.device, here) if here else "cpu", picture_of(model))
+
+
+def work_of(source: Source, asked: Asked, model: Model, here: Place | None) -> SampleWork:
+    """What workers do for one job.
+
+    Args:
+        source, asked, model: as of `task_of`
         here: the place of this process where it is itself a worker, which keeps the model
 
     Raises:
         ValueError: what the model or the solver cannot do.
     """
-    judges = asked.looks.open(device_at(source.device, here) if here else "cpu", picture_of(model))
-    job, first = job_of(asked, model, judges)
-    conditions = {n: v for n, v in asked.given.items() if n not in asked.each}
-    request = replace(first, **dict.fromkeys(asked.each), **conditions)
-    task = Task(job, asked.place, source, asked.settings, request, asked.looks)
+    judges = judges_here(source, asked.looks, model, here)
+    task = task_of(source, asked, model, judges)
     return SampleWork((task,), (model, judges) if here else None)
 
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fewstep.scale.manifest import Job, Line, Manifest, read_job
+from fewstep.scale.phases import read_phase
 from fewstep.scale.stores import Store, open_store
 from fewstep.text import clean
 
@@ -55,12 +56,12 @@ def status_of(place: str, *, check: bool = False, now: float | None = None) -> l
         now: seconds since the epoch
 
     Raises:
-        ValueError: there is no job.
+        ValueError: there is no job, and no other work under way.
         OSError: it cannot be read.
     """
     store = open_store(place)
     found = list(_all(store, place, check, time.time() if now is None else now))
-    if not found:
+    if not found and read_phase(store) is None:
         raise ValueError(
             f"{clean(place)} has no shards (no job.json); fewstep sample --shards makes them"
         )

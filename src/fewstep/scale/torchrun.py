@@ -41,6 +41,7 @@ class Ranks:
     store: Any
     counts: Counts = field(default_factory=Counts)
     call: int = 0
+    runner: Runner | None = None
 
     @classmethod
     def of(cls) -> Ranks:
@@ -99,7 +100,9 @@ class Ranks:
             self.call += 1
 
     def _runner(self, work: Work) -> Runner:
-        return Runner(lambda: work, versions(), self.here)
+        if self.runner is None or self.runner.work() != work:
+            self.runner = Runner(lambda: work, versions(), self.here)
+        return self.runner
 
     def _take(self) -> int:
         return self.store.add(f"{self.call}/next", 1) - 1

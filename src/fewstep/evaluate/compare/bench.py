@@ -217,6 +217,10 @@ class Workbench:
         stats.save(self._population_files(judge, design)[0])
         return stats
 
+    def has_population(self, judge: Judge, design: Design) -> bool:
+        """Whether its statistics are in a file already."""
+        return any(path.is_file() for path in self._population_files(judge, design))
+
     def _population_files(self, judge: Judge, design: Design) -> list[Path]:
         key = _digest((self.references.facts(), judge.name, design.population))
         name = Path(POPULATION_FOLDER) / f"{slug(judge.name)}-{key}.npz"
@@ -228,7 +232,7 @@ class Workbench:
 
         The time is from one evaluation of one batch, made now.
         """
-        made = [any(f.is_file() for f in self._population_files(j, design)) for j in judges]
+        made = [self.has_population(judge, design) for judge in judges]
         missing = 0 if all(made) else self.references.missing(design.others)
         if not missing:
             return ""

@@ -37,6 +37,7 @@ import numpy as np
 
 from fewstep.evaluate.compare.bench import CHUNK, Judge, Workbench
 from fewstep.evaluate.compare.design import Design
+from fewstep.evaluate.compare.pieces import Do, prepare
 from fewstep.evaluate.compare.records import check_protocol, merge, protocol
 from fewstep.evaluate.compare.rows import CHECKED, agreements, make_row, times
 from fewstep.evaluate.compare.screening import all_candidates, screened
@@ -63,11 +64,19 @@ class Comparison:
 
 
 def compare(
-    workbench: Workbench, design: Design, judges: Sequence[Judge], *, command: str = ""
+    workbench: Workbench,
+    design: Design,
+    judges: Sequence[Judge],
+    *,
+    command: str = "",
+    do: Do | None = None,
 ) -> Comparison:
     """Screen, run and measure.
 
     A budget that a solver cannot spend is left out, and the record says why.
+
+    Args:
+        do: has what will be needed done by workers, see `prepare`; without it this process does it
 
     Raises:
         ValueError: before any work, where no solver can spend any budget, choose_by names no judge,
@@ -87,6 +96,8 @@ def compare(
     if judges and min(len(design.seeds), design.population) < 2:
         raise ValueError("a distance needs at least 2 seeds and a population of 2, got 1")
     candidates, left_out = all_candidates(workbench, design)
+    if do is not None:
+        prepare(workbench, design, by_label, candidates, do)
     populations = {judge.label: workbench.population(judge, design) for judge in judges}
     exact = {
         judge.label: workbench.features(judge, *workbench.exact(design.seeds)) for judge in judges
@@ -142,11 +153,12 @@ def compare_beside(
     *,
     command: str = "",
     note: Callable[[str], None] = lambda text: None,
+    do: Do | None = None,
 ) -> Comparison:
     """`compare`, with the rows of an earlier comparison.
 
     Args:
-        workbench, design, judges, command: as of `compare`
+        workbench, design, judges, command, do: as of `compare`
         earlier: a record of the same protocol
         note: called with what takes long, before it begins
 
@@ -157,7 +169,7 @@ def compare_beside(
         check_protocol(protocol(workbench, design, judges), earlier)
     if forecast := workbench.forecast(design, judges):
         note(forecast)
-    result = compare(workbench, design, judges, command=command)
+    result = compare(workbench, design, judges, command=command, do=do)
     if earlier is None:
         return result
     return Comparison(merge(result.record, earlier), result.strips)

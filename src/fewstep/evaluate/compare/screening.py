@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from fewstep.sampling.settings import Filled, Settings
 from fewstep.solver import Solver
 from fewstep.solving import resolve
 
-__all__ = ["all_candidates", "check_solvers", "screened"]
+__all__ = ["all_candidates", "check_solvers", "finalists", "screened"]
 
 STUDENT_SAMPLERS = ("consistency", "consistency-ode")  # what is screened for a student
 
@@ -25,7 +25,7 @@ STUDENT_SAMPLERS = ("consistency", "consistency-ode")  # what is screened for a 
 def screened(
     workbench: Workbench,
     design: Design,
-    judges: dict[str, Judge],
+    judges: Mapping[str, Judge],
     candidates: Sequence[Filled],
 ) -> tuple[Filled, dict[str, Any] | None]:
     """The best of the settings on the validation seeds, and how it was chosen.
@@ -37,6 +37,36 @@ def screened(
     """
     if len(candidates) == 1:
         return candidates[0], None
+    score = _score(workbench, design, judges, candidates)
+    few = design.validation[: design.screen_first]
+    scored = sorted((score(one, few), i) for i, one in enumerate(candidates))
+    if len(few) < design.screen:
+        left = [i for _, i in scored[:FINALISTS]]
+        scored = sorted((score(candidates[i], design.validation), i) for i in left)
+    best, i = scored[0]
+    return candidates[i], {"score": best, "of": len(candidates)}
+
+
+def finalists(
+    workbench: Workbench,
+    design: Design,
+    judges: Mapping[str, Judge],
+    candidates: Sequence[Filled],
+) -> list[int]:
+    """The places of the settings that the first round of `screened` leaves."""
+    score = _score(workbench, design, judges, candidates)
+    few = design.validation[: design.screen_first]
+    scored = sorted((score(one, few), i) for i, one in enumerate(candidates))
+    return [i for _, i in scored[:FINALISTS]]
+
+
+def _score(
+    workbench: Workbench,
+    design: Design,
+    judges: Mapping[str, Judge],
+    candidates: Sequence[Filled],
+) -> Callable[[Filled, Sequence[int]], float]:
+    """What settings are sorted by on some seeds."""
     fresh = any(draws_noise(one) for one in candidates)
 
     def score(settings: Filled, seeds: Sequence[int]) -> float:
@@ -51,13 +81,7 @@ def screened(
         exact = workbench.features(judge, *workbench.exact(seeds))
         return ours.frechet(Statistics.of(exact, extractor=judge.name))
 
-    few = design.validation[: design.screen_first]
-    scored = sorted((score(one, few), i) for i, one in enumerate(candidates))
-    if len(few) < design.screen:
-        finalists = [i for _, i in scored[:FINALISTS]]
-        scored = sorted((score(candidates[i], design.validation), i) for i in finalists)
-    best, i = scored[0]
-    return candidates[i], {"score": best, "of": len(candidates)}
+    return score
 
 
 def all_candidates(
