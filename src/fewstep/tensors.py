@@ -80,6 +80,7 @@ def write_tensors(
     path: Path | str,
     layout: Mapping[str, Entry],
     values: Callable[[], Iterable[tuple[str, Tensor]]],
+    texts: Mapping[str, str] | None = None,
 ) -> None:
     """Write a file one tensor at a time, whole or not at all.
 
@@ -87,6 +88,7 @@ def write_tensors(
         path: of the file
         layout: dtype and shape of each tensor
         values: gives the tensors in the order of the layout; each is cast to its dtype
+        texts: what stands beside the tensors, in that order, so that equal files are equal bytes
 
     Raises:
         OSError: where the file cannot be written.
@@ -94,7 +96,8 @@ def write_tensors(
     """
     import torch
 
-    header, at = {}, 0
+    header: dict[str, Any] = {"__metadata__": dict(texts)} if texts else {}
+    at = 0
     for name, entry in layout.items():
         end = at + entry.nbytes
         shape = list(entry.shape)

@@ -16,7 +16,10 @@ import fewstep
 from fewstep.distillation import distill
 from fewstep.distillation.encoded import encoded
 from fewstep.distillation.recipe import Encoding
+from fewstep.integrations.diffusers import FewstepScheduler
 from fewstep.models.formats.loras import DIFFUSERS, KOHYA
+from fewstep.sampling.choose import plan_for
+from fewstep.sampling.settings import Settings
 from tests.support import pipelines
 
 TEXTS = ("a cat", "a mat", "sat")
@@ -276,6 +279,8 @@ def test_validation_shows_texts_beside_the_teacher(tmp_path: Path) -> None:
         ({"train": "lora", "compile": True}, "compile does not go with"),
         ({"tell": "gamma", "guidance": (2.0, 3.0)}, "has one input for gamma, guidance"),
         ({"lora_format": "kohya"}, "kohya needs train lora"),
+        ({"features": Path("nowhere")}, "nowhere"),
+        ({"clip_model": Path("nowhere")}, "nowhere is not a CLIP model"),
         ({"encoding": Encoding(starts=4)}, "starts is for training without pictures"),
     ],
 )
@@ -283,7 +288,7 @@ def test_settings_that_cannot_be_are_one_line(
     settings: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     loaded, folder = model(tmp_path / "sd"), data(tmp_path / "data")
-    with pytest.raises(ValueError, match=words) as told:
+    with pytest.raises((ValueError, OSError), match=words) as told:
         distill(loaded, folder, out=tmp_path / "out", **{**TINY, **QUIET, **settings})
     assert "\n" not in str(told.value)
     assert not (tmp_path / "out").exists()
@@ -316,6 +321,11 @@ def test_a_folder_runs_in_diffusers_with_the_scheduler_of_lcm(tmp_path: Path) ->
     schedule = fewstep.load(out).process.schedule
     levels = fewstep.load(out).card.auto["4"].grid[:-1]
     assert pipe.scheduler.timesteps.tolist() == [round(schedule.t(level)) for level in levels]
+    plan = plan_for(Settings("consistency-ode", 2), fewstep.load(out))  # no noise on the way
+    pipe.scheduler = FewstepScheduler.from_config(pipe.scheduler.config, solver=plan)
+    theirs = drawn(pipe, num_inference_steps=2)
+    asked = {"seeds": [0, 1], "prompt": "a cat", "solver": "consistency-ode", "nfe": 2}
+    assert np.abs(theirs - fewstep.sample(fewstep.load(out), **asked).images).max() <= 1
 
 
 @pytest.mark.parametrize("name", [DIFFUSERS, KOHYA])
@@ -337,6 +347,46 @@ def test_adapters_give_in_diffusers_the_picture_that_they_give_here(
     theirs = drawn(pipe, num_inference_steps=1)
     assert np.abs(theirs - before).max() > 1
     student = fewstep.load(tmp_path / kind, loras=[(out / name, 1.0)])
+    ours = fewstep.sample(student, nfe=1, seeds=[0, 1], prompt="a cat").images
+    assert np.abs(theirs - ours).max() <= 1
+
+
+ALONE = """
+import sys
+import numpy as np
+import torch
+from diffusers import LCMScheduler, StableDiffusionPipeline
+torch.set_num_threads(1)
+pipe = StableDiffusionPipeline.from_pretrained(sys.argv[1])
+pipe.load_lora_weights(sys.argv[2], weight_name=sys.argv[3])
+pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=10)
+x = torch.from_numpy(np.load(sys.argv[4] + "/noise.npy"))
+made = pipe(prompt=["a cat"] * 2, latents=x, guidance_scale=1.0, num_inference_steps=1,
+            output_type="np")
+np.save(sys.argv[4] + "/made.npy", made.images)
+assert not [name for name in sys.modules if name.startswith("fewstep")]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [DIFFUSERS, KOHYA])
+def test_adapters_give_the_same_picture_in_a_process_without_fewstep(
+    name: str, tmp_path: Path
+) -> None:
+    import subprocess
+    import sys
+
+    from fewstep.noise import normal
+
+    pytest.importorskip("peft")
+    loaded, out = model(tmp_path / "sd"), tmp_path / "out"
+    distill(loaded, data(tmp_path / "data"), out=out, lora_format="kohya", **TINY, **QUIET, **FEW)
+    np.save(tmp_path / "noise.npy", normal([0, 1], (4, 8, 8), "prior").numpy())
+    files = [str(one) for one in (tmp_path / "sd", out, name, tmp_path)]
+    run = [sys.executable, "-c", ALONE, *files]
+    subprocess.run(run, check=True, capture_output=True, cwd=tmp_path, env={"PATH": ""})
+    theirs = np.round(np.load(tmp_path / "made.npy") * 255).astype(int)
+    student = fewstep.load(tmp_path / "sd", loras=[(out / name, 1.0)])
     ours = fewstep.sample(student, nfe=1, seeds=[0, 1], prompt="a cat").images
     assert np.abs(theirs - ours).max() <= 1
 
@@ -405,6 +455,9 @@ def test_from_the_command_line_to_pictures(tmp_path: Path) -> None:
     )
     assert ran.exit_code == 0, ran.output
     assert "--lora" in ran.stdout
+    told = (out / "preset.json").read_text()
+    assert '"original_inference_steps": 10' in told
+    assert "| teacher | `sd` |" in (out / "README.md").read_text()
     for name in (DIFFUSERS, KOHYA):
         shutil.rmtree(tmp_path / "samples", ignore_errors=True)
         asked = ["--lora", f"{out / name}:0.9", "--prompt", "a cat", "--nfe", "2", "--seeds", "0-1"]

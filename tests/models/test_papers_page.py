@@ -18,7 +18,8 @@ FEW = ["--trajectories", "2", "--batch", "2", "--validation-seeds", "2"]
 def commands() -> list[list[str]]:
     """The commands of the page, in their order."""
     blocks = re.findall(r"```sh\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    return [shlex.split(line) for block in blocks for line in block.splitlines()]
+    lines = (line for block in blocks for line in block.replace("\\\n", " ").splitlines())
+    return [shlex.split(line) for line in lines]
 
 
 def small(words: list[str]) -> list[str]:

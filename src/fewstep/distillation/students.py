@@ -15,12 +15,12 @@ from fewstep.cache import cache_folder, recall
 from fewstep.data.idx import to_unit
 from fewstep.data.images import contact_sheet, write_png
 from fewstep.evaluate import frechet_distance
-from fewstep.evaluate.clip import load_clip
+from fewstep.evaluate.clip import ClipScorer
 from fewstep.evaluate.references import References
 from fewstep.models import Model
 from fewstep.models.card import Card, Distilled
 from fewstep.models.students import choices, student_levels
-from fewstep.networks.features import load_feature_folder, load_feature_network
+from fewstep.networks.features import FeatureNetwork, load_feature_network
 from fewstep.provenance import VERSION
 from fewstep.sampling.choose import identify
 from fewstep.sampling.generate import sample
@@ -74,8 +74,8 @@ class Examination:
     labels, guidance: conditions of the pictures, the labels in turn; guidance is that of the
         teacher, and of a student that is told it
     prompts: texts of the pictures, in turn, for models that take them
-    features: folder of the network of the distances; fashion-a for its pictures where left out
-    clip: folder of a CLIP model, for scores of pictures against their texts
+    features: the network of the distances; fashion-a for its pictures where left out
+    clip: a CLIP model, for scores of pictures against their texts
     """
 
     def __init__(
@@ -86,15 +86,12 @@ class Examination:
         labels: Sequence[int | None] = (None,),
         guidance: float | None = None,
         prompts: Sequence[str] = (),
-        features: Path | None = None,
-        clip: Path | None = None,
+        features: FeatureNetwork | None = None,
+        clip: ClipScorer | None = None,
     ) -> None:
         self.teacher, self.guidance, self.labels = teacher, guidance, labels
         self.prompts = tuple(prompts)
-        self.network = None if features is None else load_feature_folder(features)
-        if clip is not None and not prompts:
-            raise ValueError(f"{teacher.card.name} takes no text that clip could score")
-        self.clip = None if clip is None else load_clip(clip)
+        self.network, self.clip = features, clip
         self.seeds = range(FIRST_SEED, FIRST_SEED + count)
         self.others = range(self.seeds.stop, self.seeds.stop + count)
 

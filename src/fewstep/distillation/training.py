@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -31,8 +31,10 @@ from fewstep.distillation.recipe import Encoding, Recipe
 from fewstep.distillation.students import Examination, student_card
 from fewstep.distillation.subject import Subject, Training, subject
 from fewstep.distillation.teacher import Stepper, stepper
+from fewstep.evaluate.clip import load_clip
 from fewstep.models import Model, load
 from fewstep.models.card import Card
+from fewstep.networks.features import load_feature_folder
 from fewstep.records import check_slug
 from fewstep.train.average import Average
 from fewstep.train.loop import Folder, Progress, Schedule, Step, check_every, share, train
@@ -208,6 +210,7 @@ def distill(
         recipe = _filled(recipe, known)
         step = _checked(recipe, known, model)
         name = check_slug("name", name or f"{model.card.name}-{recipe.method}")
+        judges = _judges(model, features, clip_model, validation_prompts)
         together = held.enter_context(team(device))
         with together.led(device):
             if together.leads:
@@ -217,8 +220,7 @@ def distill(
         card = _card(recipe, known, step, model.card, pictures, name, sampler)
         if lora_format == KOHYA:
             card = replace(card, about={**card.about, "lora_format": lora_format})
-        texts = _prompts(model, pictures, validation_prompts, validation_seeds)
-        judges = {"prompts": texts, "features": features, "clip": clip_model}
+        judges["prompts"] = judges["prompts"] or getattr(pictures, "known_texts", ())
         examine = _examination(model, recipe, validation_seeds, **judges)
         place = None if out is None else Path(out)
         validate = validate_every if validation_seeds else None
@@ -359,14 +361,19 @@ def _card(
     return student_card(known.card, step.levels, facts, run, name, sampler)
 
 
-def _prompts(model: Model, data: Data, file: Path | None, count: int) -> Sequence[str]:
-    """The texts of validation: of a file, or the first of the data; none without texts."""
-    known = getattr(data, "known_texts", ())
-    if file is None:
-        return known[:count]
-    if not known:
-        raise ValueError(f"{model.card.name} is not trained on texts; leave out validation_prompts")
-    return read_captions(file).texts
+def _judges(
+    model: Model, features: Path | None, clip: Path | None, prompts: Path | None
+) -> dict[str, Any]:
+    """What validation goes by, read before any work. Raises: ValueError, OSError."""
+    takes_text = getattr(getattr(model, "family", None), "encode", None) is not None
+    given = {"validation_prompts": prompts, "clip_model": clip}
+    if not takes_text and (named := [name for name, one in given.items() if one is not None]):
+        raise ValueError(f"{model.card.name} takes no text; leave out {' and '.join(named)}")
+    return {
+        "prompts": read_captions(prompts).texts if prompts else (),
+        "features": None if features is None else load_feature_folder(features),
+        "clip": None if clip is None else load_clip(clip),
+    }
 
 
 def _examination(model: Model, recipe: Recipe, count: int, **judges: Any) -> Examination | None:
@@ -378,6 +385,7 @@ def _examination(model: Model, recipe: Recipe, count: int, **judges: Any) -> Exa
     classes = len(model.card.classes)
     labelled = classes and (high > 1 or recipe.dropout == 0)
     guided = (labelled or judges["prompts"]) and (low, high) != (1.0, 1.0)
+    judges["prompts"] = judges["prompts"][:count]
     return Examination(
         model,
         count,

@@ -19,15 +19,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from fewstep.files import file_hash, write_whole
+from fewstep.files import file_hash
 from fewstep.models.card import Card
 from fewstep.models.pipeline import PipelineModel
 from fewstep.records import parse, shown
-from fewstep.tensors import load_tensors, read_metadata
+from fewstep.tensors import Entry, load_tensors, read_metadata, write_tensors
 
 __all__ = ["DIFFUSERS", "KOHYA", "Lora", "save_lora", "with_loras"]
 
@@ -113,17 +112,15 @@ def save_lora(
         if path.name == KOHYA:
             key = "lora_unet_" + name.replace(".", "_")
             ends = ("lora_down.weight", "lora_up.weight")
-            values[f"{key}.alpha"] = torch.tensor(float(down.shape[0])).half()
-        for end, value in zip(ends, (down, up), strict=True):
-            values[f"{key}.{end}"] = value.detach().cpu().half().contiguous()
-    if not all(torch.isfinite(value).all() for value in values.values()):
-        raise ValueError(f"{path} would hold numbers that are not finite in float16")
+            values[f"{key}.alpha"] = torch.tensor(float(down.shape[0]))
+        values |= {f"{key}.{end}": one for end, one in zip(ends, (down, up), strict=True)}
     rank = str(next(iter(tensors.values()))[0].shape[0])
     texts = {PRESET: json.dumps(card.to_dict()), "format": "pt"}
     if path.name == KOHYA:
         texts |= {"ss_network_module": "networks.lora", "ss_network_dim": rank}
         texts |= {"ss_network_alpha": rank}
-    write_whole(path, safetensors.torch.save(values, texts))
+    layout = {name: Entry("F16", tuple(value.shape)) for name, value in values.items()}
+    write_tensors(path, layout, values.items, texts)
 
 
 Change = tuple[Tensor, Tensor, Tensor, float]  # a weight, down, up, alpha / rank
