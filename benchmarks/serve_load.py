@@ -1,14 +1,16 @@
 """What `fewstep serve` does under load, against the bare sampler and against naive serving.
 
-    python benchmarks/serve_load.py --seconds 10 --overload 60
+    python benchmarks/serve_load.py --seconds 8 --overload 60
 
-It starts a service of the built-in model on loopback and ends it. All figures are of this machine:
-the clients run on the same cores. The bare sampler and naive serving run in this process while the
-service idles; naive is one request after the other, each by `fewstep.sample`.
+It prints a line for each thing that is asked of the service, with pass or FAIL, in about 4
+minutes. It starts a service of the built-in model on loopback and ends it. All figures are of this
+machine: the clients run on the same cores. The bare sampler and naive serving run in this process
+while the service idles; naive is one request after the other, each by `fewstep.sample`.
 
     saturation     evaluations a second of closed-loop clients, over the bare sampler's best
     mixed          the same with budgets from 1 to 8 and one picture a request, over naive
-    latency        p95 at 80 % of capacity, over the bare sampler's p95 for the same 4 pictures
+    latency        p95 at 80 % of capacity, over the bare sampler's p95 for the same 4 pictures;
+                   with the least mean latency that any order of evaluations could have there
     first preview  its time over that of the last picture
     overload       requests at 10 times the capacity: answers by status, memory, and afterwards
     vanished       evaluations that were done for clients that had gone
@@ -172,7 +174,7 @@ async def closed(
 ) -> tuple[float, list[float]]:
     """(evaluations a second, latencies) of clients that ask again once they are answered.
 
-    rate: requests a second of all together at most, with random pauses
+    rate: requests a second of all together, with random pauses; who is late asks again at once
     """
     taken: list[float] = []
     spent = 0
@@ -190,8 +192,8 @@ async def closed(
             spent += n * nfe
             taken.append(answer.seconds)
             if rate is not None:
-                due = max(due + draw.uniform(0.5, 1.5) * clients / rate, time.perf_counter())
-                await asyncio.sleep(due - time.perf_counter())
+                due += draw.uniform(0.5, 1.5) * clients / rate
+                await asyncio.sleep(max(0.0, due - time.perf_counter()))
 
     await asyncio.gather(*(one(i) for i in range(clients)))
     return spent / (time.perf_counter() - begun), taken
@@ -265,6 +267,89 @@ def p95(taken: Sequence[float]) -> float:
     return sorted(taken)[max(0, round(0.95 * len(taken)) - 1)]
 
 
+async def latency(client: Client, seconds: float, saturated: float) -> dict[str, Any]:
+    """p95 at 80 % of capacity, of as few clients as can ask for that much, and its bound.
+
+    Without pauses, k clients have X(k) requests a second. So at X at least k* with X(k*) = X are in
+    the service on average, and their mean latency is at least k* / X (Little).
+    """
+    wanted, reached = 0.8 * saturated / (PICTURES * NFE), {0: 0.0}
+    for clients in (1, 2, 3, 4, 6, 8):
+        rate, _ = await closed(client, seconds / 3, clients)
+        reached[clients] = rate / (PICTURES * NFE)
+        if reached[clients] >= wanted:
+            break
+    last, before = list(reached)[-1], list(reached)[-2]
+    rise = (wanted - reached[before]) / max(reached[last] - reached[before], 1e-9)
+    inside = before + (last - before) * min(max(rise, 0.0), 1.0)
+    alone = bare(seconds, PICTURES)
+    rate, taken = await closed(client, 2 * seconds, last, wanted)
+    return {
+        "reached_by_clients": {k: x / wanted * 0.8 for k, x in reached.items() if k},
+        "bare_p50": statistics.median(alone),
+        "bare_p95": p95(alone),
+        "clients": last,
+        "load": rate / saturated,
+        "p95": p95(taken),
+        "p95_over_bare": p95(taken) / p95(alone),
+        "least_mean_over_bare": max(inside, 0.8) / wanted / statistics.median(alone),
+    }
+
+
+def verdicts(found: dict[str, Any]) -> list[str]:
+    """What is asked of the service, a line each."""
+
+    def line(holds: bool, text: str) -> str:
+        return f"{'pass' if holds else 'FAIL'}  {text}"
+
+    gone = found["vanished"]
+    batches = max(1.0, gone["requests_cancelled"])
+    lines = [
+        line(found["start_seconds"] < 5, f"starts in {found['start_seconds']:.1f} s; under 5"),
+        line(
+            found["p95_over_bare"] <= 1.3,
+            f"p95 at {found['load']:.0%} of capacity is {found['p95_over_bare']:.2f} times the "
+            f"bare sampler's, with {found['clients']} clients; at most 1.3. (The mean of any order "
+            f"of evaluations is at least {found['least_mean_over_bare']:.2f} times its median.)",
+        ),
+        line(
+            found["saturation"] >= 0.9,
+            f"throughput is {found['saturation']:.2f} of the bare sampler's at its best batch; at "
+            "least 0.9",
+        ),
+        line(
+            found["first_preview"] < 0.3,
+            f"the first preview comes after {found['first_preview']:.2f} of the time (p95 "
+            f"{found['first_preview_p95']:.2f}); under 0.3",
+        ),
+        line(
+            found["mixed_over_naive"] >= 1.5,
+            f"mixed budgets: {found['mixed_over_naive']:.2f} times naive serving; at least 1.5",
+        ),
+        line(
+            gone["late_evaluations"] <= 10 * batches,
+            f"{gone['requests_cancelled']:.0f} clients of 10 pictures vanished: "
+            f"{gone['late_evaluations']:.0f} late evaluations; at most one batch each",
+        ),
+    ]
+    if "overload" in found:
+        over = found["overload"]
+        odd = {s: n for s, n in over["answers"].items() if s not in (200, 429, 503)}
+        clean = not odd and not over["refused_without_retry_after"]
+        lines += [
+            line(clean, f"10 times the capacity: {over['answers']}; pictures and 429 or 503 alone"),
+            line(
+                over["memory_grows_by"] < 0.1,
+                f"memory after the first 10 s grows by {over['memory_grows_by']:.1%}; flat",
+            ),
+            line(
+                over["speed_after_over_before"] > 0.85,
+                f"afterwards {over['speed_after_over_before']:.2f} of the speed before; as before",
+            ),
+        ]
+    return lines
+
+
 async def measure(args: argparse.Namespace, service: Service) -> dict[str, Any]:
     client, seconds = Client(service.port), args.seconds
 
@@ -289,16 +374,8 @@ async def measure(args: argparse.Namespace, service: Service) -> dict[str, Any]:
     found |= {"mixed": mixed, "mixed_over_naive": mixed / found["naive_1"]}
     found["saturated_over_naive_4"] = saturated / found["naive_4"]
     note("latency")
+    found |= await latency(client, seconds, saturated)
     capacity = saturated / (PICTURES * NFE)
-    alone = bare(seconds, PICTURES)
-    latencies = {}
-    for clients in (1, 2, 4):
-        rate, taken = await closed(client, seconds, clients, 0.8 * capacity)
-        latencies[clients] = (rate / saturated, p95(taken))
-    found["bare_p50"], found["bare_p95"] = statistics.median(alone), p95(alone)
-    for clients, (load, value) in latencies.items():
-        found[f"load_{clients}"], found[f"p95_{clients}"] = load, value
-        found[f"p95_{clients}_over_bare"] = value / p95(alone)
     note("previews")
     shares = await previews(client, 20)
     found |= {"first_preview": statistics.median(shares), "first_preview_p95": p95(shares)}
@@ -341,6 +418,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         stopped = service.stop()
     found["stop_seconds"] = stopped
     print(json.dumps(found, indent=1))
+    print("\n".join(verdicts(found)))
     if args.out:
         args.out.write_text(json.dumps(found, indent=1) + "\n")
     return found

@@ -322,6 +322,9 @@ def test_wrappers_lack_what_the_inner_denoiser_lacks(name):
 
 def test_features_of_the_conditional_half_see_the_condition():
     class Inner:
+        def __call__(self, x, sigma, condition):
+            return x
+
         def with_features(self, x, sigma, condition):
             return x, condition
 

@@ -16,7 +16,7 @@ import torch
 
 from fewstep import cache, files
 from fewstep.cache import cache_folder, recall
-from fewstep.files import alone, open_folder, sweep, write_whole
+from fewstep.files import alike, alone, open_folder, sweep, write_whole
 
 KILLED = (
     "import os, signal, sys; from fewstep.files import write_whole;"
@@ -156,4 +156,35 @@ def test_a_folder_is_free_again_when_its_process_was_killed(tmp_path):
         holder.kill()
     with alone(tmp_path):
         assert (tmp_path / ".lock").exists()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", [".", "state.npz"])
+def test_a_folder_or_a_file_is_one_process_s_at_a_time(tmp_path, name):
+    target = tmp_path / name
+    with alone(target):  # a second handle of this process is to the lock as another process is
+        with pytest.raises(ValueError, match="another process is writing to"), alone(target):
+            pass
+        with alone(tmp_path / "other.npz"):
+            pass
+    with alone(target):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_shared_by_what_is_alike_alone(tmp_path):
+    with alike(tmp_path, "a"):
+        with alike(tmp_path, "a"):
+            pass
+        with pytest.raises(ValueError, match="with other settings"), alike(tmp_path, "b"):
+            pass
+    with alike(tmp_path, "b"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_there_are_no_locks_nothing_is_locked(tmp_path, monkeypatch):
+    monkeypatch.setattr("fewstep.files.fcntl", None)
+    with alone(tmp_path), alone(tmp_path), alike(tmp_path, "a"), alike(tmp_path, "b"):
+        pass
     assert not list(tmp_path.iterdir())

@@ -23,7 +23,8 @@ MODULES = {
 # has another place than the rest stands by its own name. Rooms in one line do not import each
 # other.
 ORDER = [
-    ("_lazy", "extras", "text", "sampling.settings"),
+    ("_lazy", "extras", "text", "arguments"),
+    ("sampling.settings",),
     ("files", "provenance"),
     ("data.bounds",),
     ("records", "cache"),

@@ -29,6 +29,7 @@ from typing import Any, Protocol, overload
 import torch
 from torch import Tensor
 
+from fewstep.arguments import function, number
 from fewstep.schedule import Schedule
 
 __all__ = [
@@ -153,7 +154,13 @@ class Predicted(Wrapper):
     far_mean: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.prediction not in PREDICTIONS:
+        function("denoiser", self.denoiser, "denoiser(x_t, t)")
+        if not hasattr(self.schedule, "alpha"):
+            raise ValueError(
+                f"schedule must be one of fewstep.schedule, such as VP.linear(), got "
+                f"{self.schedule!r:.80}"
+            )
+        if self.prediction not in tuple(PREDICTIONS):
             raise ValueError(
                 f"prediction must be one of {', '.join(PREDICTIONS)}, got {self.prediction!r}"
             )
@@ -222,6 +229,9 @@ class Guided(Wrapper):
     far_means: tuple[Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
+        function("denoiser", self.denoiser, "denoiser(x, sigma, condition)")
+        if not isinstance(self.scale, Tensor):
+            number("scale", self.scale)
         _check_conditions(self.cond, self.uncond)
 
     @property
@@ -266,9 +276,10 @@ class Thresholded(Wrapper):
     limit: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.quantile <= 1:
+        function("denoiser", self.denoiser, "D(x, sigma)")
+        if not 0 < number("quantile", self.quantile) <= 1:
             raise ValueError(f"quantile must lie in (0, 1], got {self.quantile}")
-        if not self.limit > 0:
+        if not number("limit", self.limit) > 0:
             raise ValueError(f"limit must be > 0, got {self.limit}")
 
     def change(self, denoised: Tensor) -> Tensor:
@@ -292,7 +303,8 @@ class Clipped(Wrapper):
     high: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.low < self.high:
+        function("denoiser", self.denoiser, "D(x, sigma)")
+        if not number("low", self.low) < number("high", self.high):
             raise ValueError(f"low must be below high, got {self.low} and {self.high}")
 
     def change(self, denoised: Tensor) -> Tensor:
@@ -307,7 +319,7 @@ class Counted(Wrapper):
     """
 
     def __init__(self, denoiser: Any) -> None:
-        self.denoiser = denoiser
+        self.denoiser = function("denoiser", denoiser, "D(x, sigma)")
         self.evaluations = 0
         self.network_calls = 0
 

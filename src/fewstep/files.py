@@ -20,9 +20,11 @@ except ImportError:  # Windows
     fcntl = None
 
 __all__ = [
+    "alike",
     "alone",
     "file_hash",
     "open_folder",
+    "opened",
     "sweep",
     "write_json",
     "write_whole",
@@ -30,7 +32,7 @@ __all__ = [
 
 PARTIAL = ".partial"
 OURS = re.compile(rf"\..+\.[a-z0-9_]{{8}}{re.escape(PARTIAL)}")
-LOCK = ".lock"
+LOCK, CLAIM = ".lock", ".claim"  # of a folder that one process writes to, or several alike
 STALE = 600.0  # seconds; where files cannot be locked, an older temporary has no living writer
 TRIES = 3
 
@@ -75,12 +77,15 @@ def _write(path: Path, data: bytes | Callable[[], Iterable[bytes]]) -> None:
         raise
 
 
-def _lock(handle: int) -> bool | None:
-    """Whether this process has the lock now; None where the file system has no locks."""
+def _lock(handle: int, shared: bool = False) -> bool | None:
+    """Whether this process has the lock now; None where the file system has no locks.
+
+    shared: the lock is one of many, and is waited for
+    """
     if fcntl is None:
         return None
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
@@ -133,8 +138,8 @@ def open_folder(folder: Path | str) -> None:
 
 
 @contextlib.contextmanager
-def alone(folder: Path | str) -> Iterator[None]:
-    """Inside, no other process is in this block with this folder, which is there.
+def alone(target: Path | str) -> Iterator[None]:
+    """Inside, no other process is in this block with this folder, which is there, or this file.
 
     The lock ends with the process, however that ends. Where the file system has no locks, nothing
     is locked.
@@ -142,22 +147,70 @@ def alone(folder: Path | str) -> Iterator[None]:
     Raises:
         ValueError: another process is there.
     """
-    path = Path(folder) / LOCK
+    target = Path(target)
+    path = target / LOCK if target.is_dir() else target.with_name(f".{target.name}{LOCK}")
+    with _held(path, None) as free:
+        if not free:
+            raise ValueError(
+                f"another process is writing to {target}; wait until it has ended, or give another "
+                f"{'folder' if target.is_dir() else 'file'}"
+            )
+        yield
+
+
+@contextlib.contextmanager
+def opened(folder: Path | str) -> Iterator[None]:
+    """`open_folder`, and `alone` in it."""
+    open_folder(folder)
+    with alone(folder):
+        yield
+
+
+@contextlib.contextmanager
+def alike(folder: Path | str, identity: str) -> Iterator[None]:
+    """Inside, no other process is in this block with this folder and another identity.
+
+    As in `alone`, the lock ends with the process.
+
+    Raises:
+        ValueError: another process is there, with another identity.
+    """
+    with _held(Path(folder) / CLAIM, identity) as free:
+        if not free:
+            raise ValueError(
+                f"another process is sampling into {folder} with other settings; choose another "
+                "--out"
+            )
+        yield
+
+
+@contextlib.contextmanager
+def _held(path: Path, identity: str | None) -> Iterator[bool]:
+    """Whether the lock on this file is ours: alone, or with those of the same identity. The file
+    is there as long as one holds it, and says whose it is."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         free = _lock(handle)
-        if free is False:
-            os.close(handle)
-            raise ValueError(
-                f"another process is writing to {folder}; wait until it has ended, or give another "
-                "folder"
-            )
+        if free and identity is not None:
+            os.truncate(handle, 0)
+            os.pwrite(handle, identity.encode(), 0)
+        if free is not None and identity is not None:
+            # not atomic after the other: who came in between has written over it, and is read
+            _lock(handle, shared=True)
         with contextlib.suppress(FileNotFoundError):
             if free is None or os.path.samestat(os.fstat(handle), os.stat(path)):
                 break
         os.close(handle)  # its holder was done and took it away
     try:
-        yield
+        if identity is None:
+            yield free is not False
+        else:
+            yield free is None or _text(handle) == identity
     finally:
-        path.unlink(missing_ok=True)
+        if _lock(handle) is not False:  # the last one here
+            path.unlink(missing_ok=True)
         os.close(handle)
+
+
+def _text(handle: int) -> str:
+    return os.pread(handle, os.fstat(handle).st_size, 0).decode()

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.arguments import function
 from fewstep.denoiser import Denoiser, Thresholded, per_sample
 from fewstep.noise import brownian, normal
 from fewstep.plan import Combine, Eval, Level, Program, Seen
@@ -293,9 +294,12 @@ def run(
     Raises:
         ValueError: x_T is no tensor [b, ...], seeds do not fit it, or D has another shape than x.
     """
+    function("denoiser", denoiser, "D(x, sigma)")
     if not isinstance(x_T, Tensor) or x_T.ndim < 1:
         found = f"shape {tuple(x_T.shape)}" if isinstance(x_T, Tensor) else type(x_T).__name__
         raise ValueError(f"x_T must be a tensor [b, ...], one row a picture, got {found}")
+    if seeds is not None and not hasattr(seeds, "__len__"):
+        raise ValueError(f"seeds must be whole numbers, one per picture, got {seeds!r:.80}")
     if seeds is not None and len(seeds) != len(x_T):
         raise ValueError(f"seeds must have one entry per picture, got {len(seeds)} for {len(x_T)}")
     return _run(Stepper(program, x_T, None if seeds is None else seeded(seeds), reuse), denoiser)

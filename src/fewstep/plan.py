@@ -23,6 +23,8 @@ from typing import Any, Literal, NamedTuple, TypeGuard
 import numpy as np
 from torch import Tensor
 
+from fewstep.arguments import place
+
 __all__ = [
     "Combine",
     "Eval",
@@ -37,6 +39,7 @@ __all__ = [
     "Source",
     "flatten",
     "freeze",
+    "gain",
     "in_numbers",
     "levels",
     "nfe",
@@ -200,7 +203,7 @@ class Plan:
         from fewstep.records import LARGEST
 
         try:
-            with open(path, "rb") as file:
+            with open(place("path", path), "rb") as file:
                 return cls.from_json(file.read(LARGEST + 1))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
@@ -229,11 +232,15 @@ class Plan:
 
 
 def _check_op(op: Op, depth: int) -> None:
+    if not isinstance(op, Eval | Combine):
+        raise ValueError(f"an operation must be an Eval or a Combine, got {op!r:.80}")
     numbers = [op.sigma, *([op.cond] if isinstance(op, Eval) and op.cond is not None else [])]
     for name in ("accept",) if isinstance(op, Combine) else ("features",):
         if not isinstance(getattr(op, name), bool):
             raise ValueError(f"{name} must be true or false, got {getattr(op, name)!r}")
     if isinstance(op, Combine):
+        if not isinstance(op.b, tuple | list):
+            raise ValueError(f"b must be one weight for each output, like (1.0,), got {op.b!r:.80}")
         if op.interval is not None and len(op.interval) != 2:
             raise ValueError(f"interval must be two noise levels, got {op.interval}")
         numbers += [op.a, op.noise, *op.b, *(op.interval or ())]
@@ -304,7 +311,13 @@ def freeze(
 
 def nfe(plan: Plan) -> int:
     """Number of network evaluations that the plan spends."""
-    return sum(isinstance(op, Eval) and op.source == "net" for op in plan.ops)
+    return sum(isinstance(op, Eval) and op.source == "net" for op in _plan(plan).ops)
+
+
+def _plan(plan: Plan) -> Plan:
+    if not isinstance(plan, Plan):
+        raise ValueError(f"plan must be a Plan, got {plan!r:.80}; freeze makes one of operations")
+    return plan
 
 
 def in_numbers(op: Op) -> Op:
@@ -339,7 +352,7 @@ def flatten(plan: Plan) -> np.ndarray:
 def stages(plan: Plan) -> np.ndarray:
     """The states of all evaluations, and last the end, as rows of such weights, [evals + 1, 1 +
     evals]."""
-    evals = sum(isinstance(op, Eval) for op in plan.ops)
+    evals = sum(isinstance(op, Eval) for op in _plan(plan).ops)
     unit = np.eye(1 + evals)
     anchor = x = unit[0]
     history: list[np.ndarray] = []
@@ -357,3 +370,12 @@ def stages(plan: Plan) -> np.ndarray:
             x = sum(terms, float(op.a) * anchor)
             anchor = x if op.accept else anchor
     return np.stack([*rows, x])
+
+
+def gain(plan: Plan) -> float:
+    """The largest sum of the weights' sizes of the D's in any state; 1 where all are means of D's.
+
+    An error of the network is multiplied by at most this. In Heun's method from t to s the output
+    at s has the weight (t - s) / (2 s).
+    """
+    return float(np.abs(stages(plan)[:, 1:]).sum(1).max())

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from fewstep.arguments import number
 from fewstep.denoiser import Denoiser
 from fewstep.grid import check_grid, make_grid
 from fewstep.loop import State, finish, run
@@ -185,7 +186,7 @@ def _own(program: Program, nfe: int | None, extra: list[str]) -> Program:
 def _end(denoiser: Denoiser | None, name: str, given: float | None, default: float) -> float:
     """An end of the range: the caller's, else the denoiser's own, else the default."""
     if given is not None:
-        return given
+        return number(name, given, finite=False)
     own = getattr(denoiser, name, None)
     return default if own is None else own
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import resource
 import subprocess
 import sys
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,13 @@ BAD: dict[str, list[list[str]]] = {
     "demo": [["--model", "nope"], ["--seeds", "9-1"], ["--nfe", "0"]],
     "compare": [["nope"], ["--nfe", "x"], ["--reference-nfe", "1001"], ["--reference-nfe", "7"]],
     "evaluate": [[], ["nowhere"], ["nowhere", "--metrics", "fid"], ["nowhere", "--batch", "0"]],
-    "geometry": [["nope"], ["--points", "3"], ["--seeds", "x"], ["--grid", "1,2"]],
+    "geometry": [
+        ["nope"],
+        ["--points", "3"],
+        ["--points", "10001"],
+        ["--seeds", "x"],
+        ["--grid", "1,2"],
+    ],
     "serve": [["nope"], ["--port", "70000"], ["--host", "0.0.0.0"], ["--batch", "0"]],
     "status": [[], ["--check"]],
     "train network": [["--lr", "nan"], ["--batch", "3"], ["--widths", "a"], []],
@@ -79,6 +87,23 @@ def test_bad_input_is_one_line_and_writes_nothing(
     name: str, more: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refused(name, [*COMMANDS[name], *more], tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("value", ["2.5", "1e1", "0x4", "1_0", "True"])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_whole_number_is_written_in_digits(
+    name: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: Any = app
+    for word in name.split():
+        found = found[word]
+    every = inspect.signature(found.default_command).parameters.values()
+    kinds = {one.name: typing.get_args(one.annotation) for one in every}
+    whole = [n for n, kind in kinds.items() if kind and int in (kind[0], *typing.get_args(kind[0]))]
+    for option in whole[:2]:
+        refused(
+            name, [*COMMANDS[name], f"--{option.replace('_', '-')}", value], tmp_path, monkeypatch
+        )
 
 
 def refused(name: str, arguments: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

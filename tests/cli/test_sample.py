@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from fewstep.data.images import read_png
-from fewstep.sampling.folder import claimed
+from fewstep.files import alike
 from tests.support.command import fewstep, hashes, in_process
 
 
@@ -110,7 +110,7 @@ def test_ctrl_c_says_so_and_keeps_what_was_finished(tmp_path: Path) -> None:
     ("change", "word"),
     [
         (["--nfe", "3"], "nfe=2 (now 3)"),
-        (["--nfe", "2", "--solver", "heun"], "solver=ddim (now heun)"),
+        (["--nfe", "2", "--solver", "dpmpp-2s"], "solver=ddim (now dpmpp-2s)"),
         (["--nfe", "2", "--label", "1", "--guidance", "2"], "guidance=None (now 2.0)"),
     ],
 )
@@ -259,7 +259,7 @@ def test_of_two_processes_with_other_settings_one_goes_on(tmp_path: Path) -> Non
 def test_a_folder_that_another_process_samples_into_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with claimed(tmp_path, {"nfe": 17}):
+    with alike(tmp_path, '{"nfe": 17}'):
         assert in_process("sample", "--out", tmp_path, "--seeds", "0", "--nfe", "2") == 2
     assert "another process is sampling into" in capsys.readouterr().err
     assert in_process("sample", "--out", tmp_path, "--seeds", "0", "--nfe", "2") == 0

@@ -10,7 +10,7 @@ from fewstep.data.captions import Captions, match_captions, read_captions
 
 
 def read(tmp_path, text: str, name: str = "c.csv") -> Captions:
-    (tmp_path / name).write_text(text, encoding="utf-8", newline="")
+    (tmp_path / name).write_bytes(text.encode("utf-8", "surrogateescape"))
     return read_captions(tmp_path / name)
 
 
@@ -22,7 +22,7 @@ def read(tmp_path, text: str, name: str = "c.csv") -> Captions:
             r"line 3 \(row 1\) has 3 fields, the columns are 2",
         ),
         ("prompt\na cat, sitting\n", r"line 2 \(row 0\) has 2 fields"),
-        ('prompt,seed\n"a\nb",1\n\nc,d,2\n', r"line 5 \(row 1\) has 3 fields"),
+        ('prompt,note\na,"b\nc"\n\nc,d,2\n', r"line 5 \(row 1\) has 3 fields"),
         ("prompt,seed\na\n", r"line 2 \(row 0\) has 1 fields"),
         ("prompt,seed\na,1\nb,701.0\n", r"line 3 \(row 1\) has the seed '701.0'"),
         ("prompt,seed\na,1\nb,-1\n", r"line 3 \(row 1\) has the seed '-1'"),
@@ -32,6 +32,8 @@ def read(tmp_path, text: str, name: str = "c.csv") -> Captions:
         (f"prompt,seed\na,{2**63}\n", r"line 2 \(row 0\) has the seed"),
         ("prompt,evaluation_seed\na,x\n", r"line 2 \(row 0\) has the seed 'x'"),
         ("prompt,image_id\na,\nb,7\n", r"line 2 \(row 0\) has no image_id"),
+        ('prompt,seed\n"a,1\nb,2\nc",3\n', r"lines 2 to 4 \(row 0\) are one caption"),
+        ("prompt,seed\na,1\ncaf\udce9,2\n", r"line 3 is not UTF-8: save the file as UTF-8"),
         ("prompt,prompt\na,b\n", r"line 1 has the column 'prompt' twice"),
         ("prompt\na\nb\0c\n", r"line 3 has a NUL"),
     ],
@@ -111,6 +113,19 @@ def test_a_picture_without_a_caption_is_named_and_nothing_goes_by_order(captions
         match_captions(captions, names)
 
 
-def test_two_pictures_of_one_number_are_refused():
-    with pytest.raises(ValueError, match=r"a/1\.png and another picture share a caption"):
-        match_captions(PLAIN, ["a/1.png", "b/1.png"])
+@pytest.mark.parametrize("ids", [(), ("1", "2", "3")])
+@pytest.mark.parametrize("other", ["b/1.png", "001.png", "1.jpg"])
+def test_two_pictures_of_one_caption_are_refused(other, ids):
+    with pytest.raises(ValueError, match=rf"a/1\.png and {other} share a caption"):
+        match_captions(Captions("c", ("a", "b", "c"), ids), ["a/1.png", other])
+
+
+@pytest.mark.parametrize("value", [5, ["a", "b"], None, {"raw": "a"}])
+def test_a_caption_that_is_no_text_is_called_that(value, tmp_path):
+    with pytest.raises(ValueError, match=r"row 1 has a caption that is no text"):
+        read(tmp_path, json.dumps(["a", {"image_id": 3, "caption": value}]), "c.json")
+
+
+def test_a_caption_never_takes_the_name_of_the_contact_sheet():
+    for name in ("sheet", "Sheet", "SHEET"):
+        assert Captions("c", ("a", "b"), (name, "x")).files == ("row-000000", "row-000001")

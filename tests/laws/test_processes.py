@@ -9,6 +9,7 @@ there a solver and ddim each have the best of three.
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 import pytest
@@ -18,7 +19,9 @@ from torch import Tensor
 import fewstep.solver as registry
 from fewstep.grid import make_grid
 from fewstep.models.process import Shifted
-from fewstep.plan import Combine
+from fewstep.plan import Combine, gain
+from fewstep.sampling.choose import GAIN, plan_for
+from fewstep.sampling.settings import Settings
 from fewstep.schedule import EDM, PURE_NOISE, VP, Flow
 from fewstep.solver.rules import trapezoid
 from fewstep.solving import solve
@@ -118,6 +121,41 @@ def test_neither_has_one_that_starts_in_the_middle(name: str, process: str) -> N
         ddim = half(nfe + 1)
         found = error(name, half(points))
         assert found <= 2 * error("ddim", ddim), (nfe, found)
+
+
+@pytest.mark.parametrize("end", registry.ENDS)
+@pytest.mark.parametrize("name", ["heun", "dpm-solver-2", "dpm-solver-3", "dpmpp-2s"])
+def test_on_few_intervals_of_an_edm_grid_it_is_warned_of_or_near_ddim(name: str, end: str) -> None:
+    """The published rules have up to 25 times ddim's error on karras; 2.2 without a warning."""
+
+    def on(solver: str, nfe: int) -> tuple[float, ...]:
+        points = registry.intervals_for(registry.get(solver), nfe, end=end) + 1
+        return registry.end_at(make_grid("karras", points, 80.0, 0.002), end)
+
+    found = {}
+    for nfe in range(3, 10):
+        try:
+            sigmas = on(name, nfe)
+        except ValueError:
+            continue
+        ratio = error(name, sigmas) / error("ddim", on("ddim", nfe))
+        found[nfe] = ratio, gain(registry.get(name).plan(sigmas))
+    assert found
+    assert all(ratio < 2.2 or weighed > GAIN for ratio, weighed in found.values()), found
+    if name == "dpmpp-2s":
+        assert all(
+            weighed == pytest.approx(1, abs=1e-3) for _, weighed in found.values()
+        )  # means of D's
+
+
+@pytest.mark.parametrize("name, nfe, warned", [("heun", 4, True), ("dpmpp-2s", 4, False)])
+def test_the_warning_says_how_many_intervals_there_are(name: str, nfe: int, warned: bool) -> None:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        plan_for(Settings(name, nfe))
+    assert [str(one.message)[:38] for one in seen] == [
+        f"{name} at {nfe} evaluations has 2 long intervals"[:38]
+    ] * warned
 
 
 DIRECTIONS = torch.nn.functional.normalize(

@@ -32,14 +32,26 @@ def test_the_best_is_the_least_over_solvers_grids_and_first_steps(end: str) -> N
     best = best_rival(measure, 4, schedule.sigma_max, schedule.sigma_min, end, schedule)
     assert {program.evaluations for program in seen} == {4}
     assert {program.sigmas[0] for program in seen} == {schedule.sigma_max}
-    assert {program.sigmas[-1] for program in seen} == {
-        0.0 if end == "zero" else schedule.sigma_min
-    }
-    points = len(seen[6].sigmas)
+    lows = {program.sigmas[-1]: program.prediction for program in seen}
+    assert lows[0.0] == ("eps" if end == "zero" else "x0")  # the last of them, eps beside D or not
+    assert set(lows) == ({0.0} if end == "zero" else {0.0, schedule.sigma_min})
+    points, last = len(seen[6].sigmas), "sigma_min" if seen[6].sigmas[-1] else "zero"
     levels = make_grid(best["grid"], points, schedule.sigma_max, schedule.sigma_min, schedule)
-    assert seen[6].sigmas == end_at(levels, end)
+    assert seen[6].sigmas == end_at(levels, last)
     assert get(best["solver"]).on(seen[6].sigmas, best["afs"]).evaluations == 4
     assert best["features"] == 0.5
+
+
+def test_each_first_step_that_is_known_is_tried() -> None:
+    seen = []
+
+    def measure(program: Any) -> dict[str, float]:
+        seen.append(next(iter(program.start())).source)
+        return {"error": float(seen[-1] != "mean")}
+
+    best = best_rival(measure, 4, 80.0, 0.002, "zero", None, ("none", "zero", "mean"))
+    assert set(seen) == {"net", "zero", "mean"}
+    assert best["afs"] == "mean"
 
 
 def test_none_is_best_where_none_is_finite() -> None:

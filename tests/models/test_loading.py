@@ -104,6 +104,20 @@ def test_a_single_file_with_a_configuration_folder_is_the_same_model(
     assert np.array_equal(single.decode(clean), folder.decode(clean))
 
 
+def test_a_single_file_is_sampled_as_its_keys_say(sd_folder, tmp_path):
+    """Where the configuration says nothing else, else it is refused."""
+    weights = pipelines.original_keys(pipelines.sd())
+    file, config = tmp_path / "model.safetensors", tmp_path / "config"
+    safetensors.torch.save_file({**weights, "v_pred": torch.zeros(0)}, file)
+    shutil.copytree(sd_folder, config, ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(ValueError, match="says prediction_type = v_prediction, and the conf"):
+        pipelines.load(file, config=config)
+    path = config / "scheduler" / "scheduler_config.json"
+    said = json.loads(path.read_text())
+    path.write_text(json.dumps({n: v for n, v in said.items() if n != "prediction_type"}))
+    assert pipelines.load(file, config=config).process.prediction == "v"
+
+
 def test_a_hostile_checkpoint_runs_nothing(tmp_path, sd_folder):
     mark = tmp_path / "mark"
     file = tmp_path / "hostile.ckpt"

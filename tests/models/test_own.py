@@ -133,5 +133,5 @@ def test_what_does_not_fit_is_refused(net: Small, options: dict, words: str) -> 
 
 @pytest.mark.parametrize("denoiser", ["unet.safetensors", None, torch.zeros(2)])
 def test_what_cannot_be_called_is_no_denoiser(denoiser: object) -> None:
-    with pytest.raises(ValueError, match="denoiser must be a function"):
+    with pytest.raises(ValueError, match="denoiser must be callable as"):
         fewstep.models.of(denoiser, name="mine", shape=(2,))  # type: ignore[arg-type]

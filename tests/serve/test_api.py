@@ -16,8 +16,9 @@ from PIL import Image
 
 import fewstep
 from fewstep.data.images import metadata_in
+from fewstep.serve.engine import Full
 from fewstep.serve.keys import read_keys
-from fewstep.serve.limits import Limits
+from fewstep.serve.settings import Limits
 from tests.support.serving import running
 
 KEY = "sk-0123456789abcdef"
@@ -229,6 +230,34 @@ def test_a_client_retries_when_the_queue_is_full(server):
             other.close()
         with openai.OpenAI(base_url=f"{address}/v1", api_key="x", max_retries=3) as client:
             assert client.images.generate(prompt="bag", extra_body={"nfe": 1}).data
+
+
+def test_a_client_that_is_refused_once_gets_its_picture_by_its_own_retry(server, monkeypatch):
+    engine, refusals = server[1].engine, [Full(0.5)]
+    check = engine.check_room
+
+    def full_once(pictures: int) -> None:
+        if refusals:
+            raise refusals.pop()
+        check(pictures)
+
+    monkeypatch.setattr(engine, "check_room", full_once)
+    with openai.OpenAI(base_url=f"{server[0]}/v1", api_key="x", max_retries=1) as client:
+        found = client.images.generate(prompt="bag", extra_body={"nfe": 1, "seed": 3})
+    assert [image.model_dump()["seed"] for image in found.data or ()] == [3]
+    assert not refusals
+
+
+def test_an_error_that_nobody_foresaw_has_the_form_of_the_others(server, http, monkeypatch):
+    def broken(*_: object) -> None:
+        raise KeyError("a fault of ours")
+
+    monkeypatch.setattr(server[1], "model", broken)
+    answer = http.post("/v1/images/generations", json={"prompt": "bag"})
+    assert answer.status_code == 503
+    assert answer.json()["error"]["code"] == "failed"
+    assert int(answer.headers["retry-after"]) >= 1
+    assert "a fault of ours" not in answer.text
 
 
 # -- previews, refinement, variations -----------------------------------------------------------

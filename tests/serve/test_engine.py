@@ -210,6 +210,32 @@ def test_a_network_that_fails_fails_its_job_alone(engine, monkeypatch):
     assert make(engine, asked)
 
 
+def test_a_request_that_fails_in_a_batch_leaves_the_others_alone(engine, monkeypatch):
+    good = asked_of(MODEL, Settings("ddim", 6), [1])
+    bad = asked_of(MODEL, Settings("ddim", 3), [2])
+    begin = type(bad).begin
+
+    def poisoned(self, start, count):
+        x = begin(self, start, count)
+        return x[:, :, :-1] if self is bad else x  # of another shape than the batch's
+
+    monkeypatch.setattr(type(bad), "begin", poisoned)
+    jobs = [submit(engine, one)[1] for one in (good, bad, good)]
+    kinds = [collect(events)[-1].kind for events in jobs]
+    assert kinds == ["ended", "failed", "ended"]
+    assert engine.stats.failed == 1
+    assert not engine.busy
+
+
+def test_a_job_that_is_cancelled_between_two_evaluations_is_forgotten(engine):
+    job, events = submit(engine, asked_of(MODEL, Settings("ddim", 40), [1]), range(1, 40))
+    events.get(timeout=20)
+    engine.cancel(job)
+    assert engine.running == 0
+    assert not engine.busy
+    assert engine.place(submit(engine, asked_of(MODEL, Settings("ddim", 1), [2]))[0])[0] == 0
+
+
 def test_a_stop_finishes_what_runs_and_refuses_the_rest():
     engine = Engine(rows=4, threads=1)
     _, events = submit(engine, asked_of(MODEL, Settings("ddim", 6), [1, 2]))

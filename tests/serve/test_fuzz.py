@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Unsatisfiable
 
-from fewstep.serve.limits import Limits
+from fewstep.serve.settings import Limits
 from tests.support.serving import running
 
 SECONDS = float(os.environ.get("FEWSTEP_FUZZ_SECONDS", "20"))

@@ -11,8 +11,8 @@ from fewstep.sampling.settings import Settings
 from fewstep.serve.engine import Event
 from fewstep.serve.gate import JSON_BYTES, Gate
 from fewstep.serve.keys import Clients
-from fewstep.serve.limits import Limits
 from fewstep.serve.service import Asked, Work
+from fewstep.serve.settings import Limits
 
 SCOPE = {
     "type": "http",

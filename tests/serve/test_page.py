@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fewstep.serve.limits import Limits
+from fewstep.serve.settings import Limits
 from tests.support.serving import running
 
 STATIC = Path(__file__).parent.parent.parent / "src/fewstep/serve/static"

@@ -15,7 +15,8 @@ from PIL import Image
 import fewstep
 from fewstep.sampling.settings import Settings
 from fewstep.serve.engine import Engine
-from fewstep.serve.previews import Shown, fit, shown_by
+from fewstep.serve.pictures import to_pixels
+from fewstep.serve.previews import Shown, fit, read_tiny, shown_by
 from tests.support import pipelines
 from tests.support.serving import asked_of, collect, make, running, submit
 
@@ -85,6 +86,42 @@ def test_a_preview_of_latents_has_the_picture_s_size(model):
     again = shown_by(model).weights  # from the cache
     assert again is not None
     assert np.array_equal(again, shown.weights)
+
+
+def tiny(folder: Any, channels: int) -> Any:
+    """A folder with a tiny autoencoder, and what it decodes."""
+    from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+
+    net = AutoencoderTiny(
+        latent_channels=channels,
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+        scaling_factor=0.5,
+    )
+    net.save_pretrained(folder)
+    return net
+
+
+def test_a_tiny_autoencoder_by_its_folder_shows_latents(model, tmp_path):
+    net = tiny(tmp_path, model.shape[0])
+    shown = shown_by(model, read_tiny(tmp_path))
+    state = model.prior([1])[0]
+    height, width, channels = model.picture
+    with torch.no_grad():
+        wanted = net.eval().decode(state[None] / 0.5).sample[0]
+    seen = shown.pixels(state.numpy(), (2 * model.shape[1], 2 * model.shape[2], channels))
+    assert np.array_equal(seen, to_pixels(wanted.numpy()))
+    assert shown.pixels(state.numpy(), model.picture).shape == (height, width, channels)
+
+
+def test_a_tiny_autoencoder_that_does_not_fit_is_refused(model, tmp_path):
+    with pytest.raises(ValueError, match="preview_decoder must be a folder of AutoencoderTiny"):
+        read_tiny(tmp_path)
+    tiny(tmp_path, model.shape[0] + 1)
+    with pytest.raises(ValueError, match="preview_decoder must take"):
+        shown_by(model, read_tiny(tmp_path))
 
 
 def test_painting_of_latents_keeps_pixels(model):

@@ -15,10 +15,10 @@ from fewstep.sampling.request import Request
 from fewstep.sampling.settings import Settings
 from fewstep.serve.app import create_app
 from fewstep.serve.engine import Engine, Event, Job
-from fewstep.serve.limits import Limits
 from fewstep.serve.order import Order, order
 from fewstep.serve.run import Server, listen, make_service
 from fewstep.serve.service import Service
+from fewstep.serve.settings import Limits
 
 __all__ = ["asked_of", "collect", "make", "running", "submit"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -129,7 +130,7 @@ def compare_command(
     from fewstep.data.captions import read_captions
     from fewstep.evaluate.compare import read_comparison
     from fewstep.evaluate.compare.setup import Setup
-    from fewstep.files import open_folder
+    from fewstep.files import alone, open_folder
     from fewstep.report.comparison import write_comparison
     from fewstep.report.terminal import Progress, comparison_table
     from fewstep.scale.compare import compare_by
@@ -167,12 +168,20 @@ def compare_command(
         opened = setup.open(report=bar)
         with resumable(out):
             open_folder(out)
-            result = compare_by(
-                executor, setup, opened, earlier, command=command_line(), note=bar.say, report=bar
-            )
-            if result is None:
-                return
-            files = write_comparison(result, out, plots)
+            # the others take part in the work of the one that leads, and write elsewhere
+            with alone(out) if executor.leads else nullcontext():
+                result = compare_by(
+                    executor,
+                    setup,
+                    opened,
+                    earlier,
+                    command=command_line(),
+                    note=bar.say,
+                    report=bar,
+                )
+                if result is None:
+                    return
+                files = write_comparison(result, out, plots)
     if as_json:
         print(json.dumps(result.record))
         return

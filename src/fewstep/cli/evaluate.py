@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -124,6 +124,7 @@ def _here(
 ) -> Evaluation:
     """Measure in this process; wanted: whether the statistics are saved."""
     from fewstep.evaluate.job import open_job
+    from fewstep.files import alone
     from fewstep.scale.evaluate import evaluate_shards, sampled_features
 
     shards = sampled_features(images)
@@ -137,7 +138,10 @@ def _here(
     own = state is None and out is not None
     state = out.with_name(f"{out.name}.state.npz") if own and out is not None else state
     beside = state.with_name(f"reference.{state.name}") if state is not None else None
-    with resumable(state) if state else nullcontext():
+    with ExitStack() as held:
+        if state is not None:
+            held.enter_context(resumable(state))
+            held.enter_context(alone(state))
         result = job.run(reference, state=state, beside=beside, command=command_line(), report=bar)
     if own:  # a state that the user did not name goes when the result is there
         for path in (state, beside):

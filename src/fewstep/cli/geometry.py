@@ -22,7 +22,7 @@ from fewstep.cli.options import (
     option,
 )
 from fewstep.cli.parsing import parse_grid, parse_seeds
-from fewstep.cli.work import AsJson, command_line
+from fewstep.cli.work import AsJson, command_line, resumable
 from fewstep.scale.settings import Scaling
 
 SCALING = Take(Scaling, SPREAD)
@@ -60,6 +60,7 @@ def geometry_command(
     Resumes a run that was cut short; seeds may be added to one that was not.
     """
     from fewstep.evaluate.geometry import run_geometry
+    from fewstep.files import opened
     from fewstep.report.geometry import write_geometry
     from fewstep.report.terminal import Progress, geometry_table
     from fewstep.scale.executors import open_executor
@@ -73,19 +74,21 @@ def geometry_command(
         if not executor.leads:
             executor.serve(GeometryWork(source))
             return
-        result = run_geometry(
-            source.load(executor.here),
-            out,
-            seeds=chosen,
-            points=points,
-            solver=solver,
-            grid=levels,
-            command=command_line(),
-            by=shared(executor, source) if spread.shares else None,
-            report=bar,
-            **given,
-        )
-    result = write_geometry(result, out) if plots else result
+        loaded = source.load(executor.here)
+        with resumable(out), opened(out):
+            result = run_geometry(
+                loaded,
+                out,
+                seeds=chosen,
+                points=points,
+                solver=solver,
+                grid=levels,
+                command=command_line(),
+                by=shared(executor, source) if spread.shares else None,
+                report=bar,
+                **given,
+            )
+            result = write_geometry(result, out) if plots else result
     if as_json:
         print(json.dumps(result.to_dict()))
         return

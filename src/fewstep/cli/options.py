@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
@@ -187,6 +188,21 @@ class Take:
 PLAIN = (str, int, float, bool, Path, type(None))
 
 
+def _strict(annotation: Any) -> Any:
+    """The same, where it is a whole number taken in digits alone: cyclopts rounds 2.5 to 2."""
+    kind = typing.get_args(annotation)[0] if hasattr(annotation, "__metadata__") else annotation
+    if int not in (kind, *typing.get_args(kind)):
+        return annotation
+    return Annotated[annotation, Parameter(converter=_whole)]
+
+
+def _whole(_kind: Any, tokens: Any) -> int:
+    text = tokens[0].value
+    if not re.fullmatch(r"[+-]?[0-9]{1,19}", text):
+        raise ValueError(f"must be a whole number, got {text!r:.40}")
+    return int(text)
+
+
 def _names(settings: type) -> list[str]:
     return [one.name for one in fields(settings)]
 
@@ -217,7 +233,9 @@ def command(
         own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         theirs = [parameter for parameter, _ in every.values()]
         parameters = [*own, *sorted(theirs, key=lambda one: one.default is not one.empty)]
+        parameters = [one.replace(annotation=_strict(one.annotation)) for one in parameters]
         run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {one.name: one.annotation for one in parameters}
         paragraphs = inspect.cleandoc(function.__doc__ or "").split("\n\n")
         run.__doc__ = "\n\n".join(" ".join(one.split()) for one in paragraphs)
         app.command(run, name=name)

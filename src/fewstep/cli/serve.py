@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
 
 from fewstep.cli.app import app
-from fewstep.cli.options import MACHINE, Machine, Take, command, flag, option
+from fewstep.cli.options import MACHINE, SPREAD, Machine, Take, command, flag, option
 from fewstep.cli.parsing import parse_size, words
 from fewstep.extras import needs
-from fewstep.serve.limits import Limits
+from fewstep.serve.settings import Limits, Replicas
 
 SERVICE, LIMITS = Group("Service", sort_key=2), Group("Limits", sort_key=6)
-BOUNDS = ("most_images", "most_evaluations", "most_waiting", "most_streams")
-DEFAULTS = ("garments", "fashion-mnist")  # the first that comes with this version
+BOUNDS = Take(
+    Limits,
+    LIMITS,
+    only=("most_images", "most_evaluations", "most_waiting", "most_streams", "most_requests"),
+)
+REPLICAS = Take(Replicas, SPREAD)
 
 
 @command(
     app,
     "serve",
-    Take(Limits, LIMITS, only=BOUNDS),
+    BOUNDS,
     Take(Machine, MACHINE, without=("batch",)),
+    REPLICAS,
 )
 def serve_command(
     model: Annotated[
@@ -58,11 +65,23 @@ def serve_command(
         int | None,
         option("Threads that evaluate. Default: 2 on a CPU, else 1.", MACHINE, least=1),
     ] = None,
+    preview_decoder: Annotated[
+        Path | None,
+        option("Folder of an AutoencoderTiny that shows previews of latents.", MACHINE),
+    ] = None,
     grace: Annotated[
         int, option("Seconds in which running pictures end at a stop.", SERVICE, least=0)
     ] = 30,
     log_prompts: Annotated[bool, flag("Write prompts into the log.")] = False,
     quiet: Annotated[bool, flag("Log warnings only.")] = False,
+    ray: Annotated[
+        bool,
+        Parameter(help="Replicas on a Ray cluster make the pictures.", negative="", group=SPREAD),
+    ] = False,
+    address: Annotated[
+        str | None,
+        option("Of the Ray cluster. Default: $RAY_ADDRESS, else one on this machine.", SPREAD),
+    ] = None,
     **given: Any,
 ) -> None:
     """Serve pictures over HTTP: OpenAI's Images API, previews and refinement, and a page.
@@ -75,55 +94,55 @@ def serve_command(
         import prometheus_client  # noqa: F401
         import python_multipart  # noqa: F401
         import uvicorn  # noqa: F401
-    from fewstep.serve.app import create_app
     from fewstep.serve.keys import read_keys
-    from fewstep.serve.run import Server, is_loopback, listen, make_service, start_log
+    from fewstep.serve.run import Server, is_loopback, listen, start_log
 
-    known = () if keys is None else read_keys(keys)
-    local = is_loopback(host)
-    if not local and not known:
+    access = {
+        "keys": () if keys is None else read_keys(keys),
+        "local": is_loopback(host),
+        "origins": () if cors is None else words(cors, "--cors"),
+    }
+    if not access["local"] and not access["keys"]:
         raise ValueError(f"host {host} is reached from other machines: give keys too, with --keys")
     if port > 65_535:
         raise ValueError(f"port must be at most 65535, got {port}")
-    limits = Limits(**{name: given.pop(name) for name in BOUNDS})
+    limits = Limits(**BOUNDS.take(given))
+    spread = REPLICAS.take(given)
+    if not ray and (address or Replicas(**spread) != Replicas()):
+        raise ValueError("replicas and their address are of a Ray cluster; add --ray")
     if size:
         given["size"] = parse_size(size)
-    origins = () if cors is None else words(cors, "--cors")
-    with listen(host, port) as bound:
+    plain = {field.name: field.default for field in fields(Machine)}
+    chosen = {name: value for name, value in given.items() if value != plain.get(name)}
+    names = tuple(model or [_default()])
+    with listen(host, port) as bound, ExitStack() as stack:
         start_log("warning" if quiet else "info")
-        models = _loaded(model or [_default()], given)
-        service = make_service(models, limits, batch=batch, workers=workers)
-        application = create_app(
-            service, keys=known, local=local, origins=origins, log_prompts=log_prompts
-        )
+        if ray:
+            from fewstep.serve.rays import Setup, create_front, deployed, models_of
+
+            tiny = preview_decoder and preview_decoder.resolve()
+            setup = Setup(models_of(names), chosen, limits, batch, workers, log_prompts, tiny)
+            service: Any = stack.enter_context(deployed(setup, Replicas(**spread), address or ""))
+            application = create_front(service, limits, **access)
+        else:
+            from fewstep.serve.app import create_app
+            from fewstep.serve.run import load_models, make_service
+
+            models = load_models(names, chosen)
+            names = tuple(models)
+            service = make_service(
+                models, limits, batch=batch, workers=workers, preview_decoder=preview_decoder
+            )
+            application = create_app(service, **access, log_prompts=log_prompts)
 
         def started(address: str) -> None:
-            print(f"fewstep serves {', '.join(models)} on {address}", flush=True)
+            print(f"fewstep serves {', '.join(names)} on {address}", flush=True)
 
-        server = Server(application, service, grace, started)
-        server.run([bound])
+        Server(application, service, grace, started).run([bound])
         service.close(0)
 
 
 def _default() -> str:
-    from fewstep.models import builtin
-
-    there = builtin()
-    return next(name for name in (*DEFAULTS, *there) if name in there)
-
-
-def _loaded(names: list[str], given: dict[str, Any]) -> dict[str, Any]:
-    """Models by their names; the options of pipelines are left out where they were not given."""
-    from fewstep.models import load
-
-    plain = {field.name: field.default for field in fields(Machine)}
-    chosen = {name: value for name, value in given.items() if value != plain.get(name)}
-    models: dict[str, Any] = {}
-    for name in names:
-        loaded = load(name, **chosen)
-        if not hasattr(loaded, "picture"):
-            raise ValueError(f"{name} makes no pictures")
-        if loaded.card.name in models:
-            raise ValueError(f"two models are called {loaded.card.name}; serve one of them")
-        models[loaded.card.name] = loaded
-    return models
+    """The model that is served where none is named: one by text, where it can be loaded."""
+    by_text = all(find_spec(library) for library in ("diffusers", "transformers"))
+    return "garments" if by_text else "fashion-mnist"

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
+from fewstep.arguments import place
 from fewstep.data.bounds import read_bytes, reason
 from fewstep.text import clean
 
@@ -49,7 +50,8 @@ class Captions:
         finds the caption again: its `image_id` where these tell all of them apart, else its row,
         the first being row-000000."""
         distinct = len({_plain(one).lower() for one in self.ids}) == len(self) > 0
-        if distinct and all(map(FILE_NAME.fullmatch, self.ids)) and "sheet" not in self.ids:
+        free = "sheet" not in map(str.lower, self.ids)  # that of the contact sheet
+        if distinct and free and all(map(FILE_NAME.fullmatch, self.ids)):
             return self.ids
         return tuple(map(_row_name, range(len(self))))
 
@@ -102,10 +104,10 @@ def read_captions(path: Path | str) -> Captions:
 
 def read_rows(path: Path | str) -> list[Row]:
     """All rows of a file of captions, as they are. Errors as in `read_captions`."""
-    path = Path(path)
+    path = place("captions", path)
     name = clean(path)
     try:
-        text = read_bytes(path).decode("utf-8-sig")
+        text = _decoded(read_bytes(path))
         if "\0" in text:
             raise ValueError(f"line {text[: text.index(chr(0))].count(chr(10)) + 1} has a NUL byte")
         rows = list(READERS.get(path.suffix.lower(), _csv)(text))
@@ -116,9 +118,19 @@ def read_rows(path: Path | str) -> list[Row]:
     return rows
 
 
+def _decoded(data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ValueError(f"line {line} is not UTF-8: save the file as UTF-8") from None
+
+
 def _caption(row: Row) -> str:
     found = {key: row.text(key) for key in TEXT if isinstance(row.values.get(key), str)}
     value = next(iter(found.values()), "")
+    if not found and any(key in row.values for key in TEXT):
+        row.fail("has a caption that is no text; give one text for each picture")
     if not value:
         have = clean(", ".join(map(str, row.values)))[:100] or "nothing"
         row.fail(f"has no prompt or caption; it has {have}")
@@ -164,9 +176,10 @@ def match_captions(captions: Captions, names: Sequence[str]) -> tuple[tuple[str,
         if not keys or len(known) != len(keys):  # not told apart
             continue
         if all(stem in known for stem in stems):
-            if way in ("seed", "number") and len(set(stems)) != len(stems):
-                twice = next(n for n, s in zip(names, stems, strict=True) if stems.count(s) > 1)
-                raise ValueError(f"{clean(twice)} and another picture share a caption: rename one")
+            if len(set(stems)) != len(stems):
+                twice = Counter(stems).most_common(1)[0][0]
+                one, two = [n for n, s in zip(names, stems, strict=True) if s == twice][:2]
+                raise ValueError(f"{clean(one)} and {clean(two)} share a caption: rename one")
             texts = dict(zip(keys, captions.texts, strict=True))
             return tuple(texts[stem] for stem in stems), way
         count = sum(stem in known for stem in stems)
@@ -210,7 +223,13 @@ def _csv(text: str, delimiter: str = ",") -> Iterator[Row]:
                     f"{place} has {len(fields)} fields, the columns are {len(header)}: put texts "
                     "with commas between double quotes"
                 )
-            yield Row(place, dict(zip(header, fields, strict=True)))
+            values = dict(zip(header, fields, strict=True))
+            if any("\n" in values.get(key, "").strip() for key in TEXT):
+                raise ValueError(
+                    f"lines {start} to {line} (row {count}) are one caption with line breaks: "
+                    "close its quotes in its line"
+                )
+            yield Row(place, values)
             count += 1
     except csv.Error as error:
         raise ValueError(f"line {line + 1}: {error}") from None

@@ -29,6 +29,7 @@ from fewstep.provenance import machine_line, software_line
 from fewstep.sampling.choose import choose, describe, identify
 from fewstep.sampling.settings import Settings
 from fewstep.solver import get
+from fewstep.solver.registry import MOST_EVALUATIONS
 from fewstep.solving import DEFAULT_RANGE
 from fewstep.text import span
 
@@ -253,6 +254,8 @@ def _check(seeds: Sequence[int], batch: int | None, solver: str) -> None:
 
 def _levels(denoiser: Denoiser, grid: str | Sequence[float], points: int) -> tuple[float, ...]:
     if isinstance(grid, str):
+        if points > MOST_EVALUATIONS:
+            raise ValueError(f"points must be at most {MOST_EVALUATIONS}, got {points}")
         low = getattr(denoiser, "sigma_min", None) or DEFAULT_RANGE[0]
         high = getattr(denoiser, "sigma_max", None) or DEFAULT_RANGE[1]
         sigmas = make_grid(grid, points, high, low, getattr(denoiser, "schedule", None))

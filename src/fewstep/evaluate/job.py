@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from fewstep.evaluate.gather import Report, open_reference, silent
 from fewstep.evaluate.measure import Evaluation, evaluate
 from fewstep.evaluate.protocols import Protocol, check_protocol, get_protocol
 from fewstep.evaluate.settings import Measuring
+from fewstep.text import clean
 
 __all__ = ["CLIP", "Job", "of_protocol", "open_job"]
 
@@ -53,6 +55,9 @@ class Job:
             ValueError: something does not go together, or cannot be read.
         """
         how = self.how
+        for path in (state, beside):
+            if path is not None and path.is_file() and not zipfile.is_zipfile(path):
+                raise ValueError(f"{clean(path)} is not the state of an evaluation; remove it")
         target = None
         if self.extractor is not None and set(self.metrics) - {"clip"}:
             target = open_reference(

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fewstep.arguments import either, levels, number, text, whole
+
 __all__ = ["TRAINING", "VALIDATION", "MethodOptions", "Settings"]
 
 TRAINING, VALIDATION = 2_000_000, 1_000_000  # first seeds; those below are for final tests
@@ -78,9 +80,20 @@ class Settings:
             ("checkpoint_every", 1),
             ("nfe", 1),
         ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer, at least {least}, got {value!r}")
+            whole(name, getattr(self, name), least)
+        for name in ("base", "teacher", "afs", "end"):
+            if getattr(self, name) is not None:
+                text(name, getattr(self, name))
+        for name in ("sigma_min", "sigma_max", "lr"):
+            if getattr(self, name) is not None:
+                number(name, getattr(self, name), finite=False)
+        if self.inner is not None:
+            whole("inner", self.inner, 0)
+        for name in ("checkpointed", "fallback"):
+            either(name, getattr(self, name))
+        text("method", self.method)
+        if not isinstance(self.grid, str | None):
+            object.__setattr__(self, "grid", levels("grid", self.grid))
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Settings:

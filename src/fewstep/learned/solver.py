@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from fewstep.arguments import place
 from fewstep.denoiser import Denoiser
 from fewstep.files import file_hash, open_folder, write_json, write_whole
 from fewstep.grid import check_grid
@@ -139,7 +140,7 @@ class LearnedSolver:
         Raises:
             ValueError: there is none, or it is damaged, or newer.
         """
-        folder = Path(folder)
+        folder = place("folder", folder)
         path = folder / SOLVER_FILE
         if not path.is_file() and (have := budgets(folder)):
             if nfe not in have:

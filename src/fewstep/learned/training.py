@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.arguments import function, sides
 from fewstep.cache import recall
 from fewstep.denoiser import Denoiser
 from fewstep.grid import check_grid
@@ -100,9 +101,8 @@ def train(
     hashed = bool(facts.get("weights"))
     if cache is not None and not hashed:
         raise ValueError("cache needs model['weights'], the hash of the network's weights")
-    shape = tuple(int(size) for size in shape)
-    if not shape or min(shape) < 1:
-        raise ValueError(f"shape must be that of one sample, like (1, 32, 32), got {shape}")
+    function("denoiser", denoiser, "D(x, sigma)")
+    shape = sides("shape", shape)
     chosen = Choices.of(Settings.of(settings), denoiser, loss_features is not None)
     place = torch.device(device)
     school = School(
@@ -351,7 +351,8 @@ class SolverTraining:
         low = levels[-1] or min(chosen.low, levels[-2])
         ends = levels[0], low, "sigma_min" if levels[-1] > 0 else "zero"
         nfe = self.method.program().evaluations
-        rival = best_rival(self.ruler.measure, nfe, *ends, chosen.schedule)
+        firsts = ("none", "zero", "mean") if self.ruler.mean_at(levels[0]) else ("none", "zero")
+        rival = best_rival(self.ruler.measure, nfe, *ends, chosen.schedule, firsts)
         also = {"error_untrained": usual["error"], "training_free": rival}
         self.run.state["measured"] = {**self.measured, **also}
         folder.save(self.run)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fewstep.denoiser import Denoiser
 from fewstep.learned.predictor import feature_count
+from fewstep.loop import starts_at
 from fewstep.noise import normal
 from fewstep.solving import solve
 
@@ -64,6 +65,13 @@ class Ruler:
                     f"{error}; try dtype float32, or another guidance"
                 ) from None
             self.parts.append((denoiser, x_T, end.to(x_T.device)))
+
+    def mean_at(self, sigma: float) -> bool:
+        """Whether the mean of D is known there, as the analytic first step "mean" needs it."""
+        denoiser = self.parts[0][0]
+        top = getattr(denoiser, "sigma_max", None)
+        known = getattr(denoiser, "far_mean", None) is not None
+        return known and (top is None or starts_at(sigma, top))
 
     @torch.no_grad()
     def measure(self, method: Any) -> dict[str, float]:

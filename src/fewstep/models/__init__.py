@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fewstep._lazy import lazily
+from fewstep.arguments import either, place
 from fewstep.models.card import CARD_FILE, Card
 from fewstep.models.formats import format_of
 
@@ -109,8 +110,12 @@ def load(
         ValueError: there is no such model (with the nearest names), no such device, or its files
             are damaged.
     """
+    for what, given in (("device", device), ("dtype", dtype)):
+        if not isinstance(given, str) and type(given).__name__ != what:  # torch.device, torch.dtype
+            raise ValueError(f"{what} must be its name or torch's own, got {given!r:.80}")
     device, dtype = str(device), str(dtype).removeprefix("torch.")
-    name = str(name_or_path)
+    either("compile", compile)
+    name = str(place("a model's name or folder", name_or_path))
     path = BUILTIN / name if name in builtin() else Path(name_or_path)
     if (found := format_of(path)) is not None:
         return found.load(path, device, dtype, compile, **options)

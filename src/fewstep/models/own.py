@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fewstep.arguments import function, sides, text
 from fewstep.models.card import Card
 from fewstep.models.network import NetworkModel
 from fewstep.networks.taps import has_module
@@ -58,9 +58,9 @@ def of(
     Raises:
         ValueError: where a value does not fit, or there is no such module.
     """
-    sizes = _sizes(shape)
-    if not callable(denoiser):
-        raise ValueError(f"denoiser must be a function D(x, sigma), got {denoiser!r:.80}")
+    text("name", name)
+    sizes = sides("shape", shape)
+    function("denoiser", denoiser, "D(x, sigma)")
     if net is not None and not isinstance(net, nn.Module):
         raise ValueError(f"net must be the torch module behind the denoiser, got {net!r:.80}")
     module = denoiser if net is None and isinstance(denoiser, nn.Module) else net
@@ -101,15 +101,6 @@ def of(
     return NetworkModel(
         card, plain, stats, denoiser, sizes, denoise, features=tap, schedule=schedule
     )
-
-
-def _sizes(shape: Any) -> tuple[int, ...]:
-    sizes = tuple(shape) if isinstance(shape, Sequence) else ()
-    if not sizes or not all(type(side) is int and side > 0 for side in sizes):
-        raise ValueError(
-            f"shape must be positive integers, such as (3, 64, 64) or (2,), got {shape!r}"
-        )
-    return sizes
 
 
 def _statistics(far_mean: Tensor | None, wanted: tuple[int, ...]) -> dict[str, Tensor]:

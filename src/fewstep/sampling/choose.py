@@ -11,17 +11,30 @@ from typing import TYPE_CHECKING, Any
 
 from fewstep.grid import check_grid
 from fewstep.loop import check_mean_start, starts_at
-from fewstep.plan import Plan, Program
+from fewstep.plan import Plan, Program, gain
 from fewstep.sampling.settings import Filled, Settings
+from fewstep.schedule import PURE_NOISE
 from fewstep.solver import Solver, get, intervals_for
 from fewstep.solving import DEFAULT_GRID, DEFAULT_NFE, Runnable, find, is_folder, resolve
+from fewstep.text import count
 
 if TYPE_CHECKING:
     from fewstep.models import Card, Model
 
-__all__ = ["check_weights", "choose", "describe", "draws_noise", "identify", "locate", "plan_for"]
+__all__ = [
+    "check_weights",
+    "choose",
+    "describe",
+    "draws_noise",
+    "identify",
+    "locate",
+    "plan_for",
+    "warn_of_gain",
+]
 
 AVERAGED = range(1_000_000, 1_000_064)  # seeds behind the plan of a solver that reads features
+GAIN = 8.0  # above it such a solver may end further off than ddim: docs/design.md, "Few intervals"
+FEW = 20  # evaluations; with more, intervals are short
 
 
 def choose(model: Model, settings: Settings, start: float | None = None) -> Filled:
@@ -173,6 +186,7 @@ def plan_for(
     if isinstance(filled.solver, str | Solver):
         own = get(filled.solver) if isinstance(filled.solver, str) else filled.solver
         name = filled.grid if isinstance(filled.grid, str) else "custom"
+        warn_of_gain(filled, program)
         return own.plan(program.sigmas, filled.afs or "none", filled.final, grid=name)
     return solver.plan(denoiser, model.prior(AVERAGED) if model else None)  # type: ignore[union-attr]
 
@@ -259,6 +273,31 @@ def check_weights(model: Model, program: Program) -> None:
             f"{program.name} was trained on other weights than those of {model.card.name}; "
             "expect less of it, or train one for this model",
             stacklevel=4,
+        )
+
+
+def warn_of_gain(settings: Settings | Filled, program: Program) -> None:
+    """Warn of a solver of several evaluations an interval whose intervals are too long for it.
+
+    Its rule is the published one. But where the noise falls a hundredfold in one interval, it
+    weighs single outputs of the network many times over, and their errors. From pure noise (flows)
+    on it does so without harm.
+    """
+    solver, sigmas = settings.solver, program.sigmas
+    solver = get(solver) if isinstance(solver, str) else solver
+    intervals = len(sigmas) - 1
+    if not isinstance(solver, Solver) or not intervals < program.evaluations <= FEW:
+        return
+    if settings.final or solver.adapts or sigmas[0] > PURE_NOISE:
+        return
+    found = gain(solver.plan(sigmas, settings.afs or "none"))
+    if found > GAIN:
+        long = count(intervals, "long interval")
+        warnings.warn(
+            f"{solver.name} at {program.evaluations} evaluations has {long}, and weighs outputs of "
+            f"the network {found:.0f}-fold; it may end further off than ddim. Take more "
+            "evaluations, or a solver of one a step, as dpmpp-2m or ipndm-3",
+            stacklevel=3,
         )
 
 

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from fewstep.data.images import contact_sheet, read_metadata, read_png, write_png
-from fewstep.files import open_folder
+from fewstep.files import alike, open_folder
 from fewstep.models import Model
 from fewstep.sampling.choose import identify
 from fewstep.sampling.generate import Run, batch_size
@@ -27,7 +25,7 @@ from fewstep.sampling.settings import Settings
 
 __all__ = ["Facts", "FolderResult", "sample_to_folder"]
 
-SHEET, CLAIM = "sheet.png", ".claim"
+SHEET = "sheet.png"
 MOST_ON_SHEET, SHEET_PIXELS = 400, 2**24
 FREE = ("label", "prompt")  # may differ between the pictures of a folder
 
@@ -120,7 +118,7 @@ def sample_to_folder(
     facts = Facts.of(run)
     metadata, common = facts.metadata, facts.common
     open_folder(out)
-    with claimed(out, common):
+    with alike(out, json.dumps(common, sort_keys=True)):
         there = _there(out, files, metadata, common)
         done = len(there)
         report(done)
@@ -139,68 +137,6 @@ def sample_to_folder(
         write_png(out / SHEET, tiles, {**common, "seeds": list(seeds[: len(shown)])})
     calls = run.calls * run.settings.nfe
     return FolderResult(tuple(files), out / SHEET, len(there), common, calls)
-
-
-@contextmanager
-def claimed(out: Path, identity: dict[str, Any]) -> Iterator[None]:
-    """Inside, no other process makes pictures in this folder with other settings.
-
-    A file says whose it is. Its lock ends with the process, however that ends, so no claim
-    outlives a kill. Where the file system has no locks, nothing is claimed.
-
-    Raises:
-        ValueError: another process makes pictures here with other settings.
-    """
-    text, path = json.dumps(identity, sort_keys=True), out / CLAIM
-    file = _held(path, text)
-    if file is None:
-        yield
-        return
-    try:
-        found = file.read()
-        if found != text:
-            raise ValueError(
-                f"another process is sampling into {out} with other settings; choose another --out"
-            )
-        yield
-    finally:
-        if _lock(file, "LOCK_EX"):  # the last one here
-            path.unlink(missing_ok=True)
-        file.close()
-
-
-def _held(path: Path, text: str) -> TextIO | None:
-    """The claim, open and locked for sharing, ours where nobody else held it; None: no locks."""
-    while True:
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
-        alone = _lock(file, "LOCK_EX")
-        if alone is None:
-            file.close()
-            return None
-        if alone:
-            file.truncate(0)
-            file.write(text)
-            file.flush()
-        # not atomic after the other: whoever came in between has written over it, and is read
-        _lock(file, "LOCK_SH", wait=True)
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                file.seek(0)
-                return file
-        file.close()  # its holder was the last one there and took it away
-
-
-def _lock(file: TextIO, kind: str, wait: bool = False) -> bool | None:
-    """Whether it is locked; None where there are no locks."""
-    try:
-        import fcntl
-
-        fcntl.flock(file, getattr(fcntl, kind) | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    except (ImportError, OSError):
-        return None
-    return True
 
 
 def _there(

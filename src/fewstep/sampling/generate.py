@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.arguments import whole
 from fewstep.data.images import fit_picture, read_picture
 from fewstep.denoiser import Counted, Denoiser, calls_per_eval
 from fewstep.loop import far_mean, finish, run, starts_at
 from fewstep.plan import Program
-from fewstep.sampling.choose import choose, describe
+from fewstep.sampling.choose import choose, describe, warn_of_gain
 from fewstep.sampling.request import CONDITIONS, Request, one_per_seed
 from fewstep.sampling.settings import Filled, Settings
 from fewstep.solver import Solver
@@ -132,6 +133,7 @@ class Run:
         denoiser = _denoiser(model, _part(request, frozenset(each), 0, batch))
         high = level if isinstance(filled.grid, str) else None
         program = resolve(filled, denoiser, sigma_max=high)
+        warn_of_gain(filled, program)
         if filled.afs == "mean":
             far_mean(denoiser)  # raises now where it is not known
         calls = calls_per_eval(denoiser)
@@ -273,8 +275,7 @@ def batch_size(model: Model, batch: int | None) -> int:
     Raises:
         ValueError: for fewer than 1.
     """
-    if batch is not None and batch < 1:
-        raise ValueError(f"batch must be at least 1, got {batch}")
+    batch = None if batch is None else whole("batch", batch, 1)
     return batch or (usual_batch(model) if hasattr(model, "shape") else 1)
 
 

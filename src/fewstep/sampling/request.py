@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
+
+from fewstep.arguments import number, whole
 
 __all__ = ["CONDITIONS", "Request", "one_per_seed"]
 
@@ -48,6 +49,11 @@ class Request:
         for name in CONDITIONS:
             object.__setattr__(self, name, _plain(getattr(self, name)))
             one_per_seed(name, getattr(self, name), len(self.seeds))
+        for scale in self.guidance if isinstance(self.guidance, list) else [self.guidance]:
+            if scale is not None:
+                number("guidance", scale, finite=False)
+        if self.strength is not None:
+            number("strength", self.strength, finite=False)
         if self.image is None and self.strength is not None:
             raise ValueError("strength says how far to leave an image; give image too")
 
@@ -72,14 +78,20 @@ def one_per_seed(name: str, value: Any, count: int) -> bool:
 
 def _whole(seeds: Iterable[Any]) -> tuple[int, ...]:
     try:
-        whole = tuple(operator.index(seed) for seed in seeds)
-    except TypeError:
+        found = tuple(whole("each seed", seed) for seed in _rows(seeds))
+    except (TypeError, ValueError):
         raise ValueError(
             f"seeds must be whole numbers, one per picture, such as range(16), got {seeds!r:.80}"
         ) from None
-    if not whole:
+    if not found:
         raise ValueError("seeds must name at least one picture")
-    return whole
+    return found
+
+
+def _rows(seeds: Any) -> Iterable[Any]:
+    if isinstance(seeds, str | bytes | dict):
+        raise TypeError
+    return seeds
 
 
 def _plain(value: Any) -> Any:

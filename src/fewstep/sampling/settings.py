@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
+
+from fewstep.arguments import either, levels, number, text, whole
 
 __all__ = ["Filled", "Settings"]
 
@@ -38,10 +39,20 @@ class Settings:
     head_start: float | None = None
 
     def __post_init__(self) -> None:
-        if self.head_start is not None and not 0 < self.head_start < math.inf:
-            raise ValueError(f"head_start must be positive and finite, got {self.head_start}")
+        if self.nfe is not None:
+            object.__setattr__(self, "nfe", whole("nfe", self.nfe))
+        for name in ("afs", "end"):
+            if getattr(self, name) is not None:
+                text(name, getattr(self, name))
+        either("final", self.final)
+        if self.head_start is not None:
+            object.__setattr__(self, "head_start", number("head_start", self.head_start))
+            if not self.head_start > 0:
+                raise ValueError(f"head_start must be positive, got {self.head_start}")
         if self.grid is not None and not isinstance(self.grid, str):
-            object.__setattr__(self, "grid", tuple(float(sigma) for sigma in self.grid))
+            object.__setattr__(self, "grid", levels("grid", self.grid))
+        elif self.grid is not None:
+            text("grid", self.grid)
 
 
 @dataclass(frozen=True)

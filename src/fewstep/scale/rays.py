@@ -22,7 +22,7 @@ from fewstep.scale.executors import Counts, hand_out
 from fewstep.scale.settings import Scaling
 from fewstep.scale.work import BROKEN, Outcome, Work, versions
 
-__all__ = ["Ray"]
+__all__ = ["Ray", "connect"]
 
 T = TypeVar("T")
 
@@ -61,7 +61,7 @@ class Ray:
         address = how.address or os.environ.get("RAY_ADDRESS", "")
         own = not ray.is_initialized()
         if own:
-            _connect(ray, address, workers)
+            connect(ray, address, workers)
         found = cls(ray, workers, gpus, own)
         if (has := found._lacks()) is not None:
             found.__exit__()
@@ -148,11 +148,15 @@ class _Actors:
             self.cluster.ray.kill(actor)
 
 
-def _connect(ray: Any, address: str, workers: int) -> None:
-    """Raises ValueError where no cluster answers."""
+def connect(ray: Any, address: str, cpus: int) -> None:
+    """Join the cluster at an address, or start one here with so many CPUs.
+
+    Raises:
+        ValueError: no cluster answers.
+    """
     quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
     if not address or address == "local":
-        ray.init(address="local", num_cpus=workers, object_store_memory=STORE, **quiet)
+        ray.init(address="local", num_cpus=cpus, object_store_memory=STORE, **quiet)
         return
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)

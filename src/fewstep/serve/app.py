@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,13 +24,14 @@ from fewstep.serve.errors import ApiError, as_api_error
 from fewstep.serve.gate import Gate
 from fewstep.serve.keys import Clients, Key
 from fewstep.serve.memory import settle, tended
-from fewstep.serve.metrics import metrics
+from fewstep.serve.metrics import Numbers, metrics, numbers
 from fewstep.serve.pictures import FORMATS, encode, pixel_error
 from fewstep.serve.schema import Edit, Generation, Preview, Refinement, Variation
 from fewstep.serve.service import Asked, Service
+from fewstep.serve.settings import Limits
 from fewstep.serve.store import Made
 
-__all__ = ["create_app"]
+__all__ = ["add_operations", "add_page", "create_api", "create_app", "empty_app"]
 
 STATIC = Path(__file__).parent / "static"
 Id = Annotated[str, PathParameter(max_length=64, pattern=r"^[\w-]+$")]
@@ -82,6 +83,30 @@ def create_app(
         async with tended():
             yield
 
+    app = create_api(service, log_prompts, lifespan)
+    add_page(app)
+    add_operations(
+        app,
+        service.limits,
+        lambda: ready["warm"] and service.engine.alive,
+        lambda: {"": numbers(service)},
+        answers,
+    )
+    clients = Clients(keys, service.limits.most_streams)
+    return Gate(app, clients, service.limits, local and not keys, origins, answers)
+
+
+def create_api(service: Service, log_prompts: bool = False, lifespan: Any = None) -> FastAPI:
+    """The addresses that make pictures, without a gate before them and without operations."""
+    app = empty_app(lifespan)
+    _add_models(app, service)
+    _add_images(app, service, log_prompts)
+    _add_one_image(app, service)
+    return app
+
+
+def empty_app(lifespan: Any = None, **options: Any) -> FastAPI:
+    """An application that has errors alone."""
     app = FastAPI(
         title="fewstep",
         version=VERSION,
@@ -89,14 +114,10 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         responses=ERRORS,
+        **options,
     )
     _add_errors(app)
-    _add_models(app, service)
-    _add_images(app, service, log_prompts)
-    _add_one_image(app, service)
-    _add_operations(app, service, answers, ready)
-    clients = Clients(keys, service.limits.most_streams)
-    return Gate(app, clients, service.limits, local and not keys, origins, answers)
+    return app
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -120,8 +141,8 @@ def _add_errors(app: FastAPI) -> None:
             response.headers[name] = value
         return response
 
-    @app.exception_handler(MemoryError)
-    async def memory(_: Request, error: MemoryError) -> Response:
+    @app.exception_handler(Exception)
+    async def other(_: Request, error: Exception) -> Response:
         return answer(as_api_error(error))
 
 
@@ -175,8 +196,8 @@ def _add_images(app: FastAPI, service: Service, log_prompts: bool) -> None:
 
 
 def _add_one_image(app: FastAPI, service: Service) -> None:
-    def kept(key: str, request: Request) -> Made:
-        made = service.store.get(key, owner(request))
+    async def kept(key: str, request: Request) -> Made:
+        made = await service.store.get(key, owner(request))
         if made is None:
             raise ApiError(
                 404,
@@ -193,7 +214,7 @@ def _add_one_image(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/images/{id}")
     async def image(id: Id, request: Request, output_format: str = "png") -> Response:
-        made = kept(id, request)
+        made = await kept(id, request)
         if output_format not in FORMATS:
             raise ApiError(400, f"output_format must be one of {', '.join(FORMATS)}")
         data = await anyio.to_thread.run_sync(encode, made.pixels, output_format, 90, made.about)
@@ -203,7 +224,7 @@ def _add_one_image(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/images/{id}/refine")
     async def refine(id: Id, body: Refinement, request: Request) -> Response:
-        made = kept(id, request)
+        made = await kept(id, request)
 
         def extra(fact: dict[str, Any]) -> dict[str, Any]:
             near = pixel_error(made.pixels, fact["pixels"])
@@ -214,7 +235,7 @@ def _add_one_image(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/images/{id}/variations")
     async def variations(id: Id, body: Variation, request: Request) -> Response:
-        made = kept(id, request)
+        made = await kept(id, request)
 
         def extra(fact: dict[str, Any]) -> dict[str, Any]:
             return {"varies": id, "pixel_error": pixel_error(made.pixels, fact["pixels"])}
@@ -223,34 +244,56 @@ def _add_one_image(app: FastAPI, service: Service) -> None:
         return await again(request, body, asked, "image_variation", extra)
 
 
-def _add_operations(
-    app: FastAPI, service: Service, answers: Counter[int], ready: dict[str, bool]
+def add_operations(
+    app: FastAPI,
+    limits: Limits,
+    ready: Callable[[], bool],
+    reports: Callable[[], Mapping[str, Numbers]],
+    answers: Counter[int],
 ) -> None:
+    """What operators ask for, and what the page shows of the service.
+
+    Args:
+        app: gets the addresses
+        limits: of requests
+        ready: whether work is taken
+        reports: the numbers of each replica by its name, which is empty where there is one
+        answers: how many of each status
+    """
+
     @app.get("/healthz", include_in_schema=False)
     async def healthz() -> dict[str, str]:
         return {"status": "ok", "version": VERSION}
 
     @app.get("/readyz", include_in_schema=False)
     async def readyz() -> Response:
-        fine = ready["warm"] and service.engine.alive
+        fine = ready()
         status = {"status": "ready" if fine else "not ready"}
         return JSONResponse(status, 200 if fine else 503)
 
     @app.get("/metrics", include_in_schema=False)
     async def all_metrics() -> Response:
-        return Response(metrics(service, answers), media_type="text/plain; version=0.0.4")
+        return Response(metrics(reports(), answers), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/status")
     async def status() -> dict[str, Any]:
-        """What the page shows of the service."""
-        engine = service.engine
-        return {
-            "waiting": engine.waiting(),
-            "running": engine.running,
-            "evaluations_per_second": round(engine.stats.speed, 1),
-            "most_images": service.limits.most_images,
-            "most_evaluations": service.limits.most_evaluations,
+        found = reports()
+        total = {
+            name: sum(one["gauges"][name] for one in found.values())
+            for name in ("queue_pictures", "running_pictures", "evaluations_per_second")
         }
+        return {
+            "waiting": total["queue_pictures"],
+            "running": total["running_pictures"],
+            "evaluations_per_second": round(total["evaluations_per_second"], 1),
+            "most_images": limits.most_images,
+            "most_evaluations": limits.most_evaluations,
+            "replicas": {name: one["process"] for name, one in found.items() if name},
+        }
+
+
+def add_page(app: FastAPI) -> None:
+    """The page at `/`, and its files."""
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:

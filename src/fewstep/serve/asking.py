@@ -26,7 +26,10 @@ from fewstep.text import clean
 __all__ = ["edited", "generated", "invalid", "previewed", "read_form", "refined", "varied"]
 
 PREVIEW_NFE = 2
-AS_TEXT = ("prompt", "negative_prompt", "model", "size", "solver", "user", "label")
+AS_TEXT = {  # of a form; what else stands there may be a number
+    *("prompt", "negative_prompt", "model", "size", "solver", "label"),
+    *("user", "safety_identifier", "quality"),
+}
 
 
 def invalid(error: ValidationError | Any) -> ApiError:

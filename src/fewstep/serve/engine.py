@@ -209,7 +209,7 @@ class Engine:
     def _check_room(self, pictures: int) -> None:
         if self._stopping:
             raise Stopping
-        waiting = self.waiting()
+        waiting = self._waiting()
         # a job that is larger than the queue is taken by an empty one
         if waiting and waiting + pictures > self.most_waiting:
             self.stats.refused += 1
@@ -223,13 +223,16 @@ class Engine:
                 self.stats.cancelled += 1
             if job in self._queue:
                 self._queue.remove(job)
-            if job.taken == 0:
-                job.open = 0
-            job.listen = silent
+            self._running.discard(job)
+            job.open, job.listen = 0, silent
             self._news.notify_all()
 
     def waiting(self) -> int:
         """Pictures in the queue."""
+        with self._lock:
+            return self._waiting()
+
+    def _waiting(self) -> int:
         return sum(job.waiting for job in self._queue)
 
     def place(self, job: Job) -> tuple[int, float]:
@@ -265,6 +268,7 @@ class Engine:
         with self._news:
             rest = {*self._queue, *self._running}
             self._queue.clear()
+            self._running.clear()
             self._ended = True
             for job in rest:
                 job.cancelled = True
@@ -299,10 +303,7 @@ class Engine:
                     continue
                 lane = parts[0].job.order.lane
                 batch = [part for part in parts if part.job.order.lane == lane]
-                try:
-                    self._evaluate(batch, merged)
-                except Exception as error:
-                    self._fail(batch, error)
+                self._advance(batch, merged)
                 self._leave(batch, parts)
                 # what was not evaluated goes first the next time
                 parts.sort(key=lambda part: part.job.order.lane == lane)
@@ -344,39 +345,40 @@ class Engine:
                 self._fail_job(job, error)
         return True
 
-    def _evaluate(self, batch: Sequence[Part], merged: Merged) -> None:
-        """One evaluation of the network for all parts, and what follows from it."""
-        begun = time.perf_counter()
+    def _advance(self, batch: Sequence[Part], merged: Merged) -> None:
+        """One evaluation of the network for all parts, and what follows from it.
+
+        Where it fails, each part is tried alone: a request fails for its own faults only.
+        """
         working = [part for part in batch if part.op is not None]
-        if working:
-            xs = [part.stepper.x for part in working]
-            x = torch.cat(xs) if len(xs) > 1 else xs[0]
-            told = [part.levels(part.stepper.x) for part in working]
-            features = None
-            if not any(isinstance(one, Tensor) for one in told):
-                sigma = torch.tensor([level for one in told for level in one], dtype=x.dtype)
-                sigma = sigma.to(x.device, non_blocking=True)
+        if not working:
+            return
+        begun = time.perf_counter()
+        try:
+            denoised, features = _evaluate(working, merged)
+        except Exception as error:
+            if len(working) == 1:
+                self._fail_job(working[0].job, error)
             else:
-                rows = [torch.as_tensor(one, dtype=x.dtype, device=x.device) for one in told]
-                sigma = torch.cat(rows)
-            denoiser = merged.of(working)
-            asked = any(part.op is not None and part.op.features for part in working)
-            if asked and hasattr(denoiser, "with_features"):
-                denoised, features = denoiser.with_features(x, sigma)
-            else:
-                denoised = denoiser(x, sigma)
-            place = 0
-            for part in working:
-                one = slice(place, place + part.count)
-                part.tell(denoised[one], None if features is None else features[one])
+                for part in working:
+                    self._advance([part], merged)
+            return
+        place = 0
+        for part in working:
+            one = slice(place, place + part.count)
+            place += part.count
+            with self._lock:
                 part.job.spent += part.count
                 if part.job.cancelled:
                     part.job.late += part.count
                     self.stats.late += part.count
-                place += part.count
+            try:
+                part.tell(denoised[one], None if features is None else features[one])
                 self._show(part)
                 part.ask()
-            self.stats.evaluated(place, time.perf_counter() - begun)
+            except Exception as error:
+                self._fail_job(part.job, error)
+        self.stats.evaluated(place, time.perf_counter() - begun)
 
     def _show(self, part: Part) -> None:
         """The preview after an evaluation, where one is wanted."""
@@ -411,13 +413,6 @@ class Engine:
             if done:
                 self.stats.finished(time.perf_counter() - job.submitted)
                 self._say(job, Event("ended"))
-        with self._lock:
-            gone = {part.job for part in batch if part.job.cancelled}
-            self._running -= gone
-
-    def _fail(self, batch: Sequence[Part], error: Exception) -> None:
-        for job in {part.job for part in batch}:
-            self._fail_job(job, error)
 
     def _fail_job(self, job: Job, error: Exception) -> None:
         with self._lock:
@@ -426,8 +421,8 @@ class Engine:
             self._running.discard(job)
             if job in self._queue:
                 self._queue.remove(job)
+            self.stats.failed += not known
         if not known:
-            self.stats.failed += 1
             self._say(job, Event("failed", error=error))
 
     def _say(self, job: Job, event: Event) -> None:
@@ -461,6 +456,24 @@ class Merged:
             self._denoiser = together([part.share for part in parts])
             self._key = tuple(parts)
         return self._denoiser
+
+
+def _evaluate(parts: Sequence[Part], merged: Merged) -> tuple[Tensor, Tensor | None]:
+    """D of all parts, one after the other, and features where a solver looks at them."""
+    xs = [part.stepper.x for part in parts]
+    x = torch.cat(xs) if len(xs) > 1 else xs[0]
+    told = [part.levels(part.stepper.x) for part in parts]
+    if not any(isinstance(one, Tensor) for one in told):
+        sigma = torch.tensor([level for one in told for level in one], dtype=x.dtype)
+        sigma = sigma.to(x.device, non_blocking=True)
+    else:
+        rows = [torch.as_tensor(one, dtype=x.dtype, device=x.device) for one in told]
+        sigma = torch.cat(rows)
+    denoiser = merged.of(parts)
+    asked = any(part.op is not None and part.op.features for part in parts)
+    if asked and hasattr(denoiser, "with_features"):
+        return denoiser.with_features(x, sigma)
+    return denoiser(x, sigma), None
 
 
 def _finished(part: Part) -> Any:

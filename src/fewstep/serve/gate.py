@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from fewstep.serve.errors import ApiError
 from fewstep.serve.keys import Client, Clients
-from fewstep.serve.limits import Limits
+from fewstep.serve.settings import Limits
 
 __all__ = ["Gate"]
 
@@ -29,6 +29,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 OPEN = ("/", "/healthz", "/readyz", "/favicon.ico")  # need no key
+STATUS = "/v1/status"  # the page asks for it all the time: it counts as no request
 JSON_BYTES = 262_144  # of a body without pictures
 HERE = re.compile(r"(localhost|127(\.\d+){3}|\[::1\])(:\d+)?", re.IGNORECASE)
 GIVEN_ID = re.compile(r"[\w.-]{1,100}", re.ASCII)
@@ -56,6 +57,7 @@ class Gate:
     local: whether only names of this machine are answered, for a service without keys
     origins: pages of other hosts that may ask, "*" for all; none by default
     answers: how many of each status
+    active: requests for pictures now
     """
 
     app: Any
@@ -64,6 +66,15 @@ class Gate:
     local: bool
     origins: tuple[str, ...]
     answers: Counter[int]
+    active: int = 0
+
+    def enter(self) -> None:
+        """Begin a request. Raises ApiError where there are too many, whoever they are of."""
+        if self.active >= self.limits.most_requests:
+            raise ApiError(
+                503, "too many requests at a time; try again later", code="busy", retry_after=2
+            )
+        self.active += 1
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -91,6 +102,7 @@ class Answer:
 
     async def go(self) -> None:
         client: Client | None = None
+        entered = False
         path = self.scope["path"]
         try:
             self._check_host()
@@ -100,7 +112,9 @@ class Answer:
             if path not in OPEN and not path.startswith("/static/"):
                 address = (self.scope.get("client") or ("unknown",))[0]
                 who = self.gate.clients.of(self.headers.get("authorization"), address)
-                if path.startswith("/v1/"):
+                if path.startswith("/v1/") and path != STATUS:
+                    self.gate.enter()
+                    entered = True
                     who.enter()
                     client = who
                 self.facts["client"] = who.name
@@ -114,6 +128,7 @@ class Answer:
                 self.over = False
                 await self._plain(error.status, error.headers, error.body)
         finally:
+            self.gate.active -= entered
             if client is not None:
                 client.leave()
             self.gate.answers[self.status] += 1

@@ -2,13 +2,14 @@
 
 The map from a latent's channels to red, green and blue is fitted by least squares to smooth
 pictures that the autoencoder itself encodes, once for each autoencoder, in seconds; it is kept in
-the cache. A tiny decoder is not needed for a preview of a few dozen pixels.
+the cache. A tiny autoencoder of diffusers shows more, for a little more time, where one is given.
 """
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fewstep.cache import cache_folder, recall
+from fewstep.data.bounds import reason
+from fewstep.extras import needs
+from fewstep.models.components import latent_scale
+from fewstep.models.formats.checks import check_part
 from fewstep.noise import normal
 from fewstep.serve.pictures import to_pixels
+from fewstep.text import clean
 
-__all__ = ["Shown", "fit", "shown_by"]
+__all__ = ["Shown", "fit", "read_tiny", "shown_by"]
 
 SIDE, COUNT = 64, 24  # latents a side and pictures of the fit
 RIDGE = 1e-3
@@ -34,27 +40,83 @@ class Shown:
     Attributes:
         weights: [channels of a picture, channels of a state + 1], the last column a constant;
             None where states are pixels
+        tiny: a tiny autoencoder, in place of the weights
     """
 
     weights: np.ndarray | None = None
+    tiny: Any = None
 
     def pixels(self, state: np.ndarray, picture: tuple[int, int, int]) -> np.ndarray:
         """uint8 [h, w, c] of D, [c, h, w], at the size of the picture."""
+        if self.tiny is not None:
+            return _fitted(to_pixels(self._decoded(state)), picture)
         if self.weights is None:
             return to_pixels(state)
         mapped = np.einsum("rc,chw->rhw", self.weights[:, :-1], state)
-        small = to_pixels(mapped + self.weights[:, -1, None, None])
-        height, width, channels = picture
-        image = Image.fromarray(small[..., 0] if channels == 1 else small)
-        large = image.resize((width, height), Image.Resampling.BILINEAR)
-        return np.asarray(large).reshape(height, width, channels)
+        return _fitted(to_pixels(mapped + self.weights[:, -1, None, None]), picture)
+
+    @torch.no_grad()
+    def _decoded(self, state: np.ndarray) -> np.ndarray:
+        """[c, h, w] in about [-1, 1]; a tiny autoencoder decodes latents as the pipeline has them,
+        up to a factor and a shift of its own."""
+        factor, shift = latent_scale(self.tiny)
+        latents = torch.from_numpy(state)[None] / factor + shift
+        return self.tiny.decode(latents).sample[0].float().numpy()
 
 
-def shown_by(model: Any) -> Shown:
-    """How this model's states are shown."""
+def _fitted(pixels: np.ndarray, picture: tuple[int, int, int]) -> np.ndarray:
+    """At the size of the picture."""
+    height, width, channels = picture
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    image = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
+    large = image.resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(large).reshape(height, width, channels)
+
+
+def read_tiny(folder: Path | str) -> Any:
+    """A tiny autoencoder (AutoencoderTiny of diffusers), on the CPU.
+
+    Raises:
+        ValueError: the folder holds none.
+    """
+    with needs("diffusers", "a tiny autoencoder"):
+        from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+    try:
+        check_part(Path(folder))
+        net: Any = AutoencoderTiny.from_pretrained(
+            str(folder), local_files_only=True, use_safetensors=True
+        )
+    except Exception as error:  # of diffusers, for files that are missing or damaged
+        raise ValueError(
+            f"preview_decoder must be a folder of AutoencoderTiny with config.json and "
+            f"safetensors, and {clean(folder)} is not ({reason(error)})"
+        ) from None
+    return net.eval().requires_grad_(False)
+
+
+def shown_by(model: Any, tiny: Any = None) -> Shown:
+    """How this model's states are shown.
+
+    Args:
+        model: loaded
+        tiny: a tiny autoencoder for latents, see `read_tiny`
+
+    Raises:
+        ValueError: it has other channels.
+    """
     autoencoder = getattr(model, "autoencoder", None)
     if autoencoder is None:
         return Shown()
+    if tiny is not None:
+        own = (int(tiny.config.latent_channels), int(tiny.config.out_channels))
+        wanted = (model.shape[0], model.picture[2])
+        if own != wanted:
+            raise ValueError(
+                f"preview_decoder must take {wanted[0]} channels and give {wanted[1]} for "
+                f"{model.card.name}, got {own[0]} and {own[1]}"
+            )
+        return Shown(tiny=tiny)
     channels, out = model.shape[0], model.picture[2]
     key = {"latents": _digest(autoencoder), "channels": channels}
     shape = (out, channels + 1)

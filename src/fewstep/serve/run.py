@@ -11,17 +11,20 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
 import uvicorn
 
-from fewstep.models import Model
+from fewstep.models import Model, load
 from fewstep.serve.engine import Engine
-from fewstep.serve.limits import Limits
+from fewstep.serve.previews import read_tiny
 from fewstep.serve.service import Service
+from fewstep.serve.settings import Limits
+from fewstep.serve.store import Kept
 
-__all__ = ["Server", "is_loopback", "listen", "make_service", "start_log"]
+__all__ = ["Closes", "Server", "is_loopback", "listen", "load_models", "make_service", "start_log"]
 
 
 def is_loopback(host: str) -> bool:
@@ -51,6 +54,8 @@ def make_service(
     batch: int | None = None,
     workers: int | None = None,
     threads: int | None = None,
+    store: Kept | None = None,
+    preview_decoder: Path | None = None,
 ) -> Service:
     """A service of loaded models.
 
@@ -60,6 +65,11 @@ def make_service(
         batch: rows of the network's batch; 16 on a CPU, 64 elsewhere
         workers: threads that evaluate; two on a CPU with more than one thread, else one
         threads: of torch in each worker; on a CPU its share of all
+        store: where pictures are kept; in this process where left out
+        preview_decoder: a folder with a tiny autoencoder by which latents are shown
+
+    Raises:
+        ValueError: that folder holds none, or one of other latents.
     """
     import torch
 
@@ -70,9 +80,31 @@ def make_service(
         workers = 2 if on_cpu and total > 1 else 1
     if threads is None and on_cpu:
         threads = max(1, total // workers)
+    tiny = None if preview_decoder is None else read_tiny(preview_decoder)
     rows = batch or (16 if on_cpu else 64)
     engine = Engine(rows=rows, workers=workers, threads=threads, most_waiting=limits.most_waiting)
-    return Service(models, engine, limits)
+    return Service(models, engine, limits, store, tiny)
+
+
+def load_models(names: Sequence[str], given: Mapping[str, Any]) -> dict[str, Model]:
+    """Models by the names of their cards.
+
+    Args:
+        names: built-in ones, folders, pipelines
+        given: options of `fewstep.models.load`
+
+    Raises:
+        ValueError: one makes no pictures, or two have one name.
+    """
+    models: dict[str, Model] = {}
+    for name in names:
+        loaded: Model = load(name, **given)
+        if not hasattr(loaded, "picture"):
+            raise ValueError(f"{name} makes no pictures")
+        if loaded.card.name in models:
+            raise ValueError(f"two models are called {loaded.card.name}; serve one of them")
+        models[loaded.card.name] = loaded
+    return models
 
 
 class Facts(logging.Formatter):
@@ -100,6 +132,18 @@ def start_log(level: str = "info") -> None:
         one.setLevel(level.upper() if name == "fewstep.serve" else logging.WARNING)
 
 
+class Closes(Protocol):
+    """What makes the pictures, as far as a server knows it."""
+
+    def refuse(self) -> None:
+        """Take no new work from now on."""
+        ...
+
+    def close(self, seconds: float) -> bool:
+        """Finish what runs, within so many seconds; whether all was finished."""
+        ...
+
+
 class Server(uvicorn.Server):
     """uvicorn that stops gracefully: at a signal no new work is taken, and what runs ends within a
     limit."""
@@ -107,13 +151,15 @@ class Server(uvicorn.Server):
     def __init__(
         self,
         app: Any,
-        service: Service,
+        service: Closes,
         seconds: int,
         started: Callable[[str], None] = lambda address: None,
     ) -> None:
         config = uvicorn.Config(
             app,
             log_config=None,
+            loop="asyncio",  # whatever else is installed: bounds are those of this parser
+            http="h11",
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=seconds + 5,
@@ -146,7 +192,7 @@ class Server(uvicorn.Server):
         if self.should_exit:
             self.force_exit = True
             return
-        self._service.engine.refuse()
+        self._service.refuse()
         self.should_exit = True
         loop = asyncio.get_running_loop()
         # what still runs after the limit fails, and its connections end

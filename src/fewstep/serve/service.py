@@ -18,11 +18,11 @@ from fewstep.sampling.request import Request
 from fewstep.sampling.settings import Settings
 from fewstep.serve.engine import Engine, Event, Job
 from fewstep.serve.errors import ApiError, as_api_error
-from fewstep.serve.limits import Limits
 from fewstep.serve.order import Mix, Order, order
 from fewstep.serve.pictures import encode
 from fewstep.serve.previews import Shown, shown_by
-from fewstep.serve.store import Made, Store
+from fewstep.serve.settings import Limits
+from fewstep.serve.store import Kept, Made, Store
 from fewstep.text import clean
 
 __all__ = ["Asked", "Service", "Work", "noise_of"]
@@ -102,15 +102,34 @@ class Service:
         limits: bounds
     """
 
-    def __init__(self, models: Mapping[str, Model], engine: Engine, limits: Limits) -> None:
+    def __init__(
+        self,
+        models: Mapping[str, Model],
+        engine: Engine,
+        limits: Limits,
+        store: Kept | None = None,
+        tiny: Any = None,
+    ) -> None:
+        """
+        Args:
+            models, engine, limits: see the class
+            store: where pictures are kept; in this process where left out
+            tiny: a tiny autoencoder by which latents are shown, see `read_tiny`
+
+        Raises:
+            ValueError: there is no model, or the autoencoder is of other latents.
+        """
         if not models:
             raise ValueError("a service needs at least one model")
         self.models, self.engine, self.limits = dict(models), engine, limits
-        self.store, self.begun, self.created = Store(limits), time.monotonic(), int(time.time())
+        self.store: Kept = Store(limits) if store is None else store
+        self.created = int(time.time())
         # one at a time: what texts become is kept without a lock
         self._preparing = ThreadPoolExecutor(1, "prepare")
         self._encoding = ThreadPoolExecutor(2, "encode")
         self._shown: dict[str, Shown] = {}
+        if tiny is not None:
+            self._shown = {name: shown_by(model, tiny) for name, model in self.models.items()}
 
     def model(self, name: str | None) -> tuple[str, Model]:
         """A model by name, the first one where none is named. Raises ApiError 404."""
@@ -221,7 +240,7 @@ class Service:
 
     async def _picture(self, work: Work, event: Event) -> dict[str, Any]:
         made = self._made(work, event)
-        key = self.store.put(made)
+        key = await self.store.put(made)
         fact: dict[str, Any] = {
             "kind": "picture",
             "index": event.index,
@@ -280,6 +299,10 @@ class Service:
             asked.mask,
             about,
         )
+
+    def refuse(self) -> None:
+        """Take no new work from now on."""
+        self.engine.refuse()
 
     def close(self, seconds: float) -> bool:
         """Finish what runs, within so many seconds; whether all was finished."""

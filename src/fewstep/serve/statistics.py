@@ -71,7 +71,8 @@ class Statistics:
 
     def waited(self, seconds: float) -> None:
         """A job was begun."""
-        self.stages["queue"].add(seconds)
+        with self._lock:
+            self.stages["queue"].add(seconds)
 
     def decoded(self, seconds: float, pictures: int) -> None:
         """Pictures were made of their states."""

@@ -7,15 +7,15 @@ import threading
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from fewstep.sampling.settings import Settings
-from fewstep.serve.limits import Limits
 from fewstep.serve.order import Mix
+from fewstep.serve.settings import Limits
 
-__all__ = ["Made", "Store"]
+__all__ = ["Kept", "Made", "Store"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +49,20 @@ class Made:
         return 2000 + sum(one.nbytes for one in arrays if one is not None)
 
 
+class Kept(Protocol):
+    """Where pictures are kept: in this process, or for all replicas."""
+
+    async def put(self, made: Made) -> str:
+        """Keep a picture; returns its id."""
+        ...
+
+    async def get(self, key: str, owner: str) -> Made | None:
+        """The picture of an id; None where it is not there any more, or somebody else's."""
+        ...
+
+    def __len__(self) -> int: ...
+
+
 class Store:
     """The newest pictures by their ids, which cannot be guessed."""
 
@@ -61,8 +75,7 @@ class Store:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def put(self, made: Made) -> str:
-        """Keep a picture; returns its id."""
+    async def put(self, made: Made) -> str:
         key, now = f"img_{secrets.token_urlsafe(18)}", time.monotonic()
         limits = self._limits
         with self._lock:
@@ -77,8 +90,7 @@ class Store:
                 self._bytes -= other.nbytes
         return key
 
-    def get(self, key: str, owner: str) -> Made | None:
-        """The picture of an id; None where it is not there any more, or somebody else's."""
+    async def get(self, key: str, owner: str) -> Made | None:
         with self._lock:
             when, made = self._kept.get(key, (0.0, None))
         if made is None or made.owner != owner:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-import operator
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
+from fewstep.arguments import either, function, text, whole
 from fewstep.plan import Combine, Eval, Ops, Plan, Prediction, Program, freeze
 
 __all__ = [
@@ -92,6 +92,14 @@ class Solver:
     consistency: bool = False
 
     def __post_init__(self) -> None:
+        text("name", self.name)
+        function("ops", self.ops, "ops(sigmas)")
+        if self.prediction not in ("eps", "x0"):
+            raise ValueError(f"prediction must be 'eps' or 'x0', got {self.prediction!r:.80}")
+        for what in ("depth", "order", "degree"):
+            whole(what, getattr(self, what), int(what == "depth"))
+        for what in ("stochastic", "consistency"):
+            either(what, getattr(self, what))
         for what, pairs in (("options", self.options), ("ranges", self.ranges)):
             if not isinstance(pairs, tuple) or not all(map(_is_named, pairs)):
                 wanted = '(("eta", 1.0),)' if what == "options" else '(("eta", Range(0, 1)),)'
@@ -306,6 +314,8 @@ def register(solver: Solver) -> Solver:
     Raises:
         ValueError: the name, or one that differs from it in case and hyphens alone, is taken.
     """
+    if not isinstance(solver, Solver):
+        raise ValueError(f"solver must be a Solver, got {solver!r:.80}")
     for taken in (*_REGISTRY, *ALIASES):
         if _key(taken) == _key(solver.name):
             raise ValueError(f"there is already a solver called {taken!r}")
@@ -334,7 +344,7 @@ def get(name: str) -> Solver:
     Raises:
         ValueError: with the nearest names.
     """
-    if name in _REGISTRY:
+    if text("name", name) in _REGISTRY:
         return _REGISTRY[name]
     if name in _SPELT:
         registered, found = _SPELT[name]
@@ -347,7 +357,7 @@ def get(name: str) -> Solver:
 
 
 def _spelt(name: str) -> Solver:
-    base, _, text = name.partition(":")
+    base, _, written = name.partition(":")
     keys = {_key(known): known for known in (*_REGISTRY, *ALIASES)}
     found = keys.get(_key(base), "")
     solver = _REGISTRY.get(ALIASES.get(found, found))
@@ -360,10 +370,11 @@ def _spelt(name: str) -> Solver:
         raise ValueError(
             f"there is no solver called {base!r}{hint} (`fewstep plan --list` has all)"
         )
-    if not text:
+    if not written:
         return solver
     try:
-        values = {k.strip(): float(v) for k, v in (part.split("=") for part in text.split(","))}
+        pairs = (part.split("=") for part in written.split(","))
+        values = {key.strip(): float(value) for key, value in pairs}
     except ValueError:
         raise ValueError(f"options are written NAME:key=number,key=number, got {name!r}") from None
     return solver.with_options(**values)
@@ -406,7 +417,7 @@ def intervals_for(
     Raises:
         ValueError: it names the nearest budgets that the solver can spend.
     """
-    budget = _whole("nfe", budget)
+    budget = whole("nfe", budget)
     if not 1 <= budget <= MOST_EVALUATIONS:
         raise ValueError(f"nfe must be from 1 to {MOST_EVALUATIONS}, got {budget}")
 
@@ -429,10 +440,3 @@ def intervals_for(
     extra = f" with {', '.join(options)}" if options else ""
     can = f"it can spend {', '.join(map(str, spend))}, ..." if spend else "it spends none"
     raise ValueError(f"{solver.name}{extra} cannot spend exactly {budget} evaluations; {can}")
-
-
-def _whole(name: str, value: Any) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name} must be a whole number, got {value!r}") from None

@@ -72,6 +72,10 @@ def check_pickle(path: Path) -> None:
             "use the .safetensors of this model, or convert it where you trust it"
         ) from None
     except Exception as error:  # a pickle can fail in any way
+        if "TorchScript" in str(error):
+            raise ValueError(
+                f"{path} is a TorchScript file, which is a program; give the model's weights"
+            ) from None
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(f"{path} cannot be read ({reason}); fetch it again") from None
 

@@ -10,11 +10,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from fewstep.pickles import Pickled, is_pickle, named, read
-from fewstep.tensors import read_header
+from fewstep.tensors import read_header, read_metadata
 
-__all__ = ["KINDS", "Contents", "Kind", "of_pickle", "recognise", "tensor_names"]
+__all__ = ["KINDS", "Contents", "Kind", "declared", "of_pickle", "recognise", "tensor_names"]
+
+MODELSPEC = {  # of modelspec.prediction_type, in the metadata of safetensors
+    "epsilon": "epsilon",
+    "v": "v_prediction",
+    "v_prediction": "v_prediction",
+}
+SIGNS = {  # how files begin that stand in the place of weights, in lower case
+    b"<": "it is a web page, not what was linked on it; fetch the file itself",
+    b"version https://": "it is a pointer of Git LFS; fetch the file itself: git lfs pull",
+    b"gguf": "it is a GGUF of another runtime; fetch the safetensors of this model",
+    b"{": "it is JSON, not weights; give the folder that it is in, or the weights beside it",
+}
 
 
 @dataclass(frozen=True)
@@ -63,10 +76,21 @@ ALONE = "it lacks {}; load the whole model, a folder of diffusers or a file with
 UNET, QUANTISER = "model.diffusion_model.", "first_stage_model.quantize."
 EMBEDDER = "cond_stage_model.embedding.weight"  # of a class-conditional latent diffusion
 ADM, ADM_OPTIONS = "fewstep.models.formats.adm:open_source", ("preset", "config", "classifier")
+EMBEDDINGS = ({"emb_params"}, {"clip_l", "clip_g"})  # of textual inversion
 KINDS: tuple[Kind, ...] = (
     Kind(
         "a LoRA",
         lambda c: any(map(c.holds, ("lora_up.", "lora_A.", ".lora.up", "lora_B.", "hada_w1"))),
+        "it is an addition to a model; load that model's own files",
+    ),
+    Kind(
+        "a ControlNet",
+        lambda c: c.has("control_model.") or c.has("controlnet_"),
+        "it is an addition to a model; load that model's own files",
+    ),
+    Kind(
+        "an embedding of textual inversion",
+        lambda c: c.names in EMBEDDINGS or c.has("string_to_param"),
         "it is an addition to a model; load that model's own files",
     ),
     Kind(
@@ -158,11 +182,42 @@ def tensor_names(path: Path) -> Contents:
     if start[8:9] == b"{":
         return Contents(frozenset(read_header(path)))
     if not is_pickle(start):
-        raise ValueError(
-            f"{path} cannot be read: it is neither safetensors, nor of torch.save, nor a pickle; "
-            "fetch it again"
-        )
+        raise ValueError(f"{path} cannot be read: {_not_weights(start)}")
     return of_pickle(read(path))
+
+
+def declared(path: Path) -> dict[str, Any]:
+    """What a single file says of its process, by keys or in its metadata: fields of a scheduler's
+    configuration.
+
+    Raises:
+        ValueError: it contradicts itself, or names a process that fewstep does not run.
+    """
+    names = tensor_names(path).names
+    if any(name.startswith("edm_") for name in names):
+        raise ValueError(
+            f"{path} says that it is of EDM's process (edm_vpred.* or edm_mean), which fewstep "
+            "does not run for pipelines"
+        )
+    own = {name.rpartition(".")[2] for name in names}
+    found: dict[str, Any] = {"prediction_type": "v_prediction"} if "v_pred" in own else {}
+    safe = path.suffix == ".safetensors"
+    said = read_metadata(path).get("modelspec.prediction_type", "") if safe else ""
+    if (spec := MODELSPEC.get(said.lower())) is not None:
+        if found.get("prediction_type", spec) != spec:
+            raise ValueError(f"{path} has the key v_pred, and its metadata say {said}")
+        found["prediction_type"] = spec
+    return {**found, "rescale_betas_zero_snr": True} if "ztsnr" in own else found
+
+
+def _not_weights(start: bytes) -> str:
+    """What a file is that is no file of weights, and what to do."""
+    for begin, what in SIGNS.items():
+        if start.lstrip().lower().startswith(begin):
+            return what
+    if not start:
+        return "it is empty; fetch it again"
+    return "it is neither safetensors, nor of torch.save, nor a pickle; fetch it again"
 
 
 def of_pickle(file: Pickled) -> Contents:

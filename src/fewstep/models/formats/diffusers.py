@@ -26,7 +26,7 @@ from fewstep.models.card import CARD_FILE, Card, Choice
 from fewstep.models.components import pixels_per_latent, quiet, sample_sides
 from fewstep.models.families import FAMILIES, Family
 from fewstep.models.formats.checks import check_folder, in_one_line
-from fewstep.models.formats.contents import tensor_names
+from fewstep.models.formats.contents import declared
 from fewstep.models.formats.loras import Lora, with_loras
 from fewstep.models.formats.sources import (
     INDEX_FILE,
@@ -49,7 +49,6 @@ WEIGHTS = re.compile(r"diffusion_pytorch_model(\.(?P<variant>[\w-]+?))?(-\d+-of-
 # Components that judge or watermark pictures, or read pictures in place of text.
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
 LIBRARIES = ("diffusers", "transformers", "fewstep.integrations.diffusers")
-ZERO_SNR = "rescale_betas_zero_snr"
 
 
 def load_pipeline(
@@ -225,14 +224,7 @@ def _apply_marks(pipe: Any, source: Source, given: bool) -> None:
         ValueError: the two contradict each other, and for a process that fewstep does not run.
     """
     assert source.single is not None
-    names = tensor_names(source.single).names
-    if any(name.startswith("edm_") for name in names):
-        raise ValueError(
-            f"{source.single} says that it is of EDM's process (edm_vpred.* or edm_mean), which "
-            "fewstep does not run for pipelines"
-        )
-    marks = {"v_pred": ("prediction_type", "v_prediction"), "ztsnr": (ZERO_SNR, True)}
-    wanted = dict(value for mark, value in marks.items() if mark in names)
+    wanted = declared(source.single)
     config = pipe.scheduler.config
     said = read_json(source.folder / "scheduler" / "scheduler_config.json", "a configuration")
     for name, value in wanted.items():
