@@ -84,9 +84,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--nfe", type=int, default=50)
     parser.add_argument("--solver", default="ddim")
-    parser.add_argument(
-        "--data", type=Path, help="folder of Fashion-MNIST's files: real scenes too"
-    )
+    parser.add_argument("--data", type=Path, help="Fashion-MNIST's files: real scenes too")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(argv)
     model, judges = fewstep.load(options.model), Judges.load(options.judges)
