@@ -34,7 +34,7 @@ BATCH = 100
 
 
 def pictures_of(
-    model: Any, texts: Sequence[str], first: int, guidance: float, nfe: int, solver: str
+    model: Any, texts: Sequence[str], first: int, guidance: float | None, nfe: int, solver: str
 ) -> np.ndarray:
     """uint8 [n, h, w, 3], one per text; its seed is its number."""
     parts = []
