@@ -130,7 +130,7 @@ def survives(args: argparse.Namespace) -> dict[str, Any]:
 def overhead(args: argparse.Namespace) -> dict[str, Any]:
     """Two plain processes that share the seeds, against two workers of Ray; in turns."""
     half, shards = args.pictures // 2, max(2, args.shards)
-    seeds, ratios, pairs = range(args.pictures), [], []
+    seeds, ratios, of_work, pairs = range(args.pictures), [], [], []
     for turn in range(args.pairs):
         plain = args.out / f"plain-{turn}"
         both = (
@@ -142,10 +142,25 @@ def overhead(args: argparse.Namespace) -> dict[str, Any]:
         order = [lambda b=both: timed(*b), lambda s=spread: timed(s)]
         first = [order[i]() for i in ((0, 1) if turn % 2 == 0 else (1, 0))]
         pair = first if turn % 2 == 0 else first[::-1]
-        pairs.append({"plain": pair[0], "ray": pair[1]})
+        work = worked(plain / "a", plain / "b"), worked(args.out / f"ray-{turn}")
+        pairs.append({"plain": pair[0], "ray": pair[1], "plain_work": work[0], "ray_work": work[1]})
         ratios.append(pair[1] / pair[0])
+        of_work.append(work[1] / work[0])
         print(json.dumps(pairs[-1]), file=sys.stderr)
-    return {"pairs": pairs, "ratio": round(statistics.median(ratios), 3)}
+    return {
+        "pairs": pairs,
+        "ratio": round(statistics.median(ratios), 3),
+        "ratio_of_work": round(statistics.median(of_work), 3),
+    }
+
+
+def worked(*places: Path) -> float:
+    """Seconds from the beginning of the first shard to the end of the last: without the start of
+    processes, libraries and models."""
+    paths = [path for place in places for path in (place / "manifest").glob("*.jsonl")]
+    lines = [json.loads(text) for path in paths for text in path.read_text().splitlines()]
+    begun = min(line["at"] - line["seconds"] for line in lines)
+    return round(max(line["at"] for line in lines) - begun, 1)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -114,9 +114,9 @@ def test_options_that_fit_are_taken():
 @pytest.mark.parametrize(
     "words",
     [
-        ("sample", "--nfe", 1, "--out", "out"),
         ("train", "solver", "--out", "out"),
-        ("compare", "--out", "out"),
+        ("train", "network", "--data", "data", "--out", "out"),
+        ("serve",),
         ("demo",),
     ],
 )
@@ -127,6 +127,16 @@ def test_several_processes_are_refused_before_any_work(words, tmp_path):
     assert "WORLD_SIZE is 2" in found.stderr
     assert "without torchrun" in found.stderr
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["sample", "evaluate"])
+def test_processes_that_share_work_need_the_store_of_torchrun(name, tmp_path, monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    more = ["pictures"] if name == "evaluate" else []
+    found = command(name, *more, "--out", tmp_path / "out", env={"WORLD_SIZE": "2", "RANK": "1"})
+    assert (found.exit_code, found.stderr.count("\n")) == (2, 1)
+    assert "torchrun's store cannot be reached" in found.stderr
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("count", ["1", "", "none"])

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ def test_an_actor_that_is_killed_starts_again(tmp_path: Path) -> None:
     thread, executor = killing(tmp_path, 3), Ray.of(Scaling("ray", 2))
     assert done(executor, tmp_path) == SQUARES
     thread.join()
-    assert executor.counts.lost >= 1
+    assert executor.counts.lost + executor.counts.second >= 1
 
 
 def test_a_node_goes_and_another_one_comes(tmp_path: Path) -> None:
@@ -123,16 +124,13 @@ def test_a_node_goes_and_another_one_comes(tmp_path: Path) -> None:
     try:
         ray.init(address=cluster.address, log_to_driver=False)
 
-        def change() -> None:
+        with ThreadPoolExecutor(1) as aside:  # nodes start in the main thread alone
+            found = aside.submit(done, Ray.of(Scaling("ray", 2)), tmp_path, seconds=1.0)
             while len(list(tmp_path.glob("begun-*"))) < 4:
                 time.sleep(0.05)
             cluster.remove_node(gone)
             cluster.add_node(num_cpus=1)
-
-        thread = threading.Thread(target=change, daemon=True)
-        thread.start()
-        assert done(Ray.of(Scaling("ray", 2)), tmp_path, seconds=1.0) == SQUARES
-        thread.join()
+            assert found.result() == SQUARES
     finally:
         ray.shutdown()
         cluster.shutdown()
@@ -208,5 +206,9 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
         again = command("sample", *few, "--out", disk / "out")
         assert again.exit_code == 0, again.output
         assert "there already" in again.stdout
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        ran = command("sample", *few, "--out", disk / "other")
+        assert (ran.exit_code, ran.stdout) == (2, "")
+        assert "Read-only file system" in ran.stderr
     finally:
         subprocess.run(["umount", str(disk)], check=True)

@@ -12,8 +12,11 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import socket
+import sys
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
@@ -26,6 +29,7 @@ __all__ = ["Ray", "connect"]
 
 T = TypeVar("T")
 
+ANSWER = 5.0  # seconds that a cluster has to answer
 STORE = 100 * 2**20  # bytes of shared memory of a cluster of our own: shards do not pass through it
 
 
@@ -46,6 +50,7 @@ class Ray:
     leads: bool = True
     here: None = None
     pool: _Actors | None = None
+    aside: ExitStack = field(default_factory=ExitStack)
 
     @classmethod
     def of(cls, how: Scaling, say: Callable[[str], None] = lambda text: None) -> Ray:
@@ -90,9 +95,12 @@ class Ray:
         raise ValueError("executor ray has one process that leads")
 
     def __enter__(self) -> Self:
+        """What Ray prints goes to standard error: the result alone goes to standard output."""
+        self.aside.enter_context(redirect_stdout(sys.stderr))
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.aside.close()
         self._close()
         if self.own:
             self.ray.shutdown()
@@ -159,6 +167,9 @@ def connect(ray: Any, address: str, cpus: int) -> None:
         ray.init(address="local", num_cpus=cpus, object_store_memory=STORE, **quiet)
         return
     try:
+        host, colon, port = address.removeprefix("ray://").rpartition(":")
+        if colon and port.isdecimal():  # Ray itself would try for minutes
+            socket.create_connection((host, int(port)), timeout=ANSWER).close()
         ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
     except Exception as error:  # of connections, of versions, of the client: all kinds
         text = " ".join(str(error).split())
