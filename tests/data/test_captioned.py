@@ -17,7 +17,7 @@ from PIL import Image
 from fewstep.data.captioned import open_captioned
 from fewstep.data.images import Unreadable
 
-TEXTS = {"a": "a cat", "b": "a mat, red", "c": "sat\non a 'mat'"}
+TEXTS = {"a": "a cat", "b": "a mat, red", "c": "sat  on a 'mat'"}
 
 
 def png(seed: int) -> bytes:

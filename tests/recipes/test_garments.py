@@ -15,7 +15,7 @@ from fewstep.evaluate.agreement import prompts
 from fewstep.networks.features import load_feature_folder
 from recipes import garments, garments_features
 from recipes.garments_parts import library, make_tokenizer, merges, tokens_of
-from studies import garments_teacher
+from studies import garments_students, garments_teacher
 from tests.support.clothes import write_clothes
 
 SMALL = ["--batch", "4", "--scenes", "24", "--checkpoint-every", "1"]
@@ -126,6 +126,10 @@ def test_judges_are_trained_and_written_and_judge(data, encoded, tmp_path, monke
     rows = garments_teacher.main([*map(str, [*given, *options])])
     assert [row["guidance"] for row in rows] == [1, 2]
     assert json.loads((tmp_path / "rows.json").read_text())["rows"] == rows
+    options = ["--count", 3, "--nfe", 1, 2, "--rows", "ddim", "--out", tmp_path / "students.json"]
+    rows = garments_students.main([*map(str, [*given, *options])])
+    assert [(row["row"], row["nfe"]) for row in rows] == [("ddim", 1), ("ddim", 2)]
+    assert garments_students.main([*map(str, [*given, *options])]) == rows  # none is made again
 
 
 @pytest.mark.parametrize(
