@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 import fewstep
+from fewstep.data.garments import Garments
 from fewstep.data.idx import to_unit
 from fewstep.evaluate.agreement import Prompt, agreement, prompts
 from fewstep.evaluate.statistics import Statistics, own_bias
@@ -83,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--nfe", type=int, default=50)
     parser.add_argument("--solver", default="ddim")
+    parser.add_argument("--data", type=Path, help="Fashion-MNIST's files: real scenes too")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(argv)
     model, judges = fewstep.load(options.model), Judges.load(options.judges)
@@ -91,6 +93,11 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     for guidance in options.guidance:
         images = pictures_of(model, texts, options.first, guidance, options.nfe, options.solver)
         rows.append({"guidance": guidance, **judges.row(images, asked)})
+        print(json.dumps(rows[-1]), flush=True)
+    if options.data:
+        numbers = range(options.first, options.first + options.count)
+        real = Garments(options.data, "test").pictures(numbers).permute(0, 2, 3, 1).numpy()
+        rows.append({"real": True, **judges.row(real, asked)})
         print(json.dumps(rows[-1]), flush=True)
     if options.out:
         given = {name: vars(options)[name] for name in ("count", "first", "nfe", "solver")}

@@ -27,16 +27,19 @@ def number(*arguments: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same pictures as a folder, as tars, and as features alone."""
+    """The same pictures as a folder, as tars, as features alone, and as PNG with features."""
     out = tmp_path_factory.mktemp("made")
-    alone = ("--shards", 3, "--keep", "none", "--features", "fashion-a")
-    for name, more in {"plain": (), "tar": ("--shards", 3), "none": alone}.items():
+    looks = ("--shards", 3, "--features", "fashion-a", "--keep")
+    ways = {"plain": (), "tar": ("--shards", 3), "none": (*looks, "none"), "png": (*looks, "png")}
+    for name, more in ways.items():
         assert command(*SAMPLE, "--out", out / name, *more).exit_code == 0
     return out
 
 
 def test_all_ways_to_keep_pictures_measure_alike(made: Path) -> None:
-    plain, tar, none = (number(made / name) for name in ("plain", "tar", "none"))
+    plain, tar, none, png = (number(made / name) for name in ("plain", "tar", "none", "png"))
+    assert png["metrics"] == none["metrics"]
+    assert "3 of 3" in command("status", made / "png", "--check").stdout
     value = plain["metrics"][0]["value"]
     assert tar["metrics"] == plain["metrics"]
     assert none["metrics"][0]["value"] == pytest.approx(value, rel=NEAR)

@@ -74,3 +74,29 @@ def test_previews_that_are_not_read_do_not_pile_up():
     work.add(Event("picture", 0, 50, 50))
     assert work.events.qsize() == 3
     assert {event.nfe for event in work.latest.values()} == {48, 49}
+
+
+def test_requests_at_a_time_are_bounded_whoever_they_are_of():
+    sent: list[Any] = []
+
+    async def app(scope, receive, send):
+        await asyncio.Event().wait()
+
+    async def send(message):
+        sent.append(message)
+
+    async def receive():
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def two() -> int:
+        closed = gate(app, most_requests=1)
+        first = asyncio.create_task(closed(dict(SCOPE), receive, send))
+        await asyncio.sleep(0)
+        await closed({**SCOPE, "client": ("127.0.0.2", 1)}, receive, send)
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        return closed.active
+
+    assert asyncio.run(two()) == 0
+    assert sent[0]["status"] == 503
+    assert (b"retry-after", b"2") in sent[0]["headers"]

@@ -94,21 +94,11 @@ def serve_command(
         import prometheus_client  # noqa: F401
         import python_multipart  # noqa: F401
         import uvicorn  # noqa: F401
-    from fewstep.serve.keys import read_keys
-    from fewstep.serve.run import Server, is_loopback, listen, start_log
+    from fewstep.serve.run import Server, listen, start_log
 
-    access = {
-        "keys": () if keys is None else read_keys(keys),
-        "local": is_loopback(host),
-        "origins": () if cors is None else words(cors, "--cors"),
-    }
-    if not access["local"] and not access["keys"]:
-        raise ValueError(f"host {host} is reached from other machines: give keys too, with --keys")
-    if port > 65_535:
-        raise ValueError(f"port must be at most 65535, got {port}")
-    limits = Limits(**BOUNDS.take(given))
-    spread = REPLICAS.take(given)
-    if not ray and (address or Replicas(**spread) != Replicas()):
+    access = _access(host, port, keys, cors)
+    limits, replicas = Limits(**BOUNDS.take(given)), Replicas(**REPLICAS.take(given))
+    if not ray and (address or replicas != Replicas()):
         raise ValueError("replicas and their address are of a Ray cluster; add --ray")
     if size:
         given["size"] = parse_size(size)
@@ -122,7 +112,7 @@ def serve_command(
 
             tiny = preview_decoder and preview_decoder.resolve()
             setup = Setup(models_of(names), chosen, limits, batch, workers, log_prompts, tiny)
-            service: Any = stack.enter_context(deployed(setup, Replicas(**spread), address or ""))
+            service: Any = stack.enter_context(deployed(setup, replicas, address or ""))
             application = create_front(service, limits, **access)
         else:
             from fewstep.serve.app import create_app
@@ -140,6 +130,23 @@ def serve_command(
 
         Server(application, service, grace, started).run([bound])
         service.close(0)
+
+
+def _access(host: str, port: int, keys: Path | None, cors: str | None) -> dict[str, Any]:
+    """Who may ask, as `create_app` takes it."""
+    from fewstep.serve.keys import read_keys
+    from fewstep.serve.run import is_loopback
+
+    known, local = () if keys is None else read_keys(keys), is_loopback(host)
+    if not local and not known:
+        raise ValueError(f"host {host} is reached from other machines: give keys too, with --keys")
+    if port > 65_535:
+        raise ValueError(f"port must be at most 65535, got {port}")
+    return {
+        "keys": known,
+        "local": local,
+        "origins": () if cors is None else words(cors, "--cors"),
+    }
 
 
 def _default() -> str:

@@ -191,7 +191,8 @@ class Manifest:
         """Which shards are there, and as their lines say.
 
         Args:
-            files: of a shard by its number; those of `shard_files` where left out
+            files: of a shard by its number; those of `shard_files` where left out: pictures that
+                are kept one by one are not looked at then
             whole: read them and compare their hash; where the store is near unless given
         """
         lines = self.lines()
@@ -201,11 +202,15 @@ class Manifest:
         if self.job.keep == "png" and files is not None:
             sizes |= self.store.sizes("")
 
+        apart = self.job.keep == "png" and files is None  # pictures whose names are not known here
+
         def good(line: Line) -> bool:
             names = named(line.shard)
-            if sum(sizes.get(name, -1) for name in names) != line.bytes and names:
+            if apart:
+                return all(name in sizes for name in names)
+            if sum(sizes.get(name, -1) for name in names) != line.bytes:
                 return False
-            return not whole or not names or self._hash(names) == line.sha256
+            return not whole or self._hash(names) == line.sha256
 
         with ThreadPoolExecutor(READERS) as readers:
             fine = dict(zip(lines, readers.map(good, lines.values()), strict=True))

@@ -46,7 +46,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         413: "too many bytes",
         422: "a field is not of its type",
         429: "too many requests",
-        503: "stopping, or out of memory",
+        503: "stopping, too busy, or failed",
     }.items()
 }
 IMAGE = {"type": "string", "format": "binary"}
