@@ -202,3 +202,26 @@ def test_a_plan_from_above_the_network_s_noise_is_refused(solver: str) -> None:
     with pytest.raises(ValueError, match="starts at sigma 20"):
         scheduler.set_timesteps(sigmas=[20.0, 1.0])
     scheduler.set_timesteps(sigmas=[14.615, 1.0])  # as published, of 14.6146
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_train_timesteps": -1},
+        {"num_train_timesteps": True},
+        {"beta_schedule": "exponential"},
+        {"thresholding": "yes"},
+        {"thresholding": 1},
+    ],
+)
+def test_a_setting_of_the_wrong_kind_is_refused_by_its_name(options) -> None:
+    with pytest.raises(ValueError, match=f"^{next(iter(options))}[^\n]*$"):
+        FewstepScheduler(**options)
+
+
+@pytest.mark.parametrize("count", [0, -1, 2.5, True, None, "3"])
+def test_a_number_of_steps_of_the_wrong_kind_is_refused(count) -> None:
+    with pytest.raises(ValueError, match="num_inference_steps must be a whole number"):
+        FewstepScheduler().set_timesteps(count)
+    with pytest.raises(ValueError, match="config must be a scheduler's configuration"):
+        FewstepScheduler.from_config(5)

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.arguments import either, whole
 from fewstep.denoiser import PREDICTIONS
 from fewstep.extras import needs
 from fewstep.grid import check_grid, make_grid
@@ -81,6 +82,7 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
 
     The others are the process, named as in diffusers: prediction_type is "epsilon",
     "v_prediction", "sample" or "flow_prediction", of which the last has no betas but a shift.
+    thresholding is for pixels: latents are not within [-1, 1], and a scheduler cannot tell.
 
     `set_timesteps(n)` makes n *intervals*, as diffusers does; solvers with stages inside an
     interval have `order` timesteps for each, and so many network calls. Stochastic solvers draw
@@ -122,10 +124,15 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         use_lu_lambdas: bool = False,
         use_beta_sigmas: bool = False,
     ) -> None:
+        either("thresholding", thresholding)
         flow = prediction_type == "flow_prediction"
         self.betas: Tensor | None = None
         if not flow:
-            table = DDPMScheduler(**{name: self.config[name] for name in TABLE})
+            whole("num_train_timesteps", num_train_timesteps, 1)
+            try:
+                table = DDPMScheduler(**{name: self.config[name] for name in TABLE})
+            except NotImplementedError as error:
+                raise ValueError(f"beta_schedule: {error}") from None
             self.betas = table.betas
             self.alphas_cumprod = torch.cumprod(1 - table.betas.double(), 0).float()
         # a dynamic shift comes with set_timesteps(mu=...)
@@ -161,6 +168,8 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
             ValueError: for a learned solver that reads the network's features, for names that there
                 are not, and for settings that would change a picture and are not honoured.
         """
+        if config is not None and not isinstance(config, Mapping):
+            raise ValueError(f"config must be a scheduler's configuration, got {config!r:.80}")
         fields = dict(config or {})
         check_class(str(fields.get("_class_name", "")), KNOWN)
         if "solver" in kwargs:
@@ -213,10 +222,7 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         schedule = self._grid_schedule(mu)
         given = timesteps if sigmas is None else sigmas
         if given is None:
-            if num_inference_steps is None or num_inference_steps < 1:
-                raise ValueError(
-                    f"num_inference_steps must be at least 1, got {num_inference_steps}"
-                )
+            num_inference_steps = whole("num_inference_steps", num_inference_steps, 1)
             levels = self._grid(num_inference_steps, schedule)
         else:
             numbers = [float(value) for value in given]
