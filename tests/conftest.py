@@ -11,7 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core, so a thread 
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.support.testbed import Mixture
+from tests.support.testbed import FEW_RIVALS, Mixture
 
 # Random cases are the same on every run; a slow machine is not a failure.
 settings.register_profile(
@@ -32,7 +32,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 @pytest.fixture(autouse=True)
 def few_rivals(monkeypatch: pytest.MonkeyPatch) -> None:
     """A training ends by measuring the training-free solvers: here two, where users have ten."""
-    monkeypatch.setattr("fewstep.learned.rivals.RIVALS", ("ddim", "ipndm-2"))
+    monkeypatch.setattr("fewstep.learned.rivals.RIVALS", FEW_RIVALS)
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ from fewstep.solving import iterate
 ALL_SOLVERS = registry.names()
 ODE_SOLVERS = registry.names(stochastic=False)
 SDE_SOLVERS = registry.names(stochastic=True)
+FEW_RIVALS = ("ddim", "ipndm-2")  # that trainings are measured against here; users have ten
 
 
 class Mixture:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+import fewstep.learned.rivals
 from fewstep.cache import cache_folder
 from fewstep.distillation import distill
 from fewstep.learned import train as train_solver
@@ -28,6 +29,7 @@ from fewstep.train.loop import Progress
 from fewstep.train.network import train_network
 from fewstep.train.recipe import Recipe
 from recipes import fashion_features
+from tests.support.testbed import FEW_RIVALS
 
 __all__ = ["LONGER", "OTHER", "PIPELINES", "RESULTS", "STEPS", "TRAININGS", "step_of"]
 
@@ -154,6 +156,7 @@ def die_in(write: int) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    fewstep.learned.rivals.RIVALS = FEW_RIVALS
     if len(sys.argv) > 3:
         die_in(int(sys.argv[3]))
     {**TRAININGS, **PIPELINES}[sys.argv[1]](
