@@ -41,6 +41,7 @@ __all__ = [
     "Bound",
     "Guided",
     "Thresholded",
+    "threshold",
     "Clipped",
     "Counted",
     "OPTIONAL",
@@ -283,15 +284,19 @@ class Thresholded(Wrapper):
             raise ValueError(f"limit must be > 0, got {self.limit}")
 
     def change(self, denoised: Tensor) -> Tensor:
-        size = denoised.abs().flatten(1)  # [b, d]
-        place = self.quantile * (size.shape[1] - 1)
-        rank, weight = int(place), place % 1
-        # the largest few only: torch.quantile sorts everything, and refuses more than 2^24 numbers
-        largest = size.topk(size.shape[1] - rank, dim=1).values
-        above = largest[:, -2] if largest.shape[1] > 1 else largest[:, -1]
-        s = torch.lerp(largest[:, -1], above, weight).clamp(min=self.limit)
-        s = per_sample(s, denoised)
-        return denoised.clamp(-s, s) * (self.limit / s)
+        return threshold(denoised, self.quantile, self.limit)
+
+
+def threshold(denoised: Tensor, quantile: float, limit: float = 1.0) -> Tensor:
+    """D [b, ...], thresholded as `Thresholded` says."""
+    size = denoised.abs().flatten(1)  # [b, d]
+    place = quantile * (size.shape[1] - 1)
+    rank, weight = int(place), place % 1
+    # the largest few only: torch.quantile sorts everything, and refuses more than 2^24 numbers
+    largest = size.topk(size.shape[1] - rank, dim=1).values
+    above = largest[:, -2] if largest.shape[1] > 1 else largest[:, -1]
+    s = per_sample(torch.lerp(largest[:, -1], above, weight).clamp(min=limit), denoised)
+    return denoised.clamp(-s, s) * (limit / s)
 
 
 @dataclass(frozen=True, eq=False)

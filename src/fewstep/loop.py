@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fewstep.arguments import function
-from fewstep.denoiser import Denoiser, Thresholded, per_sample
+from fewstep.denoiser import Denoiser, per_sample, threshold
 from fewstep.noise import brownian, normal
 from fewstep.plan import Combine, Eval, Level, Program, Seen
 
@@ -190,7 +190,7 @@ class Stepper:
         self.nfe += op.source == "net"
         denoised = denoised.to(x.dtype)
         if self._program.quantile is not None:
-            denoised = Thresholded(None, self._program.quantile).change(denoised)
+            denoised = threshold(denoised, self._program.quantile)
         if denoised.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
             denoised = denoised.clone()  # x's memory may be written to again
         self._denoised, output = denoised, denoised

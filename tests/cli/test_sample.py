@@ -49,6 +49,7 @@ def test_sample_writes_skips_and_refuses_to_mix(
     assert hashes(out) == after
 
 
+@pytest.mark.slow
 def test_running_twice_gives_the_same_files(tmp_path: Path) -> None:
     more = ("--seeds", "7,9", "--label", "bag,1", "--guidance", 2)
     for name in "ab":
@@ -231,6 +232,7 @@ def test_a_file_in_the_way_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture
     assert (tmp_path / "000000.png").read_bytes() == b"my holiday"
 
 
+@pytest.mark.slow
 def test_of_two_processes_with_other_settings_one_goes_on(tmp_path: Path) -> None:
     """Started together, in one folder: the other is refused, and touches nothing."""
     base = [sys.executable, "-m", "fewstep", "sample", "--out", str(tmp_path), "--batch", "1"]

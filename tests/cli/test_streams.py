@@ -15,10 +15,10 @@ import pytest
 from tests.support.command import some_idx, some_pictures
 
 SHORT = {
-    "sample": "sample --seeds 0-1 --nfe 2 --out {out}",
     "plan": "plan ddim --nfe 2",
 }
 LONG = {
+    "sample": "sample --seeds 0-1 --nfe 2 --out {out}",
     "models": "models",
     "evaluate": "evaluate {pictures} --features fashion-b --resamples 0 --out {out}/numbers.json",
     "demo": "demo --seeds 0-1 --nfe 2 --out {out}",

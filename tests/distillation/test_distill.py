@@ -742,6 +742,7 @@ def test_from_the_command_line_to_pictures(folders: tuple[Path, Path, Path]) -> 
     assert again.stderr == "fewstep: guidance is one scale or two, like 4 or 2,8, got 'x'\n"
 
 
+@pytest.mark.slow
 def test_a_student_stands_beside_solvers_on_its_teacher(
     folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -279,8 +279,8 @@ def pipeline_latents(pipe: Any, solver: LearnedSolver, z: Tensor, **text: Any) -
     [
         ("sd", {"method": "tuned", "nfe": 3}),
         ("sd", {"method": "amed-plugin", "base": "dpmpp-2m", "nfe": 4, "scale_time": 0.2}),
-        ("sdxl", {"method": "tuned", "nfe": 3}),
-        ("sd3", {"method": "tuned", "nfe": 3}),
+        pytest.param("sdxl", {"method": "tuned", "nfe": 3}, marks=pytest.mark.slow),
+        pytest.param("sd3", {"method": "tuned", "nfe": 3}, marks=pytest.mark.slow),
         ("sd3", {"method": "amed-plugin", "base": "dpmpp-2m", "nfe": 4, "scale_time": 0.2}),
     ],
 )
@@ -307,7 +307,14 @@ def test_a_learned_plan_in_the_pipeline_of_diffusers_gives_the_same(name, option
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("name, method", [("sd", "amed"), ("sdxl", "amed"), ("sd3", "amed-plugin")])
+@pytest.mark.parametrize(
+    "name, method",
+    [
+        ("sd", "amed"),
+        pytest.param("sdxl", "amed", marks=pytest.mark.slow),
+        ("sd3", "amed-plugin"),
+    ],
+)
 def test_amed_reads_the_middle_of_the_network(name, method, models):
     model = models[name]
     base = None if method == "amed" else "dpmpp-2m"

@@ -124,6 +124,7 @@ def test_a_folder_and_a_single_file_give_the_same_pictures(base, tmp_path, capsy
         assert (metadata(folder)["prompt"], metadata(folder)["negative"]) == ("a cat", "mat")
 
 
+@pytest.mark.slow
 def test_a_file_of_captions_killed_half_way_and_resumed_leaves_the_same_bytes(base, tmp_path):
     rows = [(f"{i:012d}", COCO[i % 4][1], 5 + i // 3) for i in range(100, 132)]
     file = write_captions(tmp_path / "many.csv", rows)

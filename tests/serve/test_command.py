@@ -29,6 +29,7 @@ def served():
     process.communicate()
 
 
+@pytest.mark.slow
 def test_a_stop_finishes_what_runs_and_ends_well(served):
     process, address = served
     answers: list[httpx.Response] = []

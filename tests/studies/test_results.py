@@ -48,11 +48,13 @@ def cheapest() -> tuple[dict[str, Any], dict[str, Any], str]:
     return record, row, dtype
 
 
+@pytest.mark.slow
 @NONE_YET
 def test_a_stored_row_is_made_again():
     again(*cheapest())
 
 
+@pytest.mark.slow
 @NONE_YET
 def test_the_row_of_a_shipped_student_is_made_again_from_its_file():
     record = json.loads(RECORDS[make_results.SHOWN_IN_README].read_text())

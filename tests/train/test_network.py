@@ -75,6 +75,7 @@ def hashes(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_says_how_to_go_on_and_a_second_run_does(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

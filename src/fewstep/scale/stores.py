@@ -126,7 +126,7 @@ class Folder:
     def read(self, name: str) -> bytes | None:
         try:
             return read_bytes(self.root / name, MOST)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def write(self, name: str, data: bytes) -> None:
