@@ -277,7 +277,7 @@ async def latency(client: Client, seconds: float, saturated: float) -> dict[str,
     for clients in (1, 2, 3, 4, 6, 8):
         rate, _ = await closed(client, seconds / 3, clients)
         reached[clients] = rate / (PICTURES * NFE)
-        if reached[clients] >= wanted:
+        if reached[clients] >= NEAR * wanted:
             break
     last, before = list(reached)[-1], list(reached)[-2]
     rise = (wanted - reached[before]) / max(reached[last] - reached[before], 1e-9)
