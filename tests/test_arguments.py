@@ -87,10 +87,10 @@ def test_a_value_of_the_wrong_kind_is_refused_in_one_line(function, name, values
     lambda: of(None, name="x", shape=(3,)), lambda: of(D, name=None, shape=(3,)),  # type: ignore[arg-type]
     lambda: fewstep.freeze("x", prediction="x0", depth=1),  # type: ignore[arg-type]
     lambda: fewstep.freeze([fewstep.Combine(1.0, 1.0)], prediction="x0", depth=1),  # type: ignore[arg-type]
-    lambda: fewstep.Solver("", lambda s: iter(()), "x0", 1, 1),
+    lambda: fewstep.Solver("", lambda s: iter(()), "x0", 1, 1),  # type: ignore[arg-type]
     lambda: fewstep.Solver("x", None, "x0", 1, 1),  # type: ignore[arg-type]
     lambda: fewstep.Solver("x", lambda s: iter(()), "v", 1, 1),  # type: ignore[arg-type]
-    lambda: fewstep.Solver("x", lambda s: iter(()), "x0", True, 1),
+    lambda: fewstep.Solver("x", lambda s: iter(()), "x0", True, 1),  # type: ignore[arg-type]
     lambda: fewstep.Solver("x", lambda s: iter(()), "x0", 1, 1.5),  # type: ignore[arg-type]
     lambda: Request([True]), lambda: Request("12"), lambda: Request(b"12"), lambda: Request([1.0]),  # type: ignore[arg-type]
     lambda: Request([1], guidance="2"), lambda: Request([1], guidance=True),  # type: ignore[arg-type]
@@ -106,7 +106,7 @@ def test_so_is_one_where_something_is_made(make) -> None:
 @pytest.mark.parametrize("value", [3, np.int64(3), np.uint8(3), torch.tensor(3)])
 def test_whole_numbers_of_numpy_and_torch_are_whole_numbers(value) -> None:
     assert type(whole("n", value)) is int
-    assert Request([value]).seeds == (3,)
+    assert Request((value,)).seeds == (3,)
     assert Settings(nfe=value).nfe == 3
     assert type(number("n", value)) is float
 

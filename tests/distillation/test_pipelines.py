@@ -237,7 +237,7 @@ def test_adapters_leave_their_teacher_as_it_is_and_share_its_network(tmp_path: P
     before = {name: value.clone() for name, value in loaded.net.state_dict().items()}
     asked = {"seeds": range(2), "prompt": "a cat", "nfe": 2, "solver": "ddim"}
     plain = fewstep.sample(loaded, **asked)
-    student = distill(loaded, folder, **TINY, **QUIET, **FEW)
+    student: Any = distill(loaded, folder, **TINY, **QUIET, **FEW)
     assert student.net is loaded.net
     after = loaded.net.state_dict()
     assert before.keys() == after.keys()
@@ -318,8 +318,9 @@ def test_a_folder_runs_in_diffusers_with_the_scheduler_of_lcm(tmp_path: Path) ->
     ours = fewstep.sample(fewstep.load(out), nfe=1, seeds=[0, 1], prompt="a cat").images
     assert np.abs(theirs - ours).max() <= 1
     pipe.scheduler.set_timesteps(4)
-    schedule = fewstep.load(out).process.schedule
-    levels = fewstep.load(out).card.auto["4"].grid[:-1]
+    found: Any = fewstep.load(out)
+    schedule = found.process.schedule
+    levels = found.card.auto["4"].grid[:-1]
     assert pipe.scheduler.timesteps.tolist() == [round(schedule.t(level)) for level in levels]
     plan = plan_for(Settings("consistency-ode", 2), fewstep.load(out))  # no noise on the way
     pipe.scheduler = FewstepScheduler.from_config(pipe.scheduler.config, solver=plan)
@@ -420,7 +421,7 @@ def test_the_scale_of_adapters_is_a_factor_and_is_recorded(tmp_path: Path) -> No
     before = loaded.net.get_submodule(layer).weight
     changes = []
     for scale in (1.0, 0.5):
-        found = fewstep.load(tmp_path / "sd", loras=[(out, scale)])
+        found: Any = fewstep.load(tmp_path / "sd", loras=[(out, scale)])
         changes.append(found.net.get_submodule(layer).weight - before)
         assert found.facts()["loras"][0]["scale"] == scale
     torch.testing.assert_close(changes[0], 2 * changes[1], rtol=1e-4, atol=1e-7)
@@ -430,7 +431,7 @@ def test_the_scale_of_adapters_is_a_factor_and_is_recorded(tmp_path: Path) -> No
 
 def test_a_published_latent_consistency_model_is_a_student(tmp_path: Path) -> None:
     pipelines.saved("sd", tmp_path / "lcm", unet={"time_cond_proj_dim": 8})
-    loaded = fewstep.load(tmp_path / "lcm")
+    loaded: Any = fewstep.load(tmp_path / "lcm")
     times = [round(loaded.process.schedule.t(level)) for level in loaded.card.auto["4"].grid[:-1]]
     assert times == [999, 759, 499, 259]
     made = fewstep.sample(loaded, nfe=4, seeds=[0], prompt="a cat", guidance=8.0)

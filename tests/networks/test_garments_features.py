@@ -70,12 +70,12 @@ def test_the_heads_are_as_good_as_their_cards_say(name, sample):
 def test_the_distance_grows_with_less_colour_and_with_blur(name, sample):
     pictures = sample[0].double().numpy()
     extract = resolve_features(name)
-    assert extract.data is not None
+    data = extract.data
+    assert data is not None
 
     def distance(changed: np.ndarray) -> float:
-        return Statistics.of(extract(changed.round().astype(np.uint8)), extract.name).frechet(
-            extract.data
-        )
+        found = extract(changed.round().astype(np.uint8))
+        return Statistics.of(found, extract.name).frechet(data)
 
     grey = pictures.mean(3, keepdims=True)
     faded = [distance(pictures + share * (grey - pictures)) for share in (0, 0.3, 0.7)]
