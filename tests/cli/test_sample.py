@@ -74,6 +74,7 @@ def test_a_lost_picture_alone_is_made_again(
     assert np.abs(made.astype(int) - lost.astype(int)).max() <= 1
 
 
+@pytest.mark.slow
 def test_batches_and_processes_give_the_same_pictures(tmp_path: Path) -> None:
     base = ("sample", "--nfe", 3, "--solver", "dpmpp-2m-sde")
     assert in_process(*base, "--out", tmp_path / "one", "--seeds", "0-5") == 0
@@ -85,6 +86,7 @@ def test_batches_and_processes_give_the_same_pictures(tmp_path: Path) -> None:
         assert np.abs(a - b).max() <= 1  # one grey level: float32 rounding
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_so_and_keeps_what_was_finished(tmp_path: Path) -> None:
     out = tmp_path / "out"
     line = ["sample", "--out", out, "--seeds", "0-9999", "--batch", "1", "--nfe", "2"]

@@ -728,6 +728,7 @@ def run(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(args, capture_output=True, text=True, env=env, timeout=300, **options)
 
 
+@pytest.mark.slow
 def test_from_the_command_line_to_pictures(folders: tuple[Path, Path, Path]) -> None:
     done = run(sys.executable, *command(folders, "--method", "lcm", "--guidance", "1,4"))
     assert done.returncode == 0, done.stderr

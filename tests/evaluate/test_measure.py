@@ -248,6 +248,7 @@ def inception_like() -> Extractor:
     return replace(out, label="inception", is_inception=True)
 
 
+@pytest.mark.slow
 def test_edms_statistics_are_taken_for_inceptions_alone(extractor, tmp_path):
     mu, sigma = np.zeros(2048), np.eye(2048)
     np.savez(tmp_path / "edm.npz", mu=mu, sigma=sigma)

@@ -69,7 +69,7 @@ def silent(pipe: Any) -> Any:
     return pipe
 
 
-@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("guidance", [pytest.param(1.0, marks=pytest.mark.slow), 4.0])
 @pytest.mark.parametrize("solver", ODE)
 @pytest.mark.parametrize("name", pipelines.TEXT)
 def test_a_pipeline_with_our_scheduler_gives_what_our_own_route_gives(

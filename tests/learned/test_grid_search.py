@@ -158,6 +158,7 @@ def test_what_cannot_be_searched_is_one_line(changes, error, message, mixture):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     out = tmp_path / "grid"
     arguments = ("--method", "grid", "--nfe", 3, "--trajectories", 2, "--validation-seeds", 2)

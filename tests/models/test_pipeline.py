@@ -162,7 +162,10 @@ class Route:
         return theirs(self.pipe, lambda pipe: pipe(PROMPTS, **run))
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize(
+    "solver",
+    [SOLVERS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in SOLVERS[1:])],
+)
 @pytest.mark.parametrize(
     "name, guidance", [(name, scale) for name in CLASSES for scale in GUIDANCE[name]]
 )

@@ -269,6 +269,7 @@ def test_a_solver_that_reads_features_has_a_plan_of_means(base):
     assert Plan.from_json(plan.to_json()) == plan
 
 
+@pytest.mark.slow
 def test_the_command_takes_the_means_of_the_models_samples(tmp_path):
     model = fewstep.load("fashion-mnist")
     learned = fewstep.learned.train(

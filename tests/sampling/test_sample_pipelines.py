@@ -101,6 +101,7 @@ def metadata(path: Path) -> dict[str, Any]:
 # --- from the command line -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_folder_and_a_single_file_give_the_same_pictures(base, tmp_path, capsys):
     text = ("--prompt", "a cat", "--negative", "mat", "--guidance", 7.5, "--seeds", "3-4")
     rest = ("--solver", "dpmpp-2m", "--nfe", 5)

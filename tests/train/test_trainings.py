@@ -105,7 +105,9 @@ def test_a_killed_and_resumed_training_leaves_equal_bytes_of_every_file(name, mo
     assert name not in cached or hashes(whole[1])  # they have a cache
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
+)
 @every
 def test_a_stopped_training_saves_and_ends_where_the_other_does(name, number, tmp_path):
     def stop(progress: Any) -> None:
