@@ -164,7 +164,7 @@ class Route:
 
 @pytest.mark.parametrize(
     "solver",
-    [SOLVERS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in SOLVERS[1:])],
+    [pytest.param(s, marks=pytest.mark.slow if s != "dpmpp-2m" else ()) for s in SOLVERS],
 )
 @pytest.mark.parametrize(
     "name, guidance", [(name, scale) for name in CLASSES for scale in GUIDANCE[name]]
