@@ -891,6 +891,7 @@ def test_auto_does_not_share_the_lead_with_itself():
     )  # but its number is as good
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("least", [-0.05, 0.5])
 def test_curves_are_drawn_for_excesses_on_both_sides_of_zero(least):
     pytest.importorskip("matplotlib")

@@ -391,6 +391,7 @@ def test_the_page_needs_nothing_from_outside_and_shows_the_numbers(drawn):
     assert "<here>" not in page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "bed",
     [Gaussian(torch.zeros(1, 2, 4), rest=0.2), DataSet(torch.full((1, 1, 2, 4), 0.3))],

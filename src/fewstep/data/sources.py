@@ -1,10 +1,8 @@
-"""Pictures of a folder, a .zip, an .npz or an .npy, or of the tars in a folder, in one fixed order:
-the one list that training and measuring read.
+"""Pictures of a folder, its tars, a .zip, an .npz or an .npy, in the order that all work reads.
 
 A source knows the names of its pictures and streams them one by one, so memory does not grow with
-their number. Files are ordered by name (the whole path inside the folder or archive, "/" between
-parts), arrays by position. What a source is, is told by its content. Files that are not pictures
-are left out and counted.
+their number. Files are ordered by name (the path inside the folder or archive), arrays by position.
+What a source is, is told by its content. Files that are not pictures are left out and counted.
 """
 
 from __future__ import annotations
@@ -417,8 +415,7 @@ def tar_images(path: Path, upright: bool) -> Files:
         except OSError as error:
             raise Unreadable(error.strerror or str(error)) from None
 
-    digest = _set_digest(facts, upright)
-    return Files(str(path), names, left_out, digest, lambda: bytes_of, upright)
+    return Files(str(path), names, left_out, _set_digest(facts, upright), lambda: bytes_of, upright)
 
 
 def _npz(path: Path, archive: zipfile.ZipFile, member: str) -> Array:
