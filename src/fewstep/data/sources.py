@@ -397,15 +397,14 @@ def _zip(path: Path, archive: zipfile.ZipFile, upright: bool) -> Files:
 def tar_images(path: Path, upright: bool) -> Files:
     """The pictures in the tars of a folder, by their names inside."""
     found, left_out = {}, Counter[str]()
-    for tar in sorted(path.rglob("*.tar")):
-        for member in tar_members(tar):
-            kind = _not_a_picture(member.name)
-            if kind == ".json":  # what webdataset puts beside a picture
-                continue
-            if kind or member.name in found:
-                left_out[kind or "second of one name"] += 1
-            else:
-                found[member.name] = member
+    for member in (one for tar in sorted(path.rglob("*.tar")) for one in tar_members(tar)):
+        kind = _not_a_picture(member.name)
+        if kind == ".json":  # what webdataset puts beside a picture
+            continue
+        if kind or member.name in found:
+            left_out[kind or "second of one name"] += 1
+        else:
+            found[member.name] = member
     names = tuple(sorted(found))
     facts = [[name, found[name].size, found[name].stamp] for name in names]
 
