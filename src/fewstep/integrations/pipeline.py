@@ -111,8 +111,8 @@ class FewstepPipeline:
             image: start from pictures, at the first level of the solver's grid: a file, uint8
                 [h, w, c] or a PIL picture, or one per picture
             strength: of image; has to be that of the solver's first level, which it names
-            prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds,
-                negative_pooled_prompt_embeds, clip_skip: as in diffusers' call
+            prompt_embeds, negative_prompt_embeds, clip_skip: as in diffusers' call
+            pooled_prompt_embeds, negative_pooled_prompt_embeds: the same
             output_type: "pil", "np", "pt", or "latent", which is the clean latents that are decoded
             callback_on_step_end: called as callback(pipe, i, t, {"latents": x_t}) after each
                 accepted state; the latents that it returns are gone on from, and `pipe._interrupt =
