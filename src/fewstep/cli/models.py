@@ -72,13 +72,19 @@ def _list(cards: list[Card]) -> Table:
     return table
 
 
+def _facts() -> Table:
+    """Names and what is known under them."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
 def _card(card: Card) -> Table:
     """What a reader wants to know of a model before using it."""
     from fewstep.models import BUILTIN
 
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
+    table = _facts()
     rows = [
         ("name", card.name),
         ("what it is", card.summary),
@@ -103,9 +109,7 @@ def _card(card: Card) -> Table:
 
 def _file(card: Card, known: dict[str, Any]) -> Table:
     """What a network file is, before it is loaded or made a folder."""
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
+    table = _facts()
     rows = [
         ("file", known["file"]),
         ("kind", known["kind"]),
@@ -126,9 +130,7 @@ def _file(card: Card, known: dict[str, Any]) -> Table:
 
 def _unsaid(known: dict[str, Any]) -> Table:
     """What is known of a file that leaves something unsaid, and what may be chosen."""
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
+    table = _facts()
     rows = [
         ("file", known["file"]),
         ("kind", known["kind"]),
