@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fewstep.data.garments import BACKGROUNDS, COLOURS, KINDS, SIZE, WORDS
 from fewstep.files import file_hash, write_json
+from fewstep.models import load
 from fewstep.models.card import CARD_FILE, Card
 from fewstep.models.components import quiet
 from fewstep.tensors import load_tensors
@@ -211,8 +212,15 @@ def write_pipeline(
     config["dtype"] = "float32"  # else transformers keeps the file's, and diffusers does not
     write_json(path, config)
     parts = {"unet": pipe.unet, "vae": pipe.vae, "text_encoder": pipe.text_encoder}
+    (out / CARD_FILE).unlink(missing_ok=True)  # an earlier one is of other weights
+    known = load(out).card
     card = Card(
         name="garments",
+        sigma_min=known.sigma_min,
+        sigma_max=known.sigma_max,
+        grid=known.grid,
+        end=known.end,
+        feature_module=known.feature_module,
         network={"class": "UNet2DConditionModel", "size": SIZE, "channels": 3},
         summary="Stable Diffusion of coloured clothes, 32x32, by text",
         weights_sha256=file_hash(out / "unet" / "diffusion_pytorch_model.safetensors"),
