@@ -11,6 +11,7 @@ import numpy as np
 from fewstep.evaluate.compare.bench import Judge, Workbench
 from fewstep.evaluate.compare.design import FINALISTS, Design
 from fewstep.evaluate.statistics import Statistics
+from fewstep.loop import check_known
 from fewstep.models import Model
 from fewstep.sampling.choose import choose, draws_noise, locate
 from fewstep.sampling.settings import Filled, Settings
@@ -145,7 +146,7 @@ def _candidates(
     for grid, afs, end in choices if free else [(None, None, None)]:
         try:
             settings = choose(model, Settings(solver, nfe, grid, afs, end=end))
-            resolve(settings, denoiser)
+            check_known(resolve(settings, denoiser), denoiser)
         except ValueError as error:
             why = why or str(error)
             continue
