@@ -18,10 +18,9 @@ F64 = torch.float64
 GRID = (80.0, 9.0, 1.0, 0.1, 0.0)
 
 
-def gaussian(
-    seed: int, k: int, d: int = 6, tied: bool = False
-) -> tuple[Tensor, Tensor, Covariance]:
-    """Mean, covariance [d, d], and what is known of it: k directions and one number for the rest."""
+def gaussian(seed: int, k: int, tied: bool = False) -> tuple[Tensor, Tensor, Covariance]:
+    """Mean, covariance [d, d], and what is known of it: k directions, a number for the rest."""
+    d = 6
     generator = torch.Generator().manual_seed(seed)
     vectors = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=F64)).Q
     variances = torch.rand(d, generator=generator, dtype=F64) ** 4 * 30
