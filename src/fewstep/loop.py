@@ -120,6 +120,7 @@ class Stepper:
         x: the state, [b, ...], float32, or float64 where x_T is
         nfe: network evaluations told so far
         draw: gives the noise of stochastic steps
+        denoised: the last D, of the network or of its analytic stand-in
         at_rest: whether x is an accepted state, and no trial stage
     """
 
@@ -143,16 +144,11 @@ class Stepper:
         self._history: deque[Tensor] = deque(maxlen=program.depth)
         self._ledger = Ledger(program.depth)
         self._ops = program.start()
-        self._denoised: Tensor | None = None
+        self.denoised: Tensor | None = None
         self._pending: Eval | None = None
         self._reply: Seen | None = None
         self._spare: Tensor | None = None
         self._draws = 0
-
-    @property
-    def denoised(self) -> Tensor | None:
-        """The last D, of the network or of its analytic stand-in."""
-        return self._denoised
 
     def ask(self) -> Eval | None:
         """The evaluation that comes next, at the state x; None at the end."""
@@ -172,7 +168,7 @@ class Stepper:
             self._reply, self._sent = None, self._sent + 1
             if isinstance(op, Combine):
                 if self._combine(op):
-                    return State(self.x, tuple(self._history), self._denoised, op.sigma, self.nfe)
+                    return State(self.x, tuple(self._history), self.denoised, op.sigma, self.nfe)
                 continue
             self._pending = op
             if op.source != "zero":
@@ -203,7 +199,7 @@ class Stepper:
             denoised = denoised.clone()  # x's memory may be written to again
         output = denoised
         if op.source != "path":  # which is a state
-            self._denoised = denoised
+            self.denoised = denoised
         if self._as_eps:
             full = self._reuse and len(self._history) == self._depth
             output = _to_eps(x, denoised, op.sigma, self._history[-1] if full else None)
@@ -393,15 +389,13 @@ def _evaluate(denoiser: Denoiser, x: Tensor, op: Eval) -> tuple[Tensor, Tensor |
 
 
 def stand_in(denoiser: Denoiser, stepper: Stepper, op: Eval, rows: slice = slice(None)) -> Tensor:
-    """What stands for an evaluation that costs nothing, "mean" or "path".
+    """What stands for the evaluation `op` of a stepper that costs nothing, "mean" or "path".
 
     Args:
-        denoiser: knows the mean of D, or the data's covariance
-        stepper: at the evaluation `op`
         rows: which samples of the denoiser's batch the stepper has
 
     Raises:
-        ValueError: the denoiser knows neither.
+        ValueError: the denoiser does not know the mean of D, or the data's covariance.
     """
     x = stepper.x
     if op.source == "mean":
@@ -414,11 +408,7 @@ def stand_in(denoiser: Denoiser, stepper: Stepper, op: Eval, rows: slice = slice
 
 
 def covariance(denoiser: Denoiser) -> Covariance:
-    """That of the data.
-
-    Raises:
-        ValueError: the denoiser does not know it.
-    """
+    """That of the data. Raises ValueError where the denoiser does not know it."""
     found = getattr(denoiser, "covariance", None)
     if found is None:
         raise ValueError(
@@ -429,11 +419,8 @@ def covariance(denoiser: Denoiser) -> Covariance:
 
 
 def check_known(program: Program, denoiser: Denoiser) -> None:
-    """Whether the denoiser knows all that stands for its evaluations, before any work.
-
-    Raises:
-        ValueError: it does not.
-    """
+    """Raise ValueError, before any work, where the denoiser does not know what stands for one of a
+    program's evaluations."""
     if program.adapts:
         return
     sources = {op.source for op in program.start() if isinstance(op, Eval)}

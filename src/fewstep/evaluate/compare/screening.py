@@ -16,7 +16,7 @@ from fewstep.models import Model
 from fewstep.sampling.choose import choose, draws_noise, locate
 from fewstep.sampling.settings import Filled, Settings
 from fewstep.solver import Solver
-from fewstep.solving import resolve
+from fewstep.solving import is_folder, resolve
 
 __all__ = ["all_candidates", "check_solvers", "finalists", "screened"]
 
@@ -124,7 +124,7 @@ def _candidates(
     leave nothing to choose; of a student it is its sampler, where there is more than one level and
     a distance to choose by, for the error is none with fresh noise."""
     model = workbench.model
-    if solver in workbench.students:
+    if solver in workbench.students and not is_folder(solver):
         choice = design.screen > 0 and nfe > 1 and design.choose_by != "error"
         samplers = STUDENT_SAMPLERS if choice else ("auto",)
         built_in = model.card.built_in_guidance
