@@ -64,7 +64,8 @@ def distill_levels_command(
             "folder"
         )
     loaded = load(model, **machine)
-    teacher = teacher_of(loaded.card, teacher_model, **machine)
+    # its fine solutions are those of comparisons, which are kept, whatever the student's dtype
+    teacher = teacher_of(loaded.card, teacher_model, device=machine["device"])
     network = None if features is None else load_feature_network(str(features), machine["device"])
     tries = choose_levels(
         loaded,
