@@ -424,6 +424,7 @@ CHANGES: dict[str, Any] = {
     "teacher": "heun",
     "substeps": 3,
     "guidance": 4.0,
+    "phases": (1, 2),
     "gamma_one": 0.9,
     "tell": "gamma",
     "rule": "variance",
@@ -445,7 +446,8 @@ def test_every_setting_is_tried() -> None:
     settings = set(Recipe.__dataclass_fields__)
     rounding = {"accumulate", "compile"}  # below
     adapters = {"train", "rank", "targets", "checkpointing"}  # of pipelines: test_pipelines.py
-    assert set(CHANGES) == settings - rounding - adapters
+    segments = {"phase_weight", "end_to_end", "start"}  # test_segments.py
+    assert set(CHANGES) == settings - rounding - adapters - segments
 
 
 @pytest.fixture(scope="module")
@@ -635,8 +637,8 @@ def test_the_teacher_is_left_as_it_is() -> None:
 @pytest.mark.parametrize(
     "settings, words",
     [
-        ({"method": "splat"}, "method must be one of splam, lcm, got 'splat'"),
-        ({"loss": "l1"}, "loss must be one of huber, l2"),
+        ({"method": "splat"}, "method must be one of splam, lcm, trajectory, got 'splat'"),
+        ({"loss": "l1"}, "loss must be huber, l2, decoder, or a feature network"),
         ({"rule": "cubic"}, "rule must be one of linear, variance, got"),
         ({"method": "lcm", "gamma_one": 0.5}, "gamma_one=0.5 has no effect with method lcm"),
         ({"method": "lcm", "rule": "linear"}, "rule=linear has no effect with method lcm"),

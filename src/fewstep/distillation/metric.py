@@ -89,13 +89,18 @@ def metric(loss: str, model: Model) -> Elementwise | InFeatures:
         return Elementwise(loss)
     if loss == DECODER:
         return _of_decoder(model)
-    device = model.prior([0]).device
-    named = "/" not in loss and not Path(loss).is_dir()
-    network = (load_feature_network if named else load_feature_folder)(loss, str(device))
-    shape = tuple(model.prior([0]).shape[1:])
+    start = model.prior([0])
+    folder = "/" in loss or Path(loss).is_dir()
+    try:
+        read = load_feature_folder if folder else load_feature_network
+        network = read(loss, str(start.device))
+    except ValueError as error:
+        raise ValueError(
+            f"loss must be huber, l2, decoder, or a feature network by name or folder; {error}"
+        ) from None
     try:
         with torch.no_grad():
-            network(torch.zeros(1, *shape, device=device))
+            network(torch.zeros_like(start))
     except ValueError as error:
         raise ValueError(f"loss {loss} does not go with {model.card.name}: {error}") from None
     return InFeatures(_scales(network), network.card.weights_sha256)

@@ -136,15 +136,19 @@ class Distillation:
 
     def _losses(self, part: Draw, x_0: Tensor, condition: Condition) -> Iterator[Tensor]:
         """What is to be gone back through, one after the other, [b] each."""
-        recipe, metric = self.recipe, self.metric
-        common = self.stepper, self.levels, part
-        with _autocast(self.device, recipe.dtype):
-            if recipe.method == "trajectory":
-                given = *common, condition, recipe, metric
-                yield from trajectory_losses(self.subject, *given)
-            else:
-                given = *common, x_0.to(self.device), condition, recipe, metric
-                yield subpath_losses(self.subject, self.target, *given)
+        recipe, subject, metric = self.recipe, self.subject, self.metric
+        steps = self.stepper, self.levels, part
+        if recipe.method == "trajectory":
+            found = trajectory_losses(subject, *steps, condition, recipe, metric)
+        else:
+            given = *steps, x_0.to(self.device), condition, recipe, metric
+            found = (subpath_losses(subject, self.target, *given) for _ in range(1))
+        while True:
+            with _autocast(self.device, recipe.dtype):  # and no backward pass in it
+                losses = next(found, None)
+            if losses is None:
+                return
+            yield losses
 
     def validate(self) -> dict[str, float]:
         return self.examine(self.averaged(), self.run.step)
