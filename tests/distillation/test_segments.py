@@ -25,6 +25,8 @@ from fewstep.networks.features import load_feature_network
 from fewstep.networks.unet import UNet
 from fewstep.solver import get
 from tests.distillation.test_distill import CONFIG, F64, one_batch, tiny_model, toy
+from tests.distillation.test_pipelines import data as write_data
+from tests.support import pipelines
 
 L2 = Elementwise("l2")
 SIGMAS = (8.0, 5.0, 3.0, 2.0, 1.0, 0.6, 0.3, 0.1, 0.01)
@@ -374,3 +376,35 @@ def test_nearer_to_an_edge_than_a_twentieth_nothing_is_drawn() -> None:
         NEAREST
     )
     assert float(draw(Recipe(gamma_one=0.0, batch=512), 0, 512, 8, ()).gamma.min()) < NEAREST
+
+
+# --- pipelines ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"phases": (1, 2), "loss": "decoder"},
+        {"phases": 2, "train": "lora", "rank": 2},
+        {"phases": (1, 2), "method": "trajectory", "guidance": 3.0, "points": 5},
+    ],
+)
+def test_pipelines_have_students_in_segments_too(
+    settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
+    loaded = fewstep.load(pipelines.saved("sd", tmp_path / "sd"))
+    quick = {"pictures": 4, "batch": 2, "dtype": "float32", "validation_seeds": 0}
+    out = tmp_path / "out"
+    student = distill(loaded, write_data(tmp_path / "data"), out=out, **quick, **settings)
+    several = isinstance(settings["phases"], tuple)
+    assert student.card.told == (("phases",) if several else ())
+    assert "1" in student.card.auto if several else "1" not in student.card.auto
+    made = fewstep.sample(student, nfe=2, seeds=[3], prompt="a cat")
+    assert made.network_calls == 2
+    if several:
+        again = fewstep.sample(fewstep.load(out), nfe=2, seeds=[3], prompt="a cat")
+        assert again.provenance["phases"] == 2
+        assert np.array_equal(again.images, made.images)
+        with pytest.raises(ValueError, match="leave guidance out"):
+            fewstep.sample(student, nfe=2, seeds=[3], prompt="a cat", guidance=4.0)
