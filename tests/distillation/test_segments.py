@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import fewstep
 from fewstep.distillation import Recipe, distill
 from fewstep.distillation.losses import NEAREST, Levels, draw, subpath_losses
-from fewstep.distillation.metric import Elementwise, metric
+from fewstep.distillation.metric import Elementwise, InFeatures, metric
 from fewstep.distillation.subject import subject
 from fewstep.distillation.teacher import stepper
 from fewstep.distillation.trajectory import trajectory_losses
@@ -280,6 +280,7 @@ def test_a_distance_in_features_sees_what_pixels_do_not() -> None:
     """A blurred picture is as near in pixels as one with grain, and further in features."""
     model = fewstep.load("fashion-mnist")
     distance, pixels = metric("fashion-a", model), metric("huber", model)
+    assert isinstance(distance, InFeatures)
     goal = fewstep.solve(model.denoiser(), model.prior(range(4)), solver="dpmpp-2m", nfe=8)
     assert distance(goal, goal).max() < 1e-3
     soft = torch.nn.functional.avg_pool2d(goal, 3, 1, 1)
@@ -289,6 +290,7 @@ def test_a_distance_in_features_sees_what_pixels_do_not() -> None:
     for one in (soft, grain):
         x = one.clone().requires_grad_(True)
         distance(x, goal).sum().backward()
+        assert x.grad is not None
         assert torch.isfinite(x.grad).all()
         assert x.grad.abs().max() > 0
     assert pixels(soft, goal).mean() < 1.5 * pixels(grain, goal).mean()

@@ -68,7 +68,8 @@ class Levels(NamedTuple):
         for count in phases:
             marks = torch.tensor(edges(len(sigma), count))
             table.append(ends[marks[torch.searchsorted(marks, torch.arange(1, len(sigma)))]])
-        return cls(sigma, *boundary(sigma), torch.stack(table))
+        skip, out = boundary(sigma)
+        return cls(sigma, skip, out, torch.stack(table))
 
 
 class Draw(NamedTuple):

@@ -118,7 +118,7 @@ def _scales(network: FeatureNetwork) -> Maps:
 
 def _of_decoder(model: Any) -> InFeatures:
     """The maps that the decoder of a pipeline begins with."""
-    vae = getattr(model, "autoencoder", None)
+    vae: Any = getattr(model, "autoencoder", None)
     decoder = getattr(vae, "decoder", None)
     if decoder is None or not hasattr(decoder, "mid_block"):
         raise ValueError(f"{model.card.name} has no decoder of latents; take huber, or a network")

@@ -75,7 +75,7 @@ class Recipe:
     teacher: str = "unipc-2"
     substeps: int | None = None
     guidance: float | tuple[float, float] | None = None
-    phases: tuple[int, ...] | None = None
+    phases: int | tuple[int, ...] | None = None
     phase_weight: str | None = None
     end_to_end: bool = False
     start: str | None = None
@@ -174,7 +174,7 @@ class Recipe:
     @property
     def segments(self) -> tuple[int, ...]:
         """The numbers of segments that are trained."""
-        return self.phases or (1,)
+        return (self.phases,) if isinstance(self.phases, int) else self.phases or (1,)
 
     @property
     def total_steps(self) -> int:

@@ -408,7 +408,7 @@ def _card(
         "teacher": teacher.name,
         "teacher_weights": teacher.weights_sha256,
         "teacher_step": f"{step.name}, {step.evaluations} evaluations",
-        "phases": recipe.phases or (),
+        "phases": () if recipe.phases is None else recipe.segments,
     }
     run = {"recipe": asdict(recipe), "data": {"pictures": len(data), "sha256": data.digest}}
     return student_card(known.card, step.levels, facts, run, name, sampler)

@@ -38,6 +38,7 @@ __all__ = [
     "consistency",
     "edges",
     "jump",
+    "own_levels",
     "phase_levels",
     "phased",
     "student_levels",
@@ -195,6 +196,22 @@ def choices(levels: Sequence[float], sampler: str, phases: Sequence[int] = ()) -
                 found[str(nfe)] = Choice(sampler, grid, phases=told)
                 break
     return found
+
+
+def own_levels(card: Card, nfe: int) -> Sequence[float]:
+    """The levels on which a student spends a budget by its card, whatever the solver.
+
+    Raises:
+        ValueError: the card has none for it.
+    """
+    choice = card.auto.get(str(nfe))
+    if choice is None or choice.grid is None:
+        have = ", ".join(card.auto) or "none"
+        raise ValueError(
+            f"{card.name} is distilled and has levels for {have} evaluations, not for {nfe}; "
+            "take one of these, or give a grid"
+        )
+    return choice.grid
 
 
 def as_lcm(card: Card, schedule: Schedule) -> Card:

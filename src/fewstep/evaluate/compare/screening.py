@@ -11,11 +11,12 @@ import numpy as np
 from fewstep.evaluate.compare.bench import Judge, Workbench
 from fewstep.evaluate.compare.design import FINALISTS, Design
 from fewstep.evaluate.statistics import Statistics
+from fewstep.loop import check_known
 from fewstep.models import Model
 from fewstep.sampling.choose import choose, draws_noise, locate
 from fewstep.sampling.settings import Filled, Settings
 from fewstep.solver import Solver
-from fewstep.solving import resolve
+from fewstep.solving import is_folder, resolve
 
 __all__ = ["all_candidates", "check_solvers", "finalists", "screened"]
 
@@ -124,7 +125,7 @@ def _candidates(
     a distance to choose by, for the error is none with fresh noise. A student in segments has one
     sampler."""
     model = workbench.model
-    if solver in workbench.students:
+    if solver in workbench.students and not is_folder(solver):
         known = model.card.distilled
         choice = design.screen > 0 and nfe > 1 and design.choose_by != "error"
         choice = choice and not (known and known.phases)
@@ -148,7 +149,7 @@ def _candidates(
     for grid, afs, end in choices if free else [(None, None, None)]:
         try:
             settings = choose(model, Settings(solver, nfe, grid, afs, end=end))
-            resolve(settings, denoiser)
+            check_known(resolve(settings, denoiser), denoiser)
         except ValueError as error:
             why = why or str(error)
             continue
