@@ -410,3 +410,15 @@ def test_pipelines_have_students_in_segments_too(
         assert np.array_equal(again.images, made.images)
         with pytest.raises(ValueError, match="leave guidance out"):
             fewstep.sample(student, nfe=2, seeds=[3], prompt="a cat", guidance=4.0)
+
+
+def test_a_table_over_a_student_in_segments_is_trained_at_its_budget(tmp_path: Path) -> None:
+    from fewstep.learned.on_model import train_on_model
+
+    student = small(tmp_path / "several", phases=(1, 2))
+    quick = {"trajectories": 8, "batch": 4, "validation_seeds": 4, "fallback": False}
+    table = train_on_model(student, teacher_model=tiny_model(), nfe=2, out=tmp_path / "t", **quick)
+    assert table.model["settings"]["phases"] == 2
+    assert table.method.base == "consistency-ode"
+    made = fewstep.sample(student, solver=table, seeds=[1])
+    assert made.provenance["phases"] == 2

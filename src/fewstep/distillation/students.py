@@ -182,8 +182,7 @@ class Examination:
         figures: dict[str, float] = {}
         rows = [self.reference[:SHOWN]]
         turns = [self.labels[i % len(self.labels)] for i in range(len(self.seeds))]
-        known = student.card.distilled
-        segments = known is not None and known.phases not in ((), (1,))
+        segments = student.card.in_segments
         for nfe in (*EXAMINED, FURTHER) if segments else EXAMINED:
             if str(nfe) not in student.card.auto:
                 continue

@@ -192,6 +192,11 @@ class Card:
         low = scale[0] if isinstance(scale, tuple) else scale
         return None if low in (None, 1) else low
 
+    @property
+    def in_segments(self) -> bool:
+        """Whether it is a student that goes its path in more than one segment."""
+        return self.distilled is not None and self.distilled.phases not in ((), (1,))
+
     def phases(self, nfe: int) -> int | None:
         """The number of segments that its network is told at a budget: the choice's, else the most
         that it knows up to that; None where it is told none."""

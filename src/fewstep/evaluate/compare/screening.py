@@ -126,9 +126,8 @@ def _candidates(
     sampler."""
     model = workbench.model
     if solver in workbench.students and not is_folder(solver):
-        known = model.card.distilled
         choice = design.screen > 0 and nfe > 1 and design.choose_by != "error"
-        choice = choice and not (known and known.phases)
+        choice = choice and not model.card.in_segments
         samplers = STUDENT_SAMPLERS if choice else ("auto",)
         built_in = model.card.built_in_guidance
         if design.label is not None and built_in not in (None, design.guidance):
