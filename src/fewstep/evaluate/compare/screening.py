@@ -125,10 +125,12 @@ def _candidates(
 ) -> tuple[list[Filled], str]:
     """The settings that fit, and why the first of the others does not. "auto" and learned solvers
     leave nothing to choose; of a student it is its sampler, where there is more than one level and
-    a distance to choose by, for the error is none with fresh noise."""
+    a distance to choose by, for the error is none with fresh noise. A student in segments has one
+    sampler."""
     model = workbench.model
     if solver in workbench.students and not is_folder(solver):
         choice = design.screen > 0 and nfe > 1 and design.choose_by != "error"
+        choice = choice and not model.card.in_segments
         samplers = STUDENT_SAMPLERS if choice else ("auto",)
         built_in = model.card.built_in_guidance
         if design.label is not None and built_in not in (None, design.guidance):
