@@ -92,6 +92,27 @@ def test_the_second_epoch_runs_neither_autoencoder_nor_text_encoder(
     assert seen["pictures"] == 6
 
 
+def test_a_folder_of_another_run_is_refused_before_anything_is_encoded(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, folder = model(tmp_path / "sd"), data(tmp_path / "data")
+    out, how = tmp_path / "out", {**TINY, **QUIET, **FEW}
+    distill(loaded, folder, out=out, **how)
+    shutil.rmtree(cache)
+    seen = count_calls(monkeypatch, loaded)
+    files = {one.name: one.read_bytes() for one in out.iterdir() if one.is_file()}
+    cases = [({"rank": 3}, r"with rank=2 \(now 3\)"), ({"pictures": 8}, "is at step 2, past the 1")]
+    for other, words in cases:
+        with pytest.raises(ValueError, match=words):
+            distill(loaded, folder, out=out, **{**how, **other})
+    (out / "checkpoint.safetensors").unlink()
+    with pytest.raises(ValueError, match="so it is another's"):
+        distill(loaded, folder, out=out, **how)
+    assert seen["pictures"] == 0
+    del files["checkpoint.safetensors"]
+    assert {one.name: one.read_bytes() for one in out.iterdir() if one.is_file()} == files
+
+
 def test_rows_are_those_of_the_autoencoder_and_the_text_encoder(tmp_path: Path) -> None:
     loaded, folder = model(tmp_path / "sdxl", "sdxl"), data(tmp_path / "data")
     found = encoded(folder, loaded, Encoding())
