@@ -38,7 +38,7 @@ from fewstep.networks.features import load_feature_folder
 from fewstep.records import check_slug
 from fewstep.train.average import Average
 from fewstep.train.loop import Folder, Progress, Schedule, Step, check_every, share, train
-from fewstep.train.optimiser import Adam, check_finite
+from fewstep.train.optimiser import bitsandbytes, check_finite, optimiser
 from fewstep.train.processes import Team, team
 from fewstep.train.run import Identity, Run
 
@@ -76,13 +76,12 @@ class Distillation:
         self.weights = {n: w for n, w in subject.student.named_parameters() if w.requires_grad}
         slow = dict(self.target.named_parameters())
         self.slow = {name: slow[name] for name in self.weights}
-        self.adam, self.average = Adam(self.weights), Average(self.weights)
+        self.adam = optimiser(recipe.optimizer, self.weights)
+        self.average = Average(self.weights)
         tensors = {f"weights.{name}": w.detach() for name, w in self.weights.items()}
         tensors |= {f"target.{name}": w for name, w in self.slow.items()}
         tensors |= self.average.tensors() | self.adam.tensors()
-        free = ("pictures", "accumulate")
-        settings = {k: v for k, v in asdict(recipe).items() if k not in free}
-        self.run = Run(Identity("a distillation", settings, inputs), tensors)
+        self.run = Run(_identity(recipe, inputs), tensors)
 
     @property
     def device(self) -> torch.device:
@@ -194,6 +193,8 @@ def distill(
         FloatingPointError: the loss is not finite. What was saved stays.
     """
     recipe = _recipe(settings)
+    if recipe.optimizer == "adamw8bit":
+        bitsandbytes()  # raises now where it is not there
     if lora_format not in FORMATS or (lora_format == KOHYA and recipe.train != "lora"):
         raise ValueError(
             f"lora_format must be {' or '.join(FORMATS)}, and kohya needs train lora, got "
@@ -212,7 +213,11 @@ def distill(
         name = check_slug("name", name or f"{model.card.name}-{recipe.method}")
         judges = _judges(model, features, clip_model, validation_prompts)
         together = held.enter_context(team(device))
+        place = None if out is None else Path(out)
+        folder = Folder(place if together.leads else None, known.results, (SHEETS,))
+        held.enter_context(folder)
         with together.led(device):
+            folder.look(_identity(recipe, _inputs(model, step)), recipe.total_steps)
             if together.leads:
                 pictures = _read(data, model, recipe, encoding, encoding_report)
         if not together.leads:
@@ -222,14 +227,11 @@ def distill(
             card = replace(card, about={**card.about, "lora_format": lora_format})
         judges["prompts"] = judges["prompts"] or getattr(pictures, "known_texts", ())
         examine = _examination(model, recipe, validation_seeds, **judges)
-        place = None if out is None else Path(out)
         validate = validate_every if validation_seeds else None
         plan = Schedule(recipe.total_steps, recipe.batch, checkpoint_every, validate)
-        folder = Folder(place if together.leads else None, known.results, (SHEETS,))
-        held.enter_context(folder)
         with together.led(device):
             folder.check()
-        inputs = _inputs(pictures, model, step)
+        inputs = {"data": pictures.digest, **_inputs(model, step)}
         task = Distillation(recipe, known, step, pictures, inputs, together)
         task.resume(folder)
         if together.leads:
@@ -275,13 +277,19 @@ def _filled(recipe: Recipe, known: Subject) -> Recipe:
     return replace(recipe, **missing)
 
 
-def _inputs(pictures: Data, model: Model, step: Stepper) -> dict[str, str]:
-    """Hashes of what a run depends on besides its recipe."""
+def _inputs(model: Model, step: Stepper) -> dict[str, str]:
+    """Hashes of what a run depends on besides its recipe and its data."""
     return {
-        "data": pictures.digest,
         "weights of the teacher": model.card.weights_sha256,
         "steps of the teacher": step.digest,
     }
+
+
+def _identity(recipe: Recipe, inputs: Mapping[str, str]) -> Identity:
+    """What tells a run from others; its length and the parts of a batch do not."""
+    free = ("pictures", "accumulate")
+    settings = {k: v for k, v in asdict(recipe).items() if k not in free}
+    return Identity("a distillation", settings, inputs)
 
 
 def _examined(
