@@ -68,7 +68,7 @@ def problem(seed: int = 0) -> dict[str, Tensor]:
 def descend(adam: Any, steps: int, lr: float = 0.01) -> None:
     """On the sum of squares."""
     for _ in range(steps):
-        sum(w.square().sum() for w in adam.weights.values()).backward()
+        torch.stack([w.square().sum() for w in adam.weights.values()]).sum().backward()
         adam.clip(1e9)
         adam.step(lr)
 
