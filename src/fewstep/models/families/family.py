@@ -24,8 +24,8 @@ class Family:
     encode: (pipeline, texts, sizes) -> a condition with one row per text, or one for all; texts are
         None for the negative prompt where no text says it. None: it takes no text.
         sizes: original_size, crops_coords_top_left and target_size, (height, width) each, for SDXL
-    conditioned: (pipeline, text, summary, sizes) -> the condition of texts that are encoded already,
-        with what `encode_prompt` returns of them; `encode` and given embeddings end in it
+    conditioned: (pipeline, text, summary, sizes) -> the condition, of what `encode_prompt` returns;
+        `encode` and given embeddings end in it
     pooled: whether its text encoders give a summary too (pooled_prompt_embeds)
     more_prompts: arguments of its `encode_prompt` that stand for the prompt of a further encoder
     tokenizers: components that read the prompt, with how many tokens are read (0: as many as the
