@@ -94,6 +94,14 @@ def compare_command(
         Path | None,
         option("Texts of this file, csv, tsv, json or jsonl, which take turns by seed."),
     ] = None,
+    preset: Annotated[
+        str | None,
+        option(
+            "Of a network file of a paper: its published settings. lcm: adapters among the solvers "
+            "are an LCM-LoRA.",
+            MACHINE,
+        ),
+    ] = None,
     cache: Annotated[
         Path | None, option("Folder of the reference solves. Default: $FEWSTEP_CACHE.")
     ] = None,
@@ -140,7 +148,7 @@ def compare_command(
     own = {"--captions": captions, "--reference": reference, "--clip": clip, "--keep": keep}
     if published is not None:
         more = {"captions": captions, "reference": reference, "clip": clip, "keep": keep or "none"}
-        other = {"--cache": cache, "--beside": beside, "--prompts": prompts}
+        other = {"--cache": cache, "--beside": beside, "--prompts": prompts, "--preset": preset}
         refuse_beside("a protocol has settings of its own", other)
         seen = {"features": features, "trust": words(trust, "trust") if trust else ()}
         _published(model, str(out), published, spread, {**more, **seen}, given, as_json)
@@ -162,6 +170,7 @@ def compare_command(
         how,
         cache,
         given["batch"],
+        preset,
     )
     earlier = read_comparison(beside) if beside else None
     with Progress(as_json) as bar, open_executor(spread, bar.say) as executor:

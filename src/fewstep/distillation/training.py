@@ -31,6 +31,8 @@ from fewstep.distillation.recipe import Encoding, Recipe
 from fewstep.distillation.students import Examination, student_card
 from fewstep.distillation.subject import Subject, Training, subject
 from fewstep.distillation.teacher import Stepper, stepper
+from fewstep.evaluate.agreement import judge_of
+from fewstep.evaluate.agreement import prompts as own_prompts
 from fewstep.evaluate.clip import load_clip
 from fewstep.models import Model, load
 from fewstep.models.card import Card
@@ -45,6 +47,7 @@ from fewstep.train.run import Identity, Run
 __all__ = ["Distillation", "distill"]
 
 SHEETS = "validation"
+PROMPTS_FROM = 1_000_000  # of a model's own prompts: those below are for final results
 KOHYA = "kohya"
 FORMATS = ("diffusers", KOHYA)
 ALONE = Team()
@@ -211,7 +214,7 @@ def distill(
         recipe = _filled(recipe, known)
         step = _checked(recipe, known, model)
         name = check_slug("name", name or f"{model.card.name}-{recipe.method}")
-        judges = _judges(model, features, clip_model, validation_prompts)
+        judges = _judges(model, features, clip_model, validation_prompts, validation_seeds)
         together = held.enter_context(team(device))
         place = None if out is None else Path(out)
         folder = Folder(place if together.leads else None, known.results, (SHEETS,))
@@ -370,15 +373,22 @@ def _card(
 
 
 def _judges(
-    model: Model, features: Path | None, clip: Path | None, prompts: Path | None
+    model: Model, features: Path | None, clip: Path | None, prompts: Path | None, count: int
 ) -> dict[str, Any]:
-    """What validation goes by, read before any work. Raises: ValueError, OSError."""
+    """What validation goes by, read before any work. Raises: ValueError, OSError.
+
+    A model that comes with a judge of prompt agreement has prompts of its own where none are given.
+    """
     takes_text = getattr(getattr(model, "family", None), "encode", None) is not None
     given = {"validation_prompts": prompts, "clip_model": clip}
     if not takes_text and (named := [name for name, one in given.items() if one is not None]):
         raise ValueError(f"{model.card.name} takes no text; leave out {' and '.join(named)}")
+    judge = judge_of(model.card.name) if takes_text and prompts is None and count else None
+    asked = own_prompts(count, PROMPTS_FROM) if judge is not None else []
     return {
-        "prompts": read_captions(prompts).texts if prompts else (),
+        "judge": judge,
+        "asked": asked,
+        "prompts": read_captions(prompts).texts if prompts else [one.text for one in asked],
         "features": None if features is None else load_feature_folder(features),
         "clip": None if clip is None else load_clip(clip),
     }
