@@ -19,7 +19,7 @@ from fewstep.distillation import distill
 from fewstep.distillation.encoded import encoded
 from fewstep.distillation.recipe import Encoding
 from fewstep.distillation.students import Examination
-from fewstep.distillation.training import _judges
+from fewstep.distillation.validation import read_judges
 from fewstep.evaluate.agreement import agreement
 from fewstep.evaluate.compare.run import load_students
 from fewstep.integrations.diffusers import FewstepScheduler
@@ -299,11 +299,11 @@ def test_validation_shows_texts_beside_the_teacher(tmp_path: Path) -> None:
 
 def test_what_comes_with_a_judge_is_judged_by_prompts_of_its_own(tmp_path: Path) -> None:
     loaded, other = fewstep.load("garments"), model(tmp_path / "sd")
-    found = _judges(loaded, None, None, None, 3)
+    found = read_judges(loaded, None, None, None, 3)
     assert found["judge"].name == "garments-a"
     assert [one.text for one in found["asked"]] == found["prompts"] != []
     for one, count in ((loaded, 0), (other, 3)):
-        assert _judges(one, None, None, None, count)["judge"] is None
+        assert read_judges(one, None, None, None, count)["judge"] is None
     pictures = np.zeros((3, 32, 32, 3), dtype=np.uint8)
     told = {"judge": found["judge"], "asked": found["asked"], "prompts": found["prompts"]}
     scores = Examination(loaded, 3, **told)._scores(pictures, "_2")
