@@ -7,7 +7,6 @@ in parts, by any executor, and the parts are merged.
 from __future__ import annotations
 
 import hashlib
-import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +24,7 @@ from fewstep.evaluate.parts import Window, gather_part, merge_parts, read_part, 
 from fewstep.evaluate.settings import Measuring
 from fewstep.models.identity import digest_of
 from fewstep.scale.executors import Executor
-from fewstep.scale.manifest import Job, Line, Manifest, hash_of, read_job, shard_files
+from fewstep.scale.manifest import Job, Line, Manifest, read_job, shard_files
 from fewstep.scale.run import Plan, finish
 from fewstep.scale.stores import open_store
 from fewstep.scale.work import Place, device_at
@@ -184,20 +183,9 @@ class LookWork:
                 batch=self.job.batch,
                 skip_corrupt=self.how.skip_corrupt,
             )
-            data = write_part(found)
-            store.write(shard_files(self.job, part.number)[-1], data)
-            return Line(
-                job=self.job.key,
-                shard=part.number,
-                count=len(places),
-                sha256=hash_of([data]),
-                bytes=len(data),
-                batch=self.job.batch,
-                host=socket.gethostname(),
-                worker=os.getpid(),
-                seconds=round(time.monotonic() - begun, 3),
-                at=round(time.time(), 3),
-            )
+            [name], data = shard_files(self.job, part.number), write_part(found)
+            store.write(name, data)
+            return Line.of(self.job, part.number, [(name, data)], batch=self.job.batch, begun=begun)
 
         return look
 
@@ -257,7 +245,7 @@ def evaluate_parts(
         places = job.part(number)
         return Part(number, matched[places.start : places.stop])
 
-    plan = Plan(job, place, item, lambda number: shard_files(job, number))
+    plan = Plan(job, place, item)
     finish(work, [plan], executor, command=command, report=report)
     found, _ = merged(place, job)
     target = None

@@ -14,12 +14,13 @@ import os
 import pickle
 import socket
 import sys
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
+from fewstep.data.bounds import reason
 from fewstep.extras import needs
 from fewstep.scale.executors import Counts, hand_out
 from fewstep.scale.settings import Scaling
@@ -53,7 +54,7 @@ class Ray:
     aside: ExitStack = field(default_factory=ExitStack)
 
     @classmethod
-    def of(cls, how: Scaling, say: Callable[[str], None] = lambda text: None) -> Ray:
+    def of(cls, how: Scaling) -> Ray:
         """Connect to the cluster at the address, or to $RAY_ADDRESS, or start one here.
 
         Raises:
@@ -160,11 +161,17 @@ def connect(ray: Any, address: str, cpus: int) -> None:
     """Join the cluster at an address, or start one here with so many CPUs.
 
     Raises:
-        ValueError: no cluster answers.
+        ValueError: no cluster answers, or starts.
     """
     quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
     if not address or address == "local":
-        ray.init(address="local", num_cpus=cpus, object_store_memory=STORE, **quiet)
+        try:
+            ray.init(address="local", num_cpus=cpus, object_store_memory=STORE, **quiet)
+        except Exception as error:  # of processes, of ports, of time: all kinds
+            raise ValueError(
+                f"Ray cannot start a cluster on this machine ({reason(error)}); is it very busy, "
+                "or short of memory? Try again, or name a cluster that is there"
+            ) from error
         return
     try:
         host, colon, port = address.removeprefix("ray://").rpartition(":")
@@ -172,11 +179,10 @@ def connect(ray: Any, address: str, cpus: int) -> None:
             socket.create_connection((host, int(port)), timeout=ANSWER).close()
         ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
     except Exception as error:  # of connections, of versions, of the client: all kinds
-        text = " ".join(str(error).split())
         raise ValueError(
-            f"no Ray cluster answers at {address} ({text:.200}); start one there with ray start "
-            "--head, or leave the address out"
-        ) from None
+            f"no Ray cluster answers at {address} ({reason(error)}); start one there with ray "
+            "start --head, or leave the address out"
+        ) from error
 
 
 def _actor_class() -> type:
