@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.stable_diffusion import TOKENS, tokenizer
 
-__all__ = ["SIZES", "build"]
+__all__ = ["SIZES", "build", "tiny_decoder"]
 
 TABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 CLIP_L = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -46,8 +46,22 @@ def build(name: str, device: str, dtype: torch.dtype) -> Any:
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.to(device, dtype).eval().requires_grad_(False)
+    # schedulers keep their tables on the CPU, wherever the networks are
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def tiny_decoder(vae: Any) -> Any:
+    """The small autoencoder of diffusers (TAESD, 2.4 million parameters) for the same latents.
+
+    Args:
+        vae: the autoencoder in whose place it is to stand
+    """
+    diffusers: Any = importlib.import_module("diffusers")
+    weight = next(vae.parameters())
+    tiny = diffusers.AutoencoderTiny(latent_channels=vae.config.latent_channels)
+    return tiny.to(weight.device, weight.dtype).eval().requires_grad_(False)
 
 
 def sd15() -> Any:

@@ -23,16 +23,19 @@ from fewstep.files import write_json
 from fewstep.models import is_model
 from fewstep.models.formats.loras import DIFFUSERS
 from fewstep.provenance import VERSION, machine
+from studies.commands import positive, stop_after
 from studies.garments_teacher import Judges, pictures_of
 
 
-def sampler(row: str, base: str, guidance: float) -> tuple[Any, str, float | None]:
+def sampler(
+    row: str, base: str, guidance: float, device: str = "cpu"
+) -> tuple[Any, str, float | None]:
     """The model that a row samples, its solver, and the guidance that it is given."""
     if is_model(row):
-        return fewstep.load(row), "auto", None
+        return fewstep.load(row, device=device), "auto", None
     if (Path(row) / DIFFUSERS).is_file():
-        return fewstep.load(base, loras=[(row, 1.0)]), "auto", None
-    return fewstep.load(base), row, guidance
+        return fewstep.load(base, device=device, loras=[(row, 1.0)]), "auto", None
+    return fewstep.load(base, device=device), row, guidance
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -44,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--nfe", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--minutes", type=positive, help="stop then; what is done is kept")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(argv)
     judges, card = Judges.load(options.judges), fewstep.load(options.model).card
@@ -57,8 +62,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             raise ValueError(f"{options.out} is of other prompts, models or judges; move it away")
         found = earlier["rows"]
     done = {(one["row"], one["nfe"]) for one in found}
+    stop_after(options.minutes)
     for row in options.rows:
-        model, solver, guidance = sampler(row, options.model, options.guidance)
+        model, solver, guidance = sampler(row, options.model, options.guidance, options.device)
         name = row if solver != "auto" else Path(row).name
         for nfe in options.nfe:
             if (name, nfe) in done:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import fewstep
-from fewstep.denoiser import Clipped, Guided, Predicted
+from fewstep.denoiser import Bound, Clipped, Guided, Predicted
 from fewstep.schedule import VP, Flow
+from fewstep.serve.together import Share, together
 
 SHAPE = (2, 1, 8, 8)
 GRID = (14.0, 6.0, 2.5, 1.0, 0.4, 0.1)
@@ -52,3 +53,17 @@ def test_no_denoiser_of_ours_asks_for_a_value(prediction: str, solver: str) -> N
     denoiser = Clipped(guided, -1.0, 1.0)
     x = fewstep.solve(denoiser, nowhere(*SHAPE), solver, grid=(*GRID, 0.0))
     assert x.dtype == torch.float32
+
+
+def test_requests_side_by_side_stay_on_their_device() -> None:
+    """Scales are plain numbers, and the rows that they belong to are picked on the device."""
+
+    def net(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        return x * t[:, None, None, None].to(x) * text.mean(1)[:, None, None, None]
+
+    inner = Predicted(net, VP.scaled_linear(), "eps")
+    guided = Guided(inner, 7.5, nowhere(1, 4), nowhere(1, 4))
+    shares = [Share(guided, 0, 2), Share(Bound(inner, nowhere(1, 4)), 0, 1), Share(guided, 0, 1)]
+    joint = together(shares)
+    assert joint.guided.device.type == joint.scale.device.type == "meta"
+    assert joint(nowhere(4, 1, 8, 8), nowhere(4)).device.type == "meta"

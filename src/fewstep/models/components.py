@@ -122,9 +122,12 @@ def latent_scale(vae: Any) -> tuple[Any, Any]:
 
 
 @contextmanager
-def roomy(vae: Any) -> Iterator[None]:
-    """Inside, an autoencoder that overflows in float16, and says so, is in float32."""
-    narrow = dtype_of(vae) == torch.float16 and vae.config.get("force_upcast")
+def roomy(vae: Any, upcasts: bool) -> Iterator[None]:
+    """Inside, an autoencoder that overflows in float16, and says so, is in float32.
+
+    upcasts: whether its family heeds what it says
+    """
+    narrow = upcasts and dtype_of(vae) == torch.float16 and vae.config.get("force_upcast")
     if narrow:
         vae.to(torch.float32)
     try:

@@ -409,7 +409,7 @@ class PipelineModel:
         x = to_unit(pictures.permute(0, 3, 1, 2)).to(self.device)
         if vae is None:
             return x
-        with roomy(vae):
+        with roomy(vae, self.family.upcasts):
             out = vae.encode(x.to(dtype_of(vae)))
         latents = out.latents if hasattr(out, "latents") else out.latent_dist.mode()
         factor, shift = latent_scale(vae)
@@ -431,7 +431,7 @@ class PipelineModel:
             return x.float()
         factor, shift = latent_scale(vae)
         latents = x.float().to(device_of(vae)) / factor + shift
-        with roomy(vae):
+        with roomy(vae, self.family.upcasts):
             x = vae.decode(latents.to(dtype_of(vae))).sample.float()
         if not torch.isfinite(x).all():
             raise FloatingPointError(

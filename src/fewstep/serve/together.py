@@ -81,19 +81,18 @@ def together(shares: Sequence[Share]) -> Any:
         for leaf, share in zip(leaves, shares, strict=True)
     ]
     unconds, places, scales, place = [], [], [], 0
+    device = _device(conds[0])  # a scale may be a plain number
     for leaf, share in zip(leaves, shares, strict=True):
         if isinstance(leaf, Guided):
             unconds.append(_part(leaf.uncond, share))
             places += range(place, place + share.count)
             scale = torch.as_tensor(leaf.scale, dtype=torch.float32).reshape(-1)
-            scales.append(_rows(scale, share))
+            scales.append(_rows(scale.to(device, non_blocking=True), share))
         place += share.count
     joint = Joint(_network([leaf.denoiser for leaf in leaves], shares), _joined(conds + unconds))
     if places:
-        device = scales[0].device
-        joint = replace(
-            joint, guided=torch.tensor(places, device=device), scale=torch.cat(scales).to(device)
-        )
+        rows = torch.tensor(places).to(device, non_blocking=True)
+        joint = replace(joint, guided=rows, scale=torch.cat(scales))
     found: Any = joint
     for wrapper in reversed(wrappers):
         found = replace(wrapper, denoiser=found)
@@ -135,6 +134,16 @@ def _rows(leaf: Tensor, share: Share) -> Tensor:
     if len(leaf) == 1:
         return leaf.expand(share.count, *leaf.shape[1:])
     return leaf[share.start : share.start + share.count]
+
+
+def _device(condition: Any) -> torch.device | None:
+    """Of the first tensor in a condition; None where there is none."""
+    while not isinstance(condition, Tensor):
+        leaves = list(condition.values()) if isinstance(condition, Mapping) else condition
+        if not leaves:
+            return None
+        condition = leaves[0]
+    return condition.device
 
 
 def _joined(conditions: Sequence[Any]) -> Any:

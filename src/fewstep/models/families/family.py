@@ -31,6 +31,8 @@ class Family:
     step: the network halves its input so often that sides must be multiples of this, in its own
         pixels, given the network; 1 where it takes any size
     options: what its class in diffusers is told besides its components
+    upcasts: its class in diffusers takes an autoencoder in float16 to float32 where the
+        autoencoder's config says `force_upcast`, which stands in every config by default
     """
 
     network: str
@@ -43,3 +45,4 @@ class Family:
     patch: Callable[[Any], int] = lambda net: 1
     step: Callable[[Any], int] = lambda net: 1
     options: Mapping[str, Any] = field(default_factory=dict)
+    upcasts: bool = False

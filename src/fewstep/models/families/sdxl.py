@@ -33,4 +33,5 @@ SDXL = Family(
     encode,
     tokenizers=(("tokenizer", 0), ("tokenizer_2", 0)),
     options={"add_watermarker": False},
+    upcasts=True,
 )
