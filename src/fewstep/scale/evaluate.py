@@ -104,8 +104,7 @@ def evaluate_shards(
         raise ValueError("--limit takes some of the pictures, and shards are merged whole")
     metrics = how.metrics or (protocol.metrics if protocol else ("fd",))
     metrics = () if metrics == ("none",) else metrics
-    shape = (32, 32, 3)
-    extractor = resolve_features(how.features or "inception", how.device, shape, how.trust)
+    extractor = resolve_features(how.features or "inception", how.device, job.picture, how.trust)
     if extractor.name not in job.features:
         raise ValueError(
             f"{clean(place)} has features of {', '.join(map(clean, job.features))}, and not of "
@@ -235,7 +234,9 @@ def evaluate_parts(
     names = (extractor.name,) + ((how.clip,) if how.clip else ())
     facts = {"pictures": pictures.digest, "skip_corrupt": how.skip_corrupt, "upright": upright}
     digest = digest_of([facts, list(matched)])
-    job = Job("features", images, total, PART, how.batch, "none", names, "none", digest, facts)
+    job = Job(
+        "features", images, total, PART, how.batch, "none", names, "none", digest, shape, facts
+    )
     work = LookWork(job, place, images, how, upright)
     if not executor.leads:
         executor.serve(work)

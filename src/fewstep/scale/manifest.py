@@ -48,6 +48,7 @@ MOST = 10_000_000  # shards of a job: their numbers are kept in memory
 READERS = 8  # threads that read shards to check them
 
 Count = Annotated[Int, Field(ge=0)]
+Pixels = Annotated[Int, Field(ge=1, le=1 << 14)]
 Name = Annotated[Text, Field(pattern=r"^[^/\\\x00]+$")]  # a file's, not a path
 
 
@@ -60,6 +61,7 @@ class Job:
     pictures: in all; shard: in each shard but the last; batch: at a time
     keep: tar, png or none, of the pictures; features: names of the networks that look at them
     seeds: as text; digest: of the seeds, the names and what is given for each picture
+    picture: (h, w, c)
     facts: all else that the shards depend on
     """
 
@@ -72,6 +74,7 @@ class Job:
     features: tuple[Text, ...]
     seeds: Text
     digest: Digest
+    picture: tuple[Pixels, Pixels, Pixels]
     facts: dict[str, Any]
     format: Literal["fewstep-shards/1"] = FORMAT
 

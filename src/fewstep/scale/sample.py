@@ -123,6 +123,7 @@ def job_of(asked: Asked, model: Model, looks: Judges) -> tuple[Job, Request]:
         looks.names,
         seeds,
         digest,
+        picture_of(model),
         facts,
     )
     return job, first
