@@ -23,7 +23,7 @@ from fewstep.evaluate import frechet_distance
 from fewstep.evaluate.features import own_features, resolve_features
 from fewstep.evaluate.references import References
 
-SAMPLERS = ("consistency", "consistency-ode")
+SAMPLERS = ("consistency", "consistency-ode", "consistency-pca")
 FIRST = 1_000_000  # of the seeds
 
 

@@ -34,6 +34,7 @@ from fewstep.schedule import Schedule
 
 __all__ = [
     "Condition",
+    "Covariance",
     "Denoiser",
     "Evaluation",
     "Wrapper",
@@ -50,6 +51,7 @@ __all__ = [
     "per_sample",
 ]
 
+Level = float | Tensor
 Condition = Any  # a tensor batched along dim 0, or a tuple, list or dict of conditions
 Evaluation = Callable[..., tuple[Tensor, Any]]  # (x, sigma, *conditions) -> (D, features)
 
@@ -68,6 +70,7 @@ class Denoiser(Protocol):
         far_mean (Tensor): the mean of D at sigma_max over x, which is the mean of the data; [1,
             ...] or [b, ...]
         with_features (Callable): (x, sigma) -> (D, features), at the cost of one evaluation
+        covariance (Covariance): of the data, along its leading principal directions
         calls_per_eval (int): how often the network sees each sample in one evaluation; 1 where
             absent
     """
@@ -75,7 +78,71 @@ class Denoiser(Protocol):
     def __call__(self, x: Tensor, sigma: Tensor, /) -> Tensor: ...
 
 
-OPTIONAL = ("sigma_min", "sigma_max", "schedule", "far_mean", "with_features", "calls_per_eval")
+OPTIONAL = (
+    *("sigma_min", "sigma_max", "schedule", "far_mean", "covariance", "with_features"),
+    "calls_per_eval",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Covariance:
+    """That of the data: variances along some directions, and one across them.
+
+    basis: orthonormal rows, [r, k, d] with d the size of a sample; r is 1, or the batch
+    variances: along these rows, [r, k]
+    rest: along every other direction, [r]
+    """
+
+    basis: Tensor
+    variances: Tensor
+    rest: Tensor
+
+    def __getitem__(self, rows: slice) -> Covariance:
+        """That of some samples of the batch."""
+        if len(self.basis) == 1:
+            return self
+        return Covariance(self.basis[rows], self.variances[rows], self.rest[rows])
+
+    def between(self, x: Tensor, end: Tensor, sigma: Level, to: Level) -> Tensor:
+        """The state at `to` on the path that goes through x at sigma and ends in `end`.
+
+            x_to = end + sum_i u_i kept_i <u_i, x - end>
+            kept_i = (root(to) - c) / (root(sigma) - c)      root(s)^2 = c^2 + s^2
+
+        with c^2 the i-th variance, and so on across the directions with rest. Exact on Gaussian
+        data of this covariance.
+
+        Args:
+            x, end: [b, ...]
+            sigma, to: floats or [b]; sigma > 0
+
+        Returns:
+            Like x.
+        """
+        gap = (x - end).flatten(1)  # [b, d]
+        basis = self.basis.to(gap)
+        along, across = (
+            _kept(variances.to(x.device), *(_column(level) for level in (sigma, to)))
+            for variances in (self.variances, self.rest[:, None])
+        )
+        parts = torch.einsum("rkd,bd->bk" if len(basis) == 1 else "bkd,bd->bk", basis, gap)
+        parts = (along - across).to(gap) * parts
+        back = torch.einsum("bk,rkd->bd" if len(basis) == 1 else "bk,bkd->bd", parts, basis)
+        return end + (across.to(gap) * gap + back).reshape(x.shape)
+
+
+def _kept(variances: Tensor, sigma: Any, to: Any) -> Tensor:
+    """(root(to) - c) / (root(sigma) - c) without the differences, [r, k], float64."""
+    v = variances.double()
+    c = v.sqrt()
+    low = (v + to**2).sqrt() + c
+    # where the data have no spread it is the chord, to / sigma, and 0 at 0
+    return (to / sigma) ** 2 * ((v + sigma**2).sqrt() + c) / torch.where(low > 0, low, 1.0)
+
+
+def _column(level: Level) -> Any:
+    """A float as it is; [b] -> [b, 1], float64."""
+    return level.double().reshape(-1, 1) if isinstance(level, Tensor) else level
 
 
 class Wrapper(ABC):
@@ -196,11 +263,13 @@ class Bound(Wrapper):
 
     Attributes:
         far_mean: the mean of D at sigma_max under that condition, where known
+        covariance: of the data under that condition, where known
     """
 
     denoiser: Any
     condition: Condition
     far_mean: Tensor | None = None
+    covariance: Covariance | None = None
 
     def evaluate(self, inner: Evaluation, x: Tensor, sigma: Tensor) -> tuple[Tensor, Any]:
         return inner(x, sigma, self.condition)

@@ -20,18 +20,21 @@ import torch
 from torch import Tensor
 
 from fewstep.arguments import function
-from fewstep.denoiser import Denoiser, per_sample, threshold
+from fewstep.denoiser import Covariance, Denoiser, per_sample, threshold
 from fewstep.noise import brownian, normal
 from fewstep.plan import Combine, Eval, Level, Program, Seen
 
 __all__ = [
     "State",
     "Stepper",
+    "check_known",
     "check_mean_start",
+    "covariance",
     "far_mean",
     "finish",
     "run",
     "seeded",
+    "stand_in",
     "starts_at",
 ]
 
@@ -117,6 +120,7 @@ class Stepper:
         x: the state, [b, ...], float32, or float64 where x_T is
         nfe: network evaluations told so far
         draw: gives the noise of stochastic steps
+        denoised: the last D, of the network or of its analytic stand-in
         at_rest: whether x is an accepted state, and no trial stage
     """
 
@@ -140,7 +144,7 @@ class Stepper:
         self._history: deque[Tensor] = deque(maxlen=program.depth)
         self._ledger = Ledger(program.depth)
         self._ops = program.start()
-        self._denoised: Tensor | None = None
+        self.denoised: Tensor | None = None
         self._pending: Eval | None = None
         self._reply: Seen | None = None
         self._spare: Tensor | None = None
@@ -164,7 +168,7 @@ class Stepper:
             self._reply, self._sent = None, self._sent + 1
             if isinstance(op, Combine):
                 if self._combine(op):
-                    return State(self.x, tuple(self._history), self._denoised, op.sigma, self.nfe)
+                    return State(self.x, tuple(self._history), self.denoised, op.sigma, self.nfe)
                 continue
             self._pending = op
             if op.source != "zero":
@@ -193,7 +197,9 @@ class Stepper:
             denoised = threshold(denoised, self._program.quantile)
         if denoised.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
             denoised = denoised.clone()  # x's memory may be written to again
-        self._denoised, output = denoised, denoised
+        output = denoised
+        if op.source != "path":  # which is a state
+            self.denoised = denoised
         if self._as_eps:
             full = self._reuse and len(self._history) == self._depth
             output = _to_eps(x, denoised, op.sigma, self._history[-1] if full else None)
@@ -329,7 +335,10 @@ def _run(stepper: Stepper, denoiser: Denoiser) -> Generator[State, State | None,
     try:
         while (found := stepper.advance()) is not None:
             if not isinstance(found, State):
-                stepper.tell(*_evaluate(denoiser, stepper.x, found))
+                if found.source == "net":
+                    stepper.tell(*_evaluate(denoiser, stepper.x, found))
+                else:
+                    stepper.tell(stand_in(denoiser, stepper, found))
                 continue
             sent = yield found
             if sent is not None:
@@ -355,11 +364,7 @@ def seeded(seeds: Sequence[int]) -> Draw:
 
 
 def _evaluate(denoiser: Denoiser, x: Tensor, op: Eval) -> tuple[Tensor, Tensor | None]:
-    """(D, features) of the network, or of what stands for it."""
-    if op.source == "mean":
-        mean = far_mean(denoiser)
-        check_mean_start(op.sigma, getattr(denoiser, "sigma_max", None))
-        return mean.to(x).expand_as(x), None
+    """(D, features) of the network."""
     told = op.sigma if op.cond is None else op.cond
     if isinstance(told, Tensor):
         sigma = told.to(x).expand(x.shape[0])
@@ -381,6 +386,47 @@ def _evaluate(denoiser: Denoiser, x: Tensor, op: Eval) -> tuple[Tensor, Tensor |
             "D must have the shape of x"
         )
     return denoised, features
+
+
+def stand_in(denoiser: Denoiser, stepper: Stepper, op: Eval, rows: slice = slice(None)) -> Tensor:
+    """What stands for the evaluation `op` of a stepper that costs nothing, "mean" or "path".
+
+    Args:
+        rows: which samples of the denoiser's batch the stepper has
+
+    Raises:
+        ValueError: the denoiser does not know the mean of D, or the data's covariance.
+    """
+    x = stepper.x
+    if op.source == "mean":
+        mean = far_mean(denoiser)
+        check_mean_start(op.sigma, getattr(denoiser, "sigma_max", None))
+        return (mean if len(mean) == 1 else mean[rows]).to(x).expand_as(x)
+    if stepper.denoised is None or op.cond is None:
+        raise ValueError("a path leads from an evaluation to a level: put both before it")
+    return covariance(denoiser)[rows].between(x, stepper.denoised, op.sigma, op.cond)
+
+
+def covariance(denoiser: Denoiser) -> Covariance:
+    """That of the data. Raises ValueError where the denoiser does not know it."""
+    found = getattr(denoiser, "covariance", None)
+    if found is None:
+        raise ValueError(
+            "consistency-pca needs denoiser.covariance, the statistics in a model's folder, and no "
+            "guidance; take consistency-kappa, which has one number for all directions"
+        )
+    return found
+
+
+def check_known(program: Program, denoiser: Denoiser) -> None:
+    """Raise ValueError, before any work, where the denoiser does not know what stands for one of a
+    program's evaluations."""
+    if program.adapts:
+        return
+    sources = {op.source for op in program.start() if isinstance(op, Eval)}
+    for source, known in (("mean", far_mean), ("path", covariance)):
+        if source in sources:
+            known(denoiser)
 
 
 def far_mean(denoiser: Denoiser) -> Tensor:

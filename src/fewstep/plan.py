@@ -48,8 +48,8 @@ __all__ = [
 
 Level = float | Tensor
 Prediction = Literal["eps", "x0"]
-Source = Literal["net", "zero", "mean"]
-SOURCES = ("net", "zero", "mean")
+Source = Literal["net", "zero", "mean", "path"]
+SOURCES = ("net", "zero", "mean", "path")
 DEEPEST = 10_000  # outputs that a plan may keep
 
 
@@ -58,9 +58,10 @@ class Eval(NamedTuple):
     history.
 
     sigma: float or [b]
-    cond: the level that the network is told, where it differs
+    cond: the level that the network is told, where it differs; of "path" the level that it leads to
     source: "net", or one of the analytic stand-ins that cost nothing ("zero": eps = x / sqrt(1 +
-        sigma^2), "mean": D = the mean of the network's D at sigma_max)
+        sigma^2), "mean": D = the mean of the network's D at sigma_max, "path": in place of D the
+        state at cond on the path of Gaussian data from x to the last D, by `denoiser.covariance`)
     features: whether the reply should carry the network's features
     """
 
@@ -248,6 +249,8 @@ def _check_op(op: Op, depth: int) -> None:
             raise ValueError(f"a Combine reaches {len(op.b)} outputs back, depth is {depth}")
     elif op.source not in SOURCES:
         raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {op.source!r}")
+    elif op.source == "path" and (op.cond is None or not op.sigma):
+        raise ValueError(f"a path leads from a level above 0 to cond, got {op}")
     for number in numbers:
         if not isinstance(number, Tensor) and not _finite(number):
             raise ValueError(f"a plan's numbers must be finite, got {number!r} in {op}")

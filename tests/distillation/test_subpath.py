@@ -408,8 +408,8 @@ def test_the_wrapper_applies_the_boundary_at_gamma_1() -> None:
 
 
 def test_the_solver_for_consistency_functions_is_listed_apart() -> None:
-    assert names(consistency=True) == ["consistency", "consistency-kappa"]
-    assert not {"consistency", "consistency-kappa"} & set(names())
+    assert names(consistency=True) == ["consistency", "consistency-kappa", "consistency-pca"]
+    assert not {"consistency", "consistency-kappa", "consistency-pca"} & set(names())
     assert get("consistency").stochastic
     assert get("consistency-ode") is get("ddim")
 

@@ -69,6 +69,14 @@ def train_solver_command(
         ),
     ] = None,
     negative: Annotated[str | None, option("Negative prompt.", group=TEXT)] = None,
+    teacher_model: Annotated[
+        Path | None,
+        option(
+            "Of a student: the folder of the model that it was distilled from, whose solutions are "
+            "the target. Default: the built-in one that its card names.",
+            group=LEARNING,
+        ),
+    ] = None,
     **given: Any,
 ) -> None:
     """Train a solver for one model and one budget; no data are needed.
@@ -78,7 +86,7 @@ def train_solver_command(
     """
     from fewstep.data.captions import read_captions
     from fewstep.learned.on_model import train_on_model
-    from fewstep.models import load
+    from fewstep.models import load, teacher_of
     from fewstep.report.terminal import Progress
 
     label, prompt = given.pop("label"), given.pop("prompt")
@@ -94,7 +102,9 @@ def train_solver_command(
     Settings(**given)  # refused before torch and the model are there
     captions = None if prompts is None else read_captions(prompts)
     texts = captions.texts if captions else () if prompt is None else (prompt,)
-    loaded = load(model, **machine)
+    loaded, teacher = load(model, **machine), None
+    if loaded.card.distilled is not None or teacher_model is not None:
+        teacher = teacher_of(loaded.card, teacher_model, **machine)
     with resumable(out), Progress() as bar:
         solver = train_on_model(
             loaded,
@@ -104,6 +114,7 @@ def train_solver_command(
             negative=negative,
             guidance=guidance,
             loss=loss,
+            teacher_model=teacher,
             out=out,
             report=_report(bar),
             note=bar.say,

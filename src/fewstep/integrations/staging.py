@@ -57,7 +57,7 @@ class Staged:
 
     @classmethod
     def cut(cls, plan: Plan) -> Staged:
-        """Raise ValueError for a plan without evaluations, or that needs the network's mean."""
+        """Raise ValueError for a plan without evaluations, or that needs the data's statistics."""
         stages: list[Stage] = []
         rested, end = True, plan.sigmas[0]
         for place, op in enumerate(plan.ops):
@@ -67,6 +67,11 @@ class Staged:
                 raise ValueError(
                     "afs='mean' needs the mean of the network's D, which a scheduler does not "
                     "know; take afs='zero' or 'none'"
+                )
+            elif op.source == "path":
+                raise ValueError(
+                    "consistency-pca needs the statistics of a model folder's data, which a "
+                    "scheduler does not know; take consistency-kappa"
                 )
             elif op.source == "net":
                 told = op.sigma if op.cond is None else op.cond

@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from fewstep.learned.prompts import prompted
     from fewstep.learned.solver import LearnedSolver
     from fewstep.learned.training import train
+    from fewstep.learned.validation import Imitated
     from fewstep.train.loop import Progress
 
-__all__ = ["LearnedSolver", "Progress", "prompted", "train"]
+__all__ = ["Imitated", "LearnedSolver", "Progress", "prompted", "train"]
 
 __getattr__ = lazily(
     __name__,
@@ -25,6 +26,7 @@ __getattr__ = lazily(
         "fewstep.learned.prompts": ("prompted",),
         "fewstep.learned.solver": ("LearnedSolver",),
         "fewstep.learned.training": ("train",),
+        "fewstep.learned.validation": ("Imitated",),
         "fewstep.train.loop": ("Progress",),
     },
 )

@@ -50,7 +50,9 @@ class Choices:
     inner: int
 
     @classmethod
-    def of(cls, settings: Settings, denoiser: Denoiser, in_features: bool) -> Choices:
+    def of(
+        cls, settings: Settings, denoiser: Denoiser, in_features: bool, student: bool = False
+    ) -> Choices:
         """Raise ValueError for what does not go together."""
         grid, end = settings.grid, settings.end
         kind, schedule = kind_of(settings.method), getattr(denoiser, "schedule", None)
@@ -91,6 +93,11 @@ class Choices:
         teacher = settings.teacher or recipe.teacher
         check_teacher(teacher)
         _check_options(kind, settings.options)
+        if student and named == SEARCH:
+            raise ValueError(
+                f"{settings.method} searches a grid by the network's own ODE, and a student has "
+                "none; take tuned on its own levels, without grid"
+            )
         return cls(settings, kind, recipe, named, sigmas, low, high, schedule, lr, teacher, inner)
 
     @property

@@ -73,6 +73,8 @@ def start_recipe(
         raise ValueError(f"afs must be one of {', '.join(AFS)}, got {afs!r}")
     if solver.stochastic or solver.adapts:
         raise ValueError(f"{name} starts from a deterministic solver with a plan, not {base}")
+    if solver.name == "consistency-pca":
+        raise ValueError(f"{name} has one weight for all directions; take consistency-kappa")
     intervals = intervals_for(solver, nfe, afs, end=end)
     return Recipe(base, intervals, afs, grid or named, end, "deis-4", 30, 2e-2, True, True)
 

@@ -6,14 +6,22 @@ from collections.abc import Sequence
 from typing import Any
 
 from fewstep.cache import cache_folder
+from fewstep.learned.kinds import kind_of
 from fewstep.learned.prompts import prompted
+from fewstep.learned.settings import Settings
 from fewstep.learned.solver import LearnedSolver
 from fewstep.learned.training import known_of, train
+from fewstep.learned.validation import Conditions, Imitated
 from fewstep.loop import starts_at
 from fewstep.models import Model
 from fewstep.models.labels import by_seed
+from fewstep.models.students import own_levels
 
 __all__ = ["train_on_model"]
+
+# a student's sampler in place of the solvers that improve on an ODE's; AMED has none
+BASES = {"tuned": "consistency-kappa", "amed-plugin": "consistency-ode"}
+INNER = 30  # points that a student's teacher adds between its few levels, in all, for AMED
 
 
 def train_on_model(
@@ -25,6 +33,7 @@ def train_on_model(
     negative: str | None = None,
     guidance: float | None = None,
     loss: str = "pixels",
+    teacher_model: Model | None = None,
     **given: Any,
 ) -> LearnedSolver:
     """Train a solver for one model and one budget, see `fewstep.learned.train`.
@@ -36,6 +45,7 @@ def train_on_model(
         digest: of the file that the texts are from, for the record
         negative, guidance: as in `model.denoiser`
         loss: where ends are compared: pixels, or the name of a feature network
+        teacher_model: of a student, which it imitates; see `fewstep.models.teacher_of`
         given: the other arguments of `train`
 
     Raises:
@@ -58,13 +68,27 @@ def train_on_model(
         **({} if negative is None else {"negative": negative}),
         **known_of(model),
     }
-    if texts:
-        conditions = prompted(model, texts, negative=negative, guidance=guidance)
-    else:
-        conditions = by_seed(model, label, None, guidance)
+
+    def bind(one: Model, scale: float | None) -> Conditions:
+        if texts:
+            return prompted(one, texts, negative=negative, guidance=scale)
+        return by_seed(one, label, None, scale)
+
+    conditions, imitated = bind(model, guidance), None
     bound = conditions([0])
+    if model.card.distilled is not None:
+        if teacher_model is None:
+            raise ValueError(f"{model.card.name} is a student; name its teacher too")
+        imitated = _imitated(
+            model, bind(teacher_model, _guidance(model, label, texts, guidance)), given
+        )
+        about["teacher"] = {
+            "name": teacher_model.card.name,
+            "weights": teacher_model.card.weights_sha256,
+            **known_of(teacher_model),
+        }
     afs, grid = given.pop("afs", None), given.get("grid")
-    if afs is None and given.get("method", "tuned") in ("tuned", "grid"):
+    if afs is None and imitated is None and given.get("method", "tuned") in ("tuned", "grid"):
         # the mean, where it is known and holds
         top = grid is None or isinstance(grid, str) or starts_at(grid[0], model.card.sigma_max)
         afs = "mean" if top and getattr(bound, "far_mean", None) is not None else "none"
@@ -73,6 +97,7 @@ def train_on_model(
         model.shape,
         conditions=conditions,
         prior=model.prior,
+        imitated=imitated,
         device=place,
         model=about,
         loss_features=network,
@@ -80,3 +105,31 @@ def train_on_model(
         afs=afs,
         **given,
     )
+
+
+def _imitated(student: Model, teacher: Conditions, given: dict[str, Any]) -> Imitated:
+    """What a student's solver imitates. Fills in, where nothing is given, what goes with students:
+    their sampler for a base, and their levels."""
+    settings = Settings.of(given)
+    method = settings.method
+    kind = kind_of(method)
+    if settings.base is None and method in BASES:
+        given["base"] = BASES[method]
+    if method not in ("tuned", "grid") and settings.inner is None:
+        given["inner"] = INNER // max(1, settings.nfe // 2)
+    levels = own_levels(student.card, settings.nfe)
+    if settings.grid is None and method != "grid":
+        free = method == "tuned"
+        end = "zero" if free else None
+        recipe = kind.recipe(given.get("base"), settings.nfe, settings.afs, end, False)
+        grid = own_levels(student.card, recipe.intervals)
+        given["grid"] = grid if free else (*grid[:-1], student.card.sigma_min)
+    return Imitated(teacher, tuple(levels))
+
+
+def _guidance(
+    student: Model, label: str | None, texts: Sequence[str], guidance: float | None
+) -> float | None:
+    """The scale of the teacher: the student's, which may have it built in."""
+    built_in = student.card.built_in_guidance
+    return built_in if guidance is None and (label is not None or texts) else guidance

@@ -22,12 +22,13 @@ class Settings:
     Attributes:
         method: tuned, amed, amed-plugin or grid.
         base: The solver that is improved on. Default: ipndm-4 for amed-plugin; else dpmpp-2m on
-            pipelines, ipndm-3 elsewhere, ipndm-2 up to 3 evaluations.
+            pipelines, ipndm-3 elsewhere, ipndm-2 up to 3 evaluations. On students
+            consistency-kappa, and consistency-ode for amed-plugin.
         nfe: Network evaluations per picture.
         trajectories: Length of the run in pictures.
         batch: Pictures at a time.
         grid: A grid's name, sigmas like 80,9,1,0.002, or search: find one. Default: search;
-            on pipelines trailing, and for the AMED methods discrete.
+            on pipelines trailing, and for the AMED methods discrete; on students their levels.
         sigma_min: Lowest level of the grid. Default: the network's.
         sigma_max: Highest level of the grid. Default: the network's.
         afs: Analytic first step, at no evaluation: none, zero or mean.

@@ -27,7 +27,7 @@ from fewstep.plan import Eval, Op, Ops, Plan, Program, in_numbers
 from fewstep.records import Digest, Int, Levels, Slug, read_json, record, shown
 from fewstep.tensors import load_tensors
 
-__all__ = ["PREDICTOR_FILE", "SOLVER_FILE", "LearnedSolver", "budgets"]
+__all__ = ["PREDICTOR_FILE", "SOLVER_FILE", "LearnedSolver", "budgets", "trained_on"]
 
 SOLVER_FILE, PREDICTOR_FILE = "solver.json", "predictor.safetensors"
 FORMAT = "fewstep-solver/1"
@@ -191,6 +191,18 @@ class LearnedSolver:
             for name, value in self.method.tensors().items()
         }
         return safetensors.torch.save(tensors) if tensors else b""
+
+
+def trained_on(folder: Path) -> tuple[str, str]:
+    """Of a learned solver, or of the first in a folder of them: the hashes of the network's weights
+    and, of a student, of its teacher's; "" for what is not known."""
+    files = [folder / SOLVER_FILE, *(folder / str(nfe) / SOLVER_FILE for nfe in budgets(folder))]
+    path = next((path for path in files if path.is_file()), None)
+    found: Any = {} if path is None else read_json(path, "a learned solver of fewstep").get("model")
+    teacher = found.get("teacher") if isinstance(found, dict) else None
+    known = (one.get("weights") if isinstance(one, dict) else "" for one in (found, teacher))
+    network, taught = (str(one or "") for one in known)
+    return network, taught
 
 
 def budgets(folder: Path) -> list[int]:

@@ -25,12 +25,13 @@ from fewstep.grid import check_grid
 from fewstep.learned.choices import Choices
 from fewstep.learned.grid_search import FINE, SEARCHED, OnGrid, search_grid
 from fewstep.learned.method import Kind, Lesson, Method, Setup
-from fewstep.learned.rivals import best_rival, unbeaten
+from fewstep.learned.rivals import best_rival, best_sampler, unbeaten
 from fewstep.learned.settings import VALIDATION, Settings
 from fewstep.learned.solver import PREDICTOR_FILE, SOLVER_FILE, LearnedSolver
 from fewstep.learned.teacher import Frozen, Kept
 from fewstep.learned.validation import (
     Conditions,
+    Imitated,
     Noise,
     Prior,
     Ruler,
@@ -58,6 +59,7 @@ def train(
     *,
     conditions: Conditions | None = None,
     prior: Prior | None = None,
+    imitated: Imitated | None = None,
     loss_features: Callable[[Tensor], Tensor] | None = None,
     out: Path | str | None = None,
     device: str | torch.device = "cpu",
@@ -75,6 +77,7 @@ def train(
         conditions: conditions(seeds) draws one condition per seed and returns the denoiser bound to
             them; it must be a function of the seeds alone.
         prior: prior(seeds) -> x_T; sigma_max times normal noise unless given.
+        imitated: of a student: its teacher, whose solutions are the target, and its levels.
         loss_features: a network for methods with a loss at the end of the path; None is pixels. One
             that is to see pictures needs `fewstep.networks.features.Clamped`, or the like.
         out: a folder for checkpoint, log and the result; a run that finds its checkpoint there
@@ -103,7 +106,8 @@ def train(
         raise ValueError("cache needs model['weights'], the hash of the network's weights")
     function("denoiser", denoiser, "D(x, sigma)")
     shape = sides("shape", shape)
-    chosen = Choices.of(Settings.of(settings), denoiser, loss_features is not None)
+    kinds = loss_features is not None, imitated is not None
+    chosen = Choices.of(Settings.of(settings), denoiser, *kinds)
     place = torch.device(device)
     school = School(
         chosen,
@@ -112,6 +116,7 @@ def train(
         loss_features,
         facts,
         None if cache is None else Path(cache) / "teachers",
+        imitated,
     )
     folder = Folder(None if out is None else Path(out), (SOLVER_FILE, PREDICTOR_FILE))
     with folder:
@@ -175,6 +180,7 @@ class School:
 
     bound: from seeds to the denoiser with their conditions
     kept: the folder of the cache, or None
+    imitated: of a student, what it imitates
 
     Raises:
         ValueError: for a denoiser that cannot be learned on.
@@ -188,9 +194,12 @@ class School:
         features: Callable[[Tensor], Tensor] | None,
         model: dict[str, Any],
         kept: Path | None,
+        imitated: Imitated | None = None,
     ) -> None:
         self.chosen, self.bound, self.noise = chosen, bound, noise
         self.features, self.model, self.kept = features, model, kept
+        self.imitated = imitated
+        self.solved = bound if imitated is None else imitated.teacher
         self.held_out = range(VALIDATION, VALIDATION + chosen.settings.validation_seeds)
         x = noise(self.held_out[:1])
         self.size = count_features(bound(self.held_out[:1]), x, chosen.sigmas[0])
@@ -230,7 +239,8 @@ class School:
                 note("searching for the grid")
                 student, untrained = map(self.fresh, self._search())
                 sigmas = student.sigmas
-        self.guide = chosen.guide(sigmas, self.size > 0)
+        # what a student's teacher sees is not what the student sees
+        self.guide = chosen.guide(sigmas, self.size > 0 and self.imitated is None)
         follows = {
             "sigmas": list(sigmas),
             "settings": plain(student.settings()),
@@ -255,7 +265,7 @@ class School:
 
         def exact(denoiser: Denoiser, x_T: Tensor, seeds: range) -> Tensor:
             key = {**known, **asdict(reference), "seeds": list(seeds)}
-            solved = partial(reference.ends, denoiser, x_T)
+            solved = partial(reference.ends, self.solved(seeds), x_T)
             if self.kept is None:
                 return solved()[:, end]
             return recall(self.kept, key, (len(x_T), 2, *self.noise.shape), solved)[:, end]
@@ -266,10 +276,14 @@ class School:
 
         def lesson(seeds: range) -> Lesson:
             frozen, x_T = Frozen(self.bound(seeds)), self.noise(seeds)
-            path = paths.path(frozen, x_T, seeds)
+            if self.imitated is None:
+                path = paths.path(frozen, x_T, seeds)
+            else:
+                path = replace(paths.path(self.solved(seeds), x_T, seeds), seen=())
             return Lesson(frozen, x_T, path, features, checkpointed)
 
         task.lesson = lesson
+        task.imitated = self.imitated
         task.ruler = Ruler(self.bound, self.noise, self.held_out, exact, batch, features)
 
 
@@ -281,6 +295,7 @@ class SolverTraining:
 
     lesson: Callable[[range], Lesson]
     ruler: Ruler
+    imitated: Imitated | None = None
 
     def __init__(self, method: Method, chosen: Choices, identity: Identity) -> None:
         self.method, self.chosen = method, chosen
@@ -347,15 +362,20 @@ class SolverTraining:
             )
         folder.log.add({"step": 0, "trajectories": 0, "error": found["error"]})
         usual = found if untrained is self.method else self.ruler.measure(untrained)
-        chosen, levels = self.chosen, self.method.sigmas
-        low = levels[-1] or min(chosen.low, levels[-2])
+        also = {"error_untrained": usual["error"], "training_free": self._rival()}
+        self.run.state["measured"] = {**self.measured, **also}
+        folder.save(self.run)
+
+    def _rival(self) -> dict[str, Any]:
+        """The best way to spend the budget without training."""
+        measure, levels = self.ruler.measure, self.method.sigmas
+        if self.imitated is not None:
+            return best_sampler(measure, self.imitated.levels, self.ruler.parts[0][0])
+        low = levels[-1] or min(self.chosen.low, levels[-2])
         ends = levels[0], low, "sigma_min" if levels[-1] > 0 else "zero"
         nfe = self.method.program().evaluations
         firsts = ("none", "zero", "mean") if self.ruler.mean_at(levels[0]) else ("none", "zero")
-        rival = best_rival(self.ruler.measure, nfe, *ends, chosen.schedule, firsts)
-        also = {"error_untrained": usual["error"], "training_free": rival}
-        self.run.state["measured"] = {**self.measured, **also}
-        folder.save(self.run)
+        return best_rival(measure, nfe, *ends, self.chosen.schedule, firsts)
 
     def validate(self) -> dict[str, float]:
         """Measure the parameters, and keep them where they are the best so far: in the features

@@ -16,7 +16,16 @@ from fewstep.loop import starts_at
 from fewstep.noise import normal
 from fewstep.solving import solve
 
-__all__ = ["Conditions", "Noise", "Prior", "Ruler", "count_features", "look_at", "split"]
+__all__ = [
+    "Conditions",
+    "Imitated",
+    "Noise",
+    "Prior",
+    "Ruler",
+    "count_features",
+    "look_at",
+    "split",
+]
 
 Conditions = Callable[[Sequence[int]], Denoiser]
 Prior = Callable[[Sequence[int]], Tensor]
@@ -39,6 +48,19 @@ class Noise:
         if x.shape != (len(seeds), *self.shape):
             raise ValueError(f"prior must return {[len(seeds), *self.shape]}, got {list(x.shape)}")
         return x
+
+
+@dataclass(frozen=True)
+class Imitated:
+    """What the denoiser of a student's solver imitates: a consistency function follows no ODE of
+    its own, so the target is the end of its teacher's.
+
+    teacher: from seeds to the teacher's denoiser with their conditions
+    levels: on which the student spends the budget without a solver of its own
+    """
+
+    teacher: Conditions
+    levels: tuple[float, ...]
 
 
 class Ruler:

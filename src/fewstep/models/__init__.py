@@ -34,6 +34,7 @@ __all__ = [
     "of",
     "read_card",
     "students_of",
+    "teacher_of",
 ]
 
 BUILTIN = Path(__file__).parent / "builtin"
@@ -82,6 +83,38 @@ def students_of(card: Card) -> list[str]:
     """Names of those that were distilled from a model with these weights and ship with fewstep."""
     found = ((name, read_card(name).distilled) for name in builtin())
     return [name for name, how in found if how and how.teacher_weights == card.weights_sha256]
+
+
+def teacher_of(card: Card, teacher: str | Path | None = None, **options: Any) -> Model:
+    """The model that a student was distilled from, loaded.
+
+    Args:
+        card: of the student
+        teacher: its name or path; a built-in one is found by what the card says
+        options: of `load`
+
+    Raises:
+        ValueError: the card is of no student; the teacher is not built in and not given, or has
+            other weights.
+    """
+    how = card.distilled
+    if how is None:
+        raise ValueError(f"{card.name} is no student, so it has no teacher; leave the teacher out")
+    if teacher is None:
+        built_in = how.teacher in builtin()
+        if not built_in or read_card(how.teacher).weights_sha256 != how.teacher_weights:
+            raise ValueError(
+                f"{card.name} is a student of {how.teacher} ({how.teacher_weights[:8]}), which "
+                "does not come with fewstep; name its folder (--teacher-model)"
+            )
+    model = load(how.teacher if teacher is None else teacher, **options)
+    if how.teacher_weights and model.card.weights_sha256 != how.teacher_weights:
+        raise ValueError(
+            f"{card.name} is a student of {how.teacher} ({how.teacher_weights[:8]}), and "
+            f"{model.card.name} has other weights ({model.card.weights_sha256[:8]}); name the "
+            "folder of its teacher (--teacher-model)"
+        )
+    return model
 
 
 def load(

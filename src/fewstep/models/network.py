@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.data.idx import to_pixels, to_unit
-from fewstep.denoiser import Bound, Guided, Wrapper
+from fewstep.denoiser import Bound, Covariance, Guided, Wrapper
 from fewstep.models.card import Card
 from fewstep.models.exact import gaussian_flow
 from fewstep.models.guidance import ByNetwork, ClassGradient, ClassGuided
@@ -256,11 +256,11 @@ class NetworkModel:
         rows = self._rows(label)
         if self.classifier is not None and label is not None:
             by = 1.0 if guidance is None else scale.item() if scale.ndim == 0 else scale
-            base = Bound(self.conditional(), rows, self._far(rows))
+            base = self._bound(self.conditional(), rows)
             return base if by == 0.0 else ClassGuided(base, self.classifier, by, rows)
         if self.guide is not None:
             by = 1.0 if guidance is None else scale.item() if scale.ndim == 0 else scale
-            base = Bound(self.conditional(), rows, self._far(rows))
+            base = self._bound(self.conditional(), rows)
             if by == 1.0:
                 return base
             theirs = self.guide.denoiser(label if self.guide.card.classes else None)
@@ -269,7 +269,7 @@ class NetworkModel:
             return self._told(rows, label, guidance, scale)
         base = self.conditional()
         if scale.ndim == 0 and scale == 1:
-            return Bound(base, rows, self._far(rows))
+            return self._bound(base, rows)
         if label is None:
             raise ValueError("guidance needs a label to guide towards; give label too")
         if self.needs_label:
@@ -279,7 +279,7 @@ class NetworkModel:
             )
         none = torch.full_like(rows, len(self.card.classes))
         if scale.ndim == 0 and scale == 0:
-            return Bound(base, none[:1], self._far(none[:1]))
+            return self._bound(base, none[:1])
         strength = scale.item() if scale.ndim == 0 else scale.float().to(self.device)
         means = self._far(rows), self._far(none)
         far = None if means[0] is None or means[1] is None else (means[0], means[1])
@@ -289,6 +289,13 @@ class NetworkModel:
         """D(x, sigma, label), with features where the card names their module."""
         base = Conditional(self, told)
         return Heard(base) if self.card.feature_module or self.features else base
+
+    def _bound(self, conditional: Conditional | Heard, rows: Tensor) -> Bound:
+        """D of these classes, with what is known of their data."""
+        known, names = None, ("basis", "variances", "rest")
+        if all(name in self.stats for name in names):
+            known = Covariance(*(self.stats[name][rows] for name in names))
+        return Bound(conditional, rows, self._far(rows), known)
 
     def _far(self, rows: Tensor) -> Tensor | None:
         """The mean of D at sigma_max, where it is known."""
@@ -310,7 +317,7 @@ class NetworkModel:
             )
         told = indices(self.card.told, torch.ones(scale.numel()), scale.reshape(-1))
         assert told is not None  # it is told the guidance at least
-        return Bound(self.conditional(told.to(self.device)), rows, self._far(rows))
+        return self._bound(self.conditional(told.to(self.device)), rows)
 
     def _span(self) -> tuple[float, float]:
         """The ends of the range of guidance that the network was distilled for."""

@@ -27,6 +27,7 @@ __all__ = [
     "as_lcm",
     "choices",
     "consistency",
+    "own_levels",
     "student_levels",
     "x0_hat",
 ]
@@ -122,6 +123,22 @@ def student_levels(levels: Sequence[float], nfe: int) -> tuple[float, ...]:
     if not 1 <= nfe <= starts:
         raise ValueError(f"a student on {starts} sub-paths takes 1 to {starts} nfe, got {nfe}")
     return (*(levels[i * starts // nfe] for i in range(nfe)), 0.0)
+
+
+def own_levels(card: Card, nfe: int) -> Sequence[float]:
+    """The levels on which a student spends a budget by its card, whatever the solver.
+
+    Raises:
+        ValueError: the card has none for it.
+    """
+    choice = card.auto.get(str(nfe))
+    if choice is None or choice.grid is None:
+        have = ", ".join(card.auto) or "none"
+        raise ValueError(
+            f"{card.name} is distilled and has levels for {have} evaluations, not for {nfe}; "
+            "take one of these, or give a grid"
+        )
+    return choice.grid
 
 
 def choices(levels: Sequence[float], sampler: str) -> dict[str, Choice]:

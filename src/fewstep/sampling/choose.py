@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewstep.grid import check_grid
 from fewstep.loop import check_mean_start, starts_at
+from fewstep.models.students import own_levels
 from fewstep.plan import Plan, Program, gain
 from fewstep.sampling.settings import Filled, Settings
 from fewstep.schedule import PURE_NOISE
@@ -66,7 +66,7 @@ def choose(model: Model, settings: Settings, start: float | None = None) -> Fill
     settings = replace(settings, grid=grid)
     solver, known = _picked(model, settings, begin)
     if model.card.distilled and grid is None and isinstance(solver, str | Solver):
-        grid = tuple(_own_levels(model.card, nfe))
+        grid = tuple(own_levels(model.card, nfe))
     if not isinstance(solver, str | Solver):
         program = resolve(replace(settings, solver=_named(solver), grid=grid, head_start=None))
         _check_start(model, program.sigmas[0], begin, own=True)
@@ -235,18 +235,6 @@ def _known(card: Card, asked: Settings, nfe: int, top: bool) -> dict[str, Any]:
     except (KeyError, ValueError):
         return {}
     return entry
-
-
-def _own_levels(card: Card, nfe: int) -> Sequence[float]:
-    """The levels that a distilled network was trained on for this budget, whatever the solver."""
-    choice = card.auto.get(str(nfe))
-    if choice is None or choice.grid is None:
-        have = ", ".join(card.auto) or "none"
-        raise ValueError(
-            f"{card.name} is distilled and has levels for {have} evaluations, not for {nfe}; "
-            "take one of these, or give a grid"
-        )
-    return choice.grid
 
 
 def _named(solver: Runnable) -> Program:

@@ -16,7 +16,7 @@ from torch import Tensor
 from fewstep.arguments import whole
 from fewstep.data.images import fit_picture, read_picture
 from fewstep.denoiser import Counted, Denoiser, calls_per_eval
-from fewstep.loop import far_mean, finish, run, starts_at
+from fewstep.loop import check_known, finish, run, starts_at
 from fewstep.plan import Program
 from fewstep.sampling.choose import choose, describe, warn_of_gain
 from fewstep.sampling.request import CONDITIONS, Request, one_per_seed
@@ -134,8 +134,7 @@ class Run:
         high = level if isinstance(filled.grid, str) else None
         program = resolve(filled, denoiser, sigma_max=high)
         warn_of_gain(filled, program)
-        if filled.afs == "mean":
-            far_mean(denoiser)  # raises now where it is not known
+        check_known(program, denoiser)
         calls = calls_per_eval(denoiser)
         made = cls(model, request, filled, images, frozenset(each), level, program, calls)
         made.begin(0, 1)  # raises now for a start that the model cannot make

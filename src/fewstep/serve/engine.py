@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.loop import Stepper, far_mean, seeded
+from fewstep.loop import Stepper, seeded, stand_in
 from fewstep.plan import Eval
 from fewstep.serve.order import Order
 from fewstep.serve.statistics import Statistics
@@ -112,11 +112,9 @@ class Part:
 
     def ask(self) -> None:
         """Go on to the next evaluation by the network."""
-        while (op := self.stepper.ask()) is not None and op.source == "mean":
-            mean = far_mean(self.share.denoiser)
-            x = self.stepper.x
-            chosen = mean if len(mean) == 1 else mean[self.start : self.start + self.count]
-            self.stepper.tell(chosen.to(x).expand_as(x))
+        rows = slice(self.start, self.start + self.count)
+        while (op := self.stepper.ask()) is not None and op.source != "net":
+            self.stepper.tell(stand_in(self.share.denoiser, self.stepper, op, rows))
         self.op = op
 
     def levels(self, x: Tensor) -> Sequence[float] | Tensor:

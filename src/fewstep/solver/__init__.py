@@ -14,7 +14,7 @@ from typing import Literal
 
 from fewstep.plan import Prediction
 from fewstep.solver import rules
-from fewstep.solver.consistency import consistency, consistency_kappa
+from fewstep.solver.consistency import consistency, consistency_kappa, consistency_pca
 from fewstep.solver.multistep import linear_multistep, unipc
 from fewstep.solver.registry import (
     AFS,
@@ -124,6 +124,8 @@ _SOLVERS = (
     Solver("consistency-kappa", consistency_kappa, "x0", 1, 0, consistency=True,
            options=(("c", 0.12),), ranges=(("c", Range(0.0)),),
            summary="along the path of Gaussian data, without noise: for distilled networks"),
+    Solver("consistency-pca", consistency_pca, "x0", 1, 0, consistency=True,
+           summary="the same with the data's own spread along each principal direction"),
 )
 # fmt: on
 

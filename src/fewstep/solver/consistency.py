@@ -15,7 +15,9 @@ t^2)^1/2, so the right step is
     with root(s)^2 = c^2 + s^2,
 
 which is `consistency_kappa`: no fresh noise, so a seed keeps its picture at every budget. c = 0 is
-`ddim` again, and one evaluation is the same with all of them.
+`ddim` again, and one evaluation is the same with all of them. Data have another c along each of
+their principal directions. `consistency_pca` takes the same step along each of those that the
+denoiser knows, so it is exact on Gaussian data of any covariance.
 
 Sources: Song et al. 2023 (consistency models), arXiv:2303.01469, algorithm 1; Luo et al. 2023
 (LCM), arXiv:2310.04378, algorithm 3.
@@ -29,7 +31,7 @@ from itertools import pairwise
 
 from fewstep.plan import Combine, Eval, Ops
 
-__all__ = ["consistency", "consistency_kappa"]
+__all__ = ["consistency", "consistency_kappa", "consistency_pca"]
 
 
 def consistency(sigmas: Sequence[float]) -> Ops:
@@ -52,3 +54,12 @@ def consistency_kappa(sigmas: Sequence[float], *, c: float = 0.12) -> Ops:
         kept = (nxt / cur) ** 2 * (math.hypot(c, cur) + c) / (math.hypot(c, nxt) + c or 1.0)
         yield Eval(cur)
         yield Combine((1 - kept,), nxt, a=kept)
+
+
+def consistency_pca(sigmas: Sequence[float]) -> Ops:
+    """The same along each principal direction of the data, by `denoiser.covariance`, on D."""
+    for cur, nxt in pairwise(sigmas):
+        yield Eval(cur)
+        if nxt > 0:
+            yield Eval(cur, cond=nxt, source="path")
+        yield Combine((1.0,), nxt, a=0.0)

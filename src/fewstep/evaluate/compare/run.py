@@ -42,9 +42,11 @@ from fewstep.evaluate.compare.records import check_protocol, merge, protocol
 from fewstep.evaluate.compare.rows import CHECKED, agreements, make_row, times
 from fewstep.evaluate.compare.screening import all_candidates, screened
 from fewstep.evaluate.statistics import Statistics, paired_frechet
-from fewstep.models import Model, is_model, load, read_card
+from fewstep.learned.solver import trained_on
+from fewstep.models import Model, is_model, load, read_card, students_of
 from fewstep.models.formats.loras import DIFFUSERS
 from fewstep.provenance import machine
+from fewstep.solving import is_folder
 
 __all__ = ["Comparison", "compare", "compare_beside", "load_students"]
 
@@ -179,7 +181,7 @@ def load_students(
     model: Model, solvers: Sequence[str], base: str = "", **options: Any
 ) -> dict[str, Model]:
     """Those of the solvers that are models, or folders of adapters, by the name given: students of
-    this one.
+    this one. So is a learned solver whose network is one that ships, or is named beside it.
 
     Args:
         base: name or path of the model, to which adapters are added
@@ -202,4 +204,20 @@ def load_students(
                 f"({model.card.weights_sha256[:8]}); compare it on the weights that it came from"
             )
         students[name] = student if adapters else load(name, **options)
+    known = {one.card.weights_sha256: one for one in students.values()}
+    for name in solvers:
+        if name in students or model.card.shipped(name) or not is_folder(name):
+            continue
+        network, teacher = trained_on(Path(name))
+        if teacher != model.card.weights_sha256:
+            continue
+        for other in students_of(model.card):
+            if network not in known and read_card(other).weights_sha256 == network:
+                known[network] = load(other, **options)
+        if network not in known:
+            raise ValueError(
+                f"{name} was trained on a student of {model.card.name} that does not come with "
+                "fewstep; name its folder beside it: --solvers STUDENT,SOLVER"
+            )
+        students[name] = known[network]
     return students

@@ -11,11 +11,12 @@ import numpy as np
 from fewstep.evaluate.compare.bench import Judge, Workbench
 from fewstep.evaluate.compare.design import FINALISTS, Design
 from fewstep.evaluate.statistics import Statistics
+from fewstep.loop import check_known
 from fewstep.models import Model
 from fewstep.sampling.choose import choose, draws_noise, locate
 from fewstep.sampling.settings import Filled, Settings
 from fewstep.solver import Solver
-from fewstep.solving import resolve
+from fewstep.solving import is_folder, resolve
 
 __all__ = ["all_candidates", "check_solvers", "finalists", "screened"]
 
@@ -123,7 +124,7 @@ def _candidates(
     leave nothing to choose; of a student it is its sampler, where there is more than one level and
     a distance to choose by, for the error is none with fresh noise."""
     model = workbench.model
-    if solver in workbench.students:
+    if solver in workbench.students and not is_folder(solver):
         choice = design.screen > 0 and nfe > 1 and design.choose_by != "error"
         samplers = STUDENT_SAMPLERS if choice else ("auto",)
         built_in = model.card.built_in_guidance
@@ -145,7 +146,7 @@ def _candidates(
     for grid, afs, end in choices if free else [(None, None, None)]:
         try:
             settings = choose(model, Settings(solver, nfe, grid, afs, end=end))
-            resolve(settings, denoiser)
+            check_known(resolve(settings, denoiser), denoiser)
         except ValueError as error:
             why = why or str(error)
             continue
