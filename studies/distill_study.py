@@ -1,4 +1,5 @@
-"""The study of distillation: SPLAM by each rule and LCM, on equal data, steps and search.
+"""The study of distillation: SPLAM by each rule, LCM, both in segments with a loss in features, and
+trajectories, on equal data, steps and search.
 
     search    each method at three learning rates and further where the best is at an end, a quarter
               of the pictures
@@ -49,6 +50,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "splam": {},  # the linear rule, told the level
     "splam-variance": {"rule": "variance"},
     "lcm": {"method": "lcm"},
+    "splam-phases": {"phases": (1, 2, 4, 8), "loss": "fashion-a"},
+    "lcm-phases": {"method": "lcm", "phases": (1, 2, 4, 8), "loss": "fashion-a"},
+    "trajectory": {"method": "trajectory", "phases": (1, 2, 4, 8), "loss": "fashion-a"},
 }
 RATES = (1e-4, 3e-4, 1e-3)
 # by name: the method whose best rate of the search it takes, and what is changed; that search is
@@ -72,7 +76,7 @@ FREE = (
 QUARTERS = ("search", "ablate")  # stages
 FAILED = "failed.json"
 # fields of the recipe that the study sets
-OWN = ("method", "tell", "rule", "gamma_one", "loss", "pictures", "lr", "seed")
+OWN = ("method", "tell", "rule", "gamma_one", "phases", "loss", "pictures", "lr", "seed")
 
 
 @dataclass(frozen=True)
@@ -260,7 +264,7 @@ def train(job: Job, model: Any, data: Any, validation_seeds: int) -> None:
         with show.TrainingBar(job.steps) as bar:
             fewstep.distillation.distill(
                 model,
-                data,
+                None if job.settings.get("method") == "trajectory" else data,
                 out=job.folder,
                 name=job.folder.name,
                 checkpoint_every=max(1, min(500, job.steps // 8)),

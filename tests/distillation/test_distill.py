@@ -29,6 +29,7 @@ from fewstep.data.images import read_png
 from fewstep.denoiser import Predicted
 from fewstep.distillation import Recipe, distill
 from fewstep.distillation.losses import Draw, Levels, draw, subpath_losses
+from fewstep.distillation.metric import Elementwise
 from fewstep.distillation.students import Examination, student_levels
 from fewstep.distillation.subject import Subject, subject
 from fewstep.distillation.teacher import stepper
@@ -158,7 +159,9 @@ def test_at_gamma_1_the_loss_is_that_of_lcm_to_the_bit(
     gen = torch.Generator().manual_seed(1)
     x_0 = torch.randn(16, 1, 8, 8, generator=gen)
 
-    ours = subpath_losses(known, target, step, levels, drawn, x_0, label, recipe)
+    ours = subpath_losses(
+        known, target, step, levels, drawn, x_0, label, recipe, Elementwise(recipe.loss)
+    )
 
     def column(value: Tensor) -> Tensor:
         return value.float().reshape(-1, 1, 1, 1)
@@ -204,7 +207,9 @@ def test_the_two_passes_of_guidance_are_one_batched_call() -> None:
     levels = Levels.of(step.levels, known.boundary)
     drawn = one_batch(recipe, 4, (1, 8, 8))
     x_0, label = torch.zeros(8, 1, 8, 8), torch.arange(8) % 3
-    subpath_losses(watched, known.student, step, levels, drawn, x_0, label, recipe)
+    subpath_losses(
+        watched, known.student, step, levels, drawn, x_0, label, recipe, Elementwise(recipe.loss)
+    )
     assert sizes == [16]
 
 
@@ -255,7 +260,11 @@ def test_every_kind_of_prediction_has_the_same_loss(prediction, schedule, grid) 
         drawn = one_batch(recipe, 7, (3,))
         x_0 = torch.randn(16, 3, generator=torch.Generator().manual_seed(2), dtype=F64)
         drawn = drawn._replace(eps=drawn.eps.double())
-        found.append(subpath_losses(known, net, step, levels, drawn, x_0, None, recipe))
+        found.append(
+            subpath_losses(
+                known, net, step, levels, drawn, x_0, None, recipe, Elementwise(recipe.loss)
+            )
+        )
     assert (found[0] - found[1]).abs().max() < 1e-9
 
 
@@ -415,6 +424,7 @@ CHANGES: dict[str, Any] = {
     "teacher": "heun",
     "substeps": 3,
     "guidance": 4.0,
+    "phases": (1, 2),
     "gamma_one": 0.9,
     "tell": "gamma",
     "rule": "variance",
@@ -436,7 +446,8 @@ def test_every_setting_is_tried() -> None:
     settings = set(Recipe.__dataclass_fields__)
     rounding = {"accumulate", "compile"}  # below
     adapters = {"train", "rank", "targets", "checkpointing"}  # of pipelines: test_pipelines.py
-    assert set(CHANGES) == settings - rounding - adapters
+    segments = {"phase_weight", "end_to_end", "start"}  # test_segments.py
+    assert set(CHANGES) == settings - rounding - adapters - segments
 
 
 @pytest.fixture(scope="module")
@@ -626,8 +637,8 @@ def test_the_teacher_is_left_as_it_is() -> None:
 @pytest.mark.parametrize(
     "settings, words",
     [
-        ({"method": "splat"}, "method must be one of splam, lcm, got 'splat'"),
-        ({"loss": "l1"}, "loss must be one of huber, l2"),
+        ({"method": "splat"}, "method must be one of splam, lcm, trajectory, got 'splat'"),
+        ({"loss": "l1"}, "loss must be huber, l2, decoder, or a feature network"),
         ({"rule": "cubic"}, "rule must be one of linear, variance, got"),
         ({"method": "lcm", "gamma_one": 0.5}, "gamma_one=0.5 has no effect with method lcm"),
         ({"method": "lcm", "rule": "linear"}, "rule=linear has no effect with method lcm"),

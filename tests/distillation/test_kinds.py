@@ -200,6 +200,7 @@ def test_a_resumed_run_of_every_kind_is_the_same_to_the_bit(tmp_path: Path, kind
 def test_told_the_level_of_its_place_the_student_answers_there() -> None:
     """By hand, under the rule's sigma_gamma: f = D(x_gamma; sigma_gamma)."""
     from fewstep.distillation.losses import Levels, draw, subpath_losses
+    from fewstep.distillation.metric import Elementwise
 
     schedule, prediction, boundary, grid = KINDS["x0 in continuous time"]
     known = latent_subject(schedule, prediction, boundary)
@@ -210,7 +211,17 @@ def test_told_the_level_of_its_place_the_student_answers_there() -> None:
         recipe = Recipe(batch=16, tell="level", rule=rule, loss="l2", grid=grid, points=11)
         assert recipe.told == ()
         drawn = draw(recipe, 0, 64, 10, SHAPE)
-        ours = subpath_losses(known, known.student, step, levels, drawn, x_0, condition, recipe)
+        ours = subpath_losses(
+            known,
+            known.student,
+            step,
+            levels,
+            drawn,
+            x_0,
+            condition,
+            recipe,
+            Elementwise(recipe.loss),
+        )
         t, s, g = levels.sigma[drawn.n], levels.sigma[drawn.n + 1], drawn.gamma
         place = {
             "variance": ((1 - g**2) * s**2 + g**2 * t**2).sqrt(),

@@ -94,7 +94,6 @@ def test_the_boundary_of_discrete_models_is_the_published_one(t: int) -> None:
 
 
 def test_a_recipe_may_name_what_there_is() -> None:
-    assert tuple(LOSSES) == recipe.LOSSES
     assert sorted(recipe.RULES) == sorted(RULES)
 
 
@@ -161,10 +160,15 @@ def test_the_losses_are_the_published_ones() -> None:
 def test_the_indices_of_the_usual_values_are_0() -> None:
     assert gamma_index(torch.tensor([1.0, 0.5, 0.0])).tolist() == [0.0, 5.0, 10.0]
     assert guidance_index(torch.tensor([1.0, 8.0])).tolist() == [0.0, 7.0]
-    both = indices(("guidance", "gamma"), torch.tensor([0.5]), torch.tensor([3.0]))
+    both = indices(
+        ("guidance", "gamma", "phases"),
+        torch.tensor([0.5]),
+        torch.tensor([3.0]),
+        torch.tensor([4]),
+    )
     assert both is not None
-    assert both.tolist() == [[2.0, 5.0]]
-    assert indices((), torch.ones(1), torch.ones(1)) is None
+    assert both.tolist() == [[2.0, 5.0, 2.0]]
+    assert indices((), torch.ones(1), torch.ones(1), torch.ones(1)) is None
 
 
 def test_the_embedding_of_published_networks() -> None:

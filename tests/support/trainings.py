@@ -73,6 +73,23 @@ def distillation(
     distill(tiny_model(), pictures(data, 8), out=out, report=report, **recipe)
 
 
+def segments(out: Path, report: Report, **given: Any) -> None:
+    """In several segments, of which the student is told one."""
+    distillation(out, report, **{"phases": (1, 2), **given})
+
+
+def trajectories(
+    out: Path, report: Report, steps: int = STEPS, data: int = 0, **settings: Any
+) -> None:
+    """From noise, through all steps; `data` decides the noise."""
+    from tests.distillation.test_distill import tiny_model
+
+    small = {"batch": BATCH, "points": 5, "dtype": "float32", "method": "trajectory", "seed": data}
+    often = {"checkpoint_every": 1, "validate_every": 2, "validation_seeds": 3}
+    how = {"phases": (1, 2), "end_to_end": True, "pictures": BATCH * steps}
+    distill(tiny_model(), None, out=out, report=report, **small, **often, **how, **settings)
+
+
 def solver(method: str) -> Callable[..., None]:
     def run(out: Path, report: Report, steps: int = STEPS, data: int = 0, **settings: Any) -> None:
         gen = torch.Generator().manual_seed(data)
@@ -121,7 +138,9 @@ TRAININGS: dict[str, Callable[..., None]] = {
     "tuned": solver("tuned"),
     "amed": solver("amed"),
 }
-PIPELINES = {  # that take seconds to begin
+PIPELINES = {  # that are killed and resumed alone
+    "segments": segments,
+    "trajectories": trajectories,
     "a pipeline": pipeline(),
     "adapters": pipeline(train="lora", rank=2, lora_format="kohya"),
 }

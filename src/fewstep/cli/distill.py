@@ -42,14 +42,16 @@ def distill_splam_command(
         str,
         option(
             "Folder of idx files; or a folder, .zip, .npz or .npy of pictures. Of models that take "
-            "text: with captions, or a table of them, .tar or .parquet; none: the teacher's own."
+            "text: with captions, or a table of them, .tar or .parquet; none: the teacher's own, "
+            "and for trajectories noise alone."
         ),
     ],
     out: Annotated[Path, option("Folder for the checkpoint and the student.")],
     name: Annotated[str | None, option("The student's name in its card.")] = None,
     sampler: Annotated[
-        str, option("For its card: consistency (fresh noise) or consistency-ode.")
-    ] = "consistency",
+        str | None,
+        option("For its card: consistency (fresh noise) or consistency-ode (of segments)."),
+    ] = None,
     checkpoint_every: Annotated[int, option("Steps between checkpoints.")] = 100,
     validate_every: Annotated[int, option("Steps between validations.")] = 500,
     validation_seeds: Annotated[

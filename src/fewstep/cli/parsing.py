@@ -147,4 +147,5 @@ PARSERS: dict[str, Callable[[str], Any]] = {
     "image": str,
     "nfe": parse_budgets,
     "budgets": parse_budgets,
+    "phases": lambda text: tuple(parse_seeds(text, "phases")),
 }

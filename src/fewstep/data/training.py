@@ -24,7 +24,7 @@ from fewstep.models import Model
 from fewstep.text import clean
 from fewstep.train.network import data_hash
 
-__all__ = ["Data", "Pictures", "mapped", "read_data"]
+__all__ = ["Data", "NoData", "Pictures", "mapped", "read_data"]
 
 IDX = "train-images-idx3-ubyte*"
 LABELS = ("labels", "arr_1")  # beside `images` and `arr_0` in an .npz
@@ -42,6 +42,25 @@ class Data(Protocol):
     def digest(self) -> str: ...
     def __len__(self) -> int: ...
     def batch(self, chosen: Tensor, /) -> tuple[Tensor, Condition]: ...
+
+
+@dataclass(frozen=True)
+class NoData:
+    """For what starts from noise: no pictures, and all classes in turn.
+
+    shape: of one state; classes: how many
+    """
+
+    shape: tuple[int, ...]
+    classes: int = 0
+
+    digest = "noise alone"
+
+    def __len__(self) -> int:
+        return max(1, self.classes) << 16
+
+    def batch(self, chosen: Tensor) -> tuple[Tensor, Condition]:
+        return torch.zeros(1).expand(len(chosen), *self.shape), chosen % max(1, self.classes)
 
 
 @dataclass(frozen=True, eq=False)

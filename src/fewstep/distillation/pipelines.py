@@ -86,6 +86,7 @@ def subject(model: PipelineModel, told: tuple[str, ...], seed: int, how: Trainin
         boundary_name="discrete" if discrete else "clean",
         sigma_min=process.sigma_min,
         sigma_max=process.sigma_max,
+        noise=1 / float(process.schedule.alpha(process.sigma_max)),
         schedule=process.grid_schedule,
         card=replace(
             model.card,

@@ -8,11 +8,12 @@ from pathlib import Path
 
 __all__ = ["Encoding", "Recipe"]
 
-METHODS = ("splam", "lcm")
+METHODS = ("splam", "lcm", "trajectory")
 TOLD = ("gamma", "level")
 TRAIN = ("full", "lora")
 RATE = 3e-4
-LOSSES, RULES = ("huber", "l2"), ("linear", "variance")  # what `subpath` has
+RULES = ("linear", "variance")  # what `subpath` has
+WEIGHTS = ("clean", "edge")
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Recipe:
     The command shows these lines as its help.
 
     Attributes:
-        method: splam, or lcm: consistency distillation, gamma = 1 throughout.
+        method: splam; lcm: consistency distillation, gamma = 1 throughout; or trajectory: the
+            student's own steps, from noise, each to the teacher's state at the next level.
         points: Levels of the training grid. Default: 10; 11 of pipelines.
         grid: Kind of that grid: time-uniform, karras, log-snr; discrete and trailing go by the
             network's own time. Default: time-uniform; trailing of pipelines.
@@ -31,12 +33,19 @@ class Recipe:
         substeps: Steps of the teacher on one sub-path. Default: 2.
         guidance: The teacher's guidance scale. LOW,HIGH draws one for each picture and tells it to
             the student. Default: none.
+        phases: In how many segments the path is gone, as 4; or several, as 1,2,4,8, of which the
+            student is told one. Default: 1, the whole path at once.
+        phase_weight: Whether the loss of a segment is of clean pictures or of states at its edge.
+            Default: clean.
+        end_to_end: The loss of a trajectory is at its end alone, through all steps.
+        start: A student of the same teacher, whose weights are the first ones.
         gamma_one: Share of draws with gamma = 1, as in sampling. Only for splam. Default: 0.5.
         tell: What tells the student its place on the line: level, the noise level there, or gamma,
             as published. Only for splam. Default: level.
         rule: How that level follows from gamma: linear, or variance as published. Only for splam.
             Default: linear; variance with gamma.
-        loss: huber or l2.
+        loss: huber or l2, of pixels or latents; decoder, of the first maps of a pipeline's decoder;
+            or a feature network, by its name or folder, and pixels beside it.
         pictures: Length of the run in pictures, rounded up to whole batches.
         batch: Pictures per step, over all processes.
         accumulate: Parts in which a process takes its share of a batch, to save memory.
@@ -66,6 +75,10 @@ class Recipe:
     teacher: str = "unipc-2"
     substeps: int | None = None
     guidance: float | tuple[float, float] | None = None
+    phases: int | tuple[int, ...] | None = None
+    phase_weight: str | None = None
+    end_to_end: bool = False
+    start: str | None = None
     gamma_one: float | None = None
     tell: str | None = None
     rule: str | None = None
@@ -90,22 +103,23 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, allowed in (
             ("method", METHODS),
-            ("loss", LOSSES),
             ("dtype", ("bfloat16", "float32")),
             ("train", TRAIN),
             ("rule", (None, *RULES)),
             ("tell", (None, *TOLD)),
+            ("phase_weight", (None, *WEIGHTS)),
         ):
             if (value := getattr(self, name)) not in allowed:
                 named = ", ".join(str(one) for one in allowed if one)
                 raise ValueError(f"{name} must be one of {named}, got {value!r}")
-        if self.method == "lcm":
+        if self.method != "splam":
             for name in ("gamma_one", "rule", "tell"):
                 if (value := getattr(self, name)) is not None:
                     raise ValueError(
-                        f"{name}={value} has no effect with method lcm, where gamma is 1 "
+                        f"{name}={value} has no effect with method {self.method}, where gamma is 1 "
                         "throughout; leave it out"
                     )
+        self._check_phases()
         for name in ("rank", "targets"):
             if self.train != "lora" and (value := getattr(self, name)) is not None:
                 raise ValueError(f"{name}={value} is of adapters; give train lora too")
@@ -117,6 +131,8 @@ class Recipe:
         if isinstance(self.guidance, list):  # as JSON has it
             object.__setattr__(self, "guidance", (low, high))
         for name, fine, rule in (
+            ("phases", all(1 <= k <= 64 for k in self.segments), "from 1 to 64"),
+            ("loss", bool(self.loss), "a name"),
             ("points", self.points is None or self.points >= 2, "at least 2"),
             ("substeps", self.substeps is None or self.substeps >= 1, "at least 1"),
             ("guidance", 0 <= low <= high < math.inf, "a scale >= 0, or two that rise"),
@@ -137,6 +153,29 @@ class Recipe:
             if not fine:
                 raise ValueError(f"{name} must be {rule}, got {getattr(self, name)}")
 
+    def _check_phases(self) -> None:
+        """Raise ValueError for settings that do not go with the segments."""
+        phases = (self.phases,) if isinstance(self.phases, int) else self.phases
+        if phases is not None:  # lists, as JSON has them
+            object.__setattr__(self, "phases", tuple(phases))
+            if list(phases) != sorted(set(phases)) or not phases:
+                raise ValueError(f"phases must be numbers that rise, got {self.phases}")
+        if self.segments != (1,) and self.tell == "gamma":
+            raise ValueError("phases go with tell level, for gamma is of the whole path")
+        if self.phase_weight is not None and self.segments == (1,):
+            raise ValueError("phase_weight has no effect without phases; leave it out")
+        if self.end_to_end and self.method != "trajectory":
+            raise ValueError(f"end_to_end is of method trajectory, not of {self.method}")
+        if self.start is not None and self.train == "lora":
+            raise ValueError("start is a whole student, and adapters are trained; leave it out")
+        if self.method == "trajectory" and self.compile:
+            raise ValueError("compile does not go with method trajectory; leave it out")
+
+    @property
+    def segments(self) -> tuple[int, ...]:
+        """The numbers of segments that are trained."""
+        return (self.phases,) if isinstance(self.phases, int) else self.phases or (1,)
+
     @property
     def total_steps(self) -> int:
         return math.ceil(self.pictures / self.batch)
@@ -144,7 +183,7 @@ class Recipe:
     @property
     def ones(self) -> float:
         """The share of draws with gamma = 1."""
-        if self.method == "lcm":
+        if self.method != "splam":
             return 1.0
         return 0.5 if self.gamma_one is None else self.gamma_one
 
@@ -172,8 +211,8 @@ class Recipe:
     def told(self) -> tuple[str, ...]:
         """The further numbers that the student is told."""
         low, high = self.scales
-        gamma = self.tell == "gamma"
-        return ("gamma",) * gamma + ("guidance",) * (low < high)
+        gamma, several = self.tell == "gamma", len(self.segments) > 1
+        return ("gamma",) * gamma + ("guidance",) * (low < high) + ("phases",) * several
 
     def lr_at(self, step: int) -> float:
         """Learning rate of the update after `step` earlier ones."""

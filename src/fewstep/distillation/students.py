@@ -28,7 +28,9 @@ from fewstep.sampling.generate import sample
 __all__ = ["Examination", "student_card", "student_levels"]
 
 EXAMINED = (1, 2, 4)
-SAMPLERS = {"consistency": "", "consistency-ode": "_ode"}  # and what marks their figures
+FURTHER = 8  # for students in segments
+NOISE, CHORD = "consistency", "consistency-ode"
+SAMPLERS = {NOISE: "", CHORD: "_ode"}  # and what marks their figures
 FIRST_SEED = 1_000_000  # of those for validation
 FEATURES, LEAST = "fashion-a", 250  # a training metric, never the judge; pictures for a covariance
 SHOWN = 12  # pictures of each kind on a sheet
@@ -41,24 +43,30 @@ def student_card(
     facts: dict[str, Any],
     run: dict[str, Any],
     name: str,
-    sampler: str = "consistency",
+    sampler: str | None = None,
 ) -> Card:
     """The card of a student: `auto` names its sampler with the levels for each budget.
 
     Args:
         facts: how it was distilled; run: all settings, and its data
-        sampler: "consistency", with fresh noise at every level, or "consistency-ode", without
+        sampler: "consistency", with fresh noise at every level, or "consistency-ode", without; the
+            first where left out, and the second, the only one, in segments
 
     Raises:
         ValueError: for another sampler.
     """
+    phases = facts["phases"]
+    usual = CHORD if phases not in ((), (1,)) else NOISE
+    sampler = usual if sampler is None else sampler
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
+    if usual == CHORD and sampler != CHORD:
+        raise ValueError(f"a student in segments has {CHORD} for its sampler, got {sampler}")
     return replace(
         card,
         name=name,
         summary=f"{facts['teacher']} distilled by {facts['method']}, {len(levels)} levels",
-        auto=choices(levels, sampler),
+        auto=choices(levels, sampler, phases),
         screened={},
         distilled=Distilled(**facts, levels=tuple(levels)),
         about={"fewstep": VERSION, **run, "teacher": card.about},
@@ -174,10 +182,11 @@ class Examination:
         figures: dict[str, float] = {}
         rows = [self.reference[:SHOWN]]
         turns = [self.labels[i % len(self.labels)] for i in range(len(self.seeds))]
-        for nfe in EXAMINED:
+        segments = student.card.in_segments
+        for nfe in (*EXAMINED, FURTHER) if segments else EXAMINED:
             if str(nfe) not in student.card.auto:
                 continue
-            for sampler, mark in SAMPLERS.items():
+            for sampler, mark in ({CHORD: ""} if segments else SAMPLERS).items():
                 if nfe == 1 and mark:
                     continue  # one evaluation is the same with both
                 images = sample(

@@ -62,6 +62,7 @@ class Subject:
     results: names of what `save` writes
     in_memory: the finished student is the bound one, and not read back from its folder
     close: undoes what was done to the model
+    noise: standard deviation of the noise that sampling starts from
     """
 
     student: nn.Module
@@ -81,6 +82,11 @@ class Subject:
     results: tuple[str, ...] = (CARD_FILE, WEIGHTS_FILE)
     in_memory: bool = False
     close: Callable[[], None] = lambda: None
+    noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.noise:
+            object.__setattr__(self, "noise", self.sigma_max)
 
 
 def subject(model: Model, told: tuple[str, ...], seed: int, how: Training | None = None) -> Subject:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -96,6 +97,7 @@ def stepper(
     grid: str | None = None,
     substeps: int | None = None,
     usual: tuple[int, str] | None = None,
+    phases: Sequence[int] = (1,),
 ) -> Stepper:
     """The teacher's step on a named grid, or that of a plan on its own grid.
 
@@ -103,6 +105,8 @@ def stepper(
         teacher: a solver's name; or a plan in JSON or a learned solver's folder, whose steps must
             not look back beyond their own interval, and which bring their own grid
         points, grid: those of `usual` where left out, else DEFAULT_POINTS and DEFAULT_GRID
+        phases: numbers of segments that the grid is to have edges for: where `points` is left out,
+            the usual number of sub-paths is raised until they divide it
         substeps: how many steps of the solver one interval takes, on the same kind of grid refined;
             DEFAULT_SUBSTEPS where left out
 
@@ -125,7 +129,8 @@ def stepper(
     if substeps < 1:
         raise ValueError(f"substeps must be at least 1, got {substeps}")
     known = usual or (DEFAULT_POINTS, DEFAULT_GRID)
-    points = known[0] if points is None else points
+    if points is None:
+        points = -(-(known[0] - 1) // (each := math.lcm(*phases))) * each + 1
     many = substeps * (points - 1) + 1
     fine = make_grid(grid or known[1], many, sigma_max, sigma_min, schedule)
     starts = range(0, len(fine) - 1, substeps)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -23,17 +23,20 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.data.captions import read_captions
-from fewstep.data.training import Data, mapped, read_data
+from fewstep.data.training import Data, NoData, mapped, read_data
 from fewstep.denoiser import Condition
 from fewstep.distillation.encoded import Report, encoded
-from fewstep.distillation.losses import Levels, draw, subpath_losses
+from fewstep.distillation.losses import Draw, Levels, Metric, draw, subpath_losses
+from fewstep.distillation.metric import Elementwise, metric
 from fewstep.distillation.recipe import Encoding, Recipe
 from fewstep.distillation.students import Examination, student_card
 from fewstep.distillation.subject import Subject, Training, subject
 from fewstep.distillation.teacher import Stepper, stepper
+from fewstep.distillation.trajectory import trajectory_losses
 from fewstep.evaluate.clip import load_clip
 from fewstep.models import Model, load
 from fewstep.models.card import Card
+from fewstep.models.students import edges
 from fewstep.networks.features import load_feature_folder
 from fewstep.records import check_slug
 from fewstep.train.average import Average
@@ -55,6 +58,7 @@ class Distillation:
 
     inputs: hashes of the data, the teacher's weights and its steps
     examine: figures of a student, and a sheet of its pictures for the step
+    metric: the loss; that of the recipe's name, of pixels, where left out
     """
 
     def __init__(
@@ -66,11 +70,13 @@ class Distillation:
         inputs: Mapping[str, str] = MappingProxyType({}),
         team: Team = ALONE,
         examine: Callable[[nn.Module, int], dict[str, float]] = lambda net, step: {},
+        metric: Metric | None = None,
     ) -> None:
         self.recipe, self.stepper, self.data, self.team = recipe, stepper, data, team
         self.subject = _compiled(subject) if recipe.compile else subject
         self.examine = examine
-        self.levels = Levels.of(stepper.levels, subject.boundary)
+        self.metric = metric or Elementwise(recipe.loss)
+        self.levels = Levels.of(stepper.levels, subject.boundary, recipe.segments)
         self.shape = tuple(data.batch(torch.zeros(1, dtype=torch.int64))[0].shape[1:])
         self.target = copy.deepcopy(subject.student).requires_grad_(False)
         self.weights = {n: w for n, w in subject.student.named_parameters() if w.requires_grad}
@@ -112,15 +118,12 @@ class Distillation:
         for which in _parts(recipe.batch, self.team.rank, self.team.size, recipe.accumulate):
             part = drawn.part(which)
             x_0, condition = self.data.batch(part.chosen)
-            x_0, condition = x_0.to(device), mapped(lambda c: c.to(device), condition)
+            condition = mapped(lambda c: c.to(device), condition)
             condition = _without(condition, subject.none, part.dropped.to(device))
-            with _autocast(device, recipe.dtype):
-                losses = subpath_losses(
-                    subject, self.target, self.stepper, self.levels, part, x_0, condition, recipe
-                )
-            loss = losses.sum() / recipe.batch
-            loss.backward()
-            total += loss.detach()
+            for losses in self._losses(part, x_0, condition):
+                loss = losses.sum() / recipe.batch
+                loss.backward()
+                total += loss.detach()
         self.team.add_up([*(_gradient(w) for w in self.weights.values()), total])
         loss = total.item()
         check_finite(step, loss, self.adam.clip(recipe.clip))
@@ -130,6 +133,22 @@ class Distillation:
                 slow.lerp_(self.weights[name], 1 - recipe.target_decay)
         self.average.update(step + 1)
         return Step(loss, lr)
+
+    def _losses(self, part: Draw, x_0: Tensor, condition: Condition) -> Iterator[Tensor]:
+        """What is to be gone back through, one after the other, [b] each."""
+        recipe, subject, metric = self.recipe, self.subject, self.metric
+        steps = self.stepper, self.levels, part
+        if recipe.method == "trajectory":
+            found = trajectory_losses(subject, *steps, condition, recipe, metric)
+        else:
+            given = *steps, x_0.to(self.device), condition, recipe, metric
+            found = (subpath_losses(subject, self.target, *given) for _ in range(1))
+        while True:
+            with _autocast(self.device, recipe.dtype):  # and no backward pass in it
+                losses = next(found, None)
+            if losses is None:
+                return
+            yield losses
 
     def validate(self) -> dict[str, float]:
         return self.examine(self.averaged(), self.run.step)
@@ -145,7 +164,7 @@ def distill(
     *,
     out: Path | str | None = None,
     name: str | None = None,
-    sampler: str = "consistency",
+    sampler: str | None = None,
     checkpoint_every: int = 100,
     validate_every: int = 500,
     validation_seeds: int = 250,
@@ -165,11 +184,13 @@ def distill(
         model: the teacher, as `fewstep.load` returns it; it is left as it is
         data: a folder of idx files; pictures in a folder, a .zip, an .npz or an .npy; (images uint8
             [n, c, h, w], labels [n]); or a `Data`. Of a pipeline that takes text, pictures with
-            captions (`fewstep.data.captioned`); None for pictures of the teacher's own
+            captions (`fewstep.data.captioned`); None for pictures of the teacher's own, and for
+            trajectories from noise alone
         out: folder for checkpoint, log, validation sheets and the student; a run that is there
             already is resumed. None keeps everything in memory.
         name: of the student in its card
-        sampler: what its card names, "consistency" or, without fresh noise, "consistency-ode"
+        sampler: what its card names, "consistency" or, without fresh noise, "consistency-ode"; the
+            first where left out, and the second in segments
         checkpoint_every, validate_every: in steps
         validation_seeds: pictures that are compared with the teacher's fine solutions; 0 for none
         encoding: how a pipeline's pictures and texts are encoded
@@ -218,6 +239,8 @@ def distill(
         if not together.leads:
             pictures = _read(data, model, recipe, encoding, encoding_report)
         card = _card(recipe, known, step, model.card, pictures, name, sampler)
+        distance = metric(recipe.loss, model)
+        begun = _start(recipe, known, model)
         if lora_format == KOHYA:
             card = replace(card, about={**card.about, "lora_format": lora_format})
         judges["prompts"] = judges["prompts"] or getattr(pictures, "known_texts", ())
@@ -229,8 +252,8 @@ def distill(
         held.enter_context(folder)
         with together.led(device):
             folder.check()
-        inputs = _inputs(pictures, model, step)
-        task = Distillation(recipe, known, step, pictures, inputs, together)
+        inputs = {**_inputs(pictures, model, step), "loss": distance.digest, "start": begun}
+        task = Distillation(recipe, known, step, pictures, inputs, together, metric=distance)
         task.resume(folder)
         if together.leads:
             if task.run.step:
@@ -256,10 +279,13 @@ def _read(
 ) -> Data:
     """The data, those of a pipeline encoded."""
     if model.card.kind != "pipeline":
+        if data is None and recipe.method == "trajectory" and encoding is None:
+            return NoData(tuple(model.prior([0]).shape[1:]), len(model.card.classes))
         if encoding is not None or data is None:
             raise ValueError(
                 f"captions, starts and the cache of latents are for pipelines, and "
-                f"{model.card.name} is none; give pictures, and leave them out"
+                f"{model.card.name} is none; give pictures, and leave them out (only method "
+                "trajectory needs none)"
             )
         return read_data(data, model, recipe.dropout)
     if data is not None and not isinstance(data, str | Path):
@@ -304,6 +330,30 @@ def _recipe(settings: dict[str, Any]) -> Recipe:
     return Recipe(**settings)
 
 
+def _start(recipe: Recipe, known: Subject, model: Model) -> str:
+    """Give the student the weights of the recipe's start; their hash, "" where there is none.
+
+    Raises:
+        ValueError: that is no student of this model, or has another network.
+    """
+    if recipe.start is None:
+        return ""
+    begun: Any = load(recipe.start)
+    how = begun.card.distilled
+    if how is None or how.teacher_weights != model.card.weights_sha256:
+        raise ValueError(f"start {recipe.start} is no student of {model.card.name}")
+    told, has = (set(card.told) for card in (known.card, begun.card))
+    if not has <= told:
+        raise ValueError(
+            f"start {recipe.start} is told {', '.join(has - told)}, which this student is not"
+        )
+    weights = {name: tensor.float() for name, tensor in begun.net.state_dict().items()}
+    missing, unknown = known.student.load_state_dict(weights, strict=False)
+    if unknown or (missing and told == has):
+        raise ValueError(f"start {recipe.start} has another network than {model.card.name}")
+    return begun.card.weights_sha256
+
+
 def _checked(recipe: Recipe, known: Subject, model: Model) -> Stepper:
     """The teacher's step.
 
@@ -319,7 +369,9 @@ def _checked(recipe: Recipe, known: Subject, model: Model) -> Stepper:
         grid=recipe.grid,
         substeps=recipe.substeps,
         usual=known.usual,
+        phases=recipe.segments,
     )
+    _ = [edges(len(step.levels), count) for count in recipe.segments]  # raises for too many
     start, end = step.levels[0], step.levels[-1]
     if not (math.isclose(start, known.sigma_max, rel_tol=1e-6) and 0 < end < start):
         raise ValueError(
@@ -345,17 +397,18 @@ def _card(
     teacher: Card,
     data: Data,
     name: str,
-    sampler: str,
+    sampler: str | None,
 ) -> Card:
     facts = {
         "method": recipe.method,
-        "rule": None if recipe.method == "lcm" else recipe.level_rule,
+        "rule": recipe.level_rule if recipe.method == "splam" else None,
         "boundary": known.boundary_name,
         "gamma_input": "embedding" if "gamma" in recipe.told else "none",
         "guidance": recipe.guidance,
         "teacher": teacher.name,
         "teacher_weights": teacher.weights_sha256,
         "teacher_step": f"{step.name}, {step.evaluations} evaluations",
+        "phases": () if recipe.phases is None else recipe.segments,
     }
     run = {"recipe": asdict(recipe), "data": {"pictures": len(data), "sha256": data.digest}}
     return student_card(known.card, step.levels, facts, run, name, sampler)

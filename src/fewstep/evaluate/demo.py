@@ -30,6 +30,7 @@ from torch import Tensor
 from fewstep.denoiser import Counted, Denoiser
 from fewstep.loop import finish
 from fewstep.models import Model, load, students_of
+from fewstep.models.students import phased
 from fewstep.provenance import machine_line, software_line
 from fewstep.reference import ReferenceSolve
 from fewstep.sampling.choose import choose, draws_noise
@@ -300,9 +301,13 @@ def _student(name: str, nfe: int, label: int | str | None) -> list[_Entrant]:
     student = load(name)
     if student.card.distilled and student.card.distilled.guidance not in (None, 1):
         return []
-    denoiser = Counted(student.denoiser(label))
     return [
-        _Entrant(student, denoiser, name, choose(student, Settings("auto", budget)))
+        _Entrant(
+            told := phased(student, budget),
+            Counted(told.denoiser(label)),
+            name,
+            choose(student, Settings("auto", budget)),
+        )
         for budget in STUDENT_BUDGETS
         if budget <= nfe and str(budget) in student.card.auto
     ]

@@ -26,6 +26,7 @@ from fewstep.integrations.given import Embedded, check_start, clean_states
 from fewstep.models.components import told_guidance
 from fewstep.models.formats.diffusers import from_pipe
 from fewstep.models.pipeline import PipelineModel
+from fewstep.models.students import phased
 from fewstep.plan import Program
 from fewstep.sampling.choose import check_weights
 from fewstep.solver import Solver
@@ -124,7 +125,7 @@ class FewstepPipeline:
         """
         model = self._model(height, width)
         program = self.solver.program()  # type: ignore[union-attr]
-        intervals = len(program.sigmas) - 1
+        model, intervals = phased(model, program.evaluations), len(program.sigmas) - 1
         if num_inference_steps not in (None, intervals):
             raise ValueError(
                 f"{program.name} goes its own {intervals} intervals; leave num_inference_steps "

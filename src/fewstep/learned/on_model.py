@@ -15,12 +15,13 @@ from fewstep.learned.validation import Conditions, Imitated
 from fewstep.loop import starts_at
 from fewstep.models import Model
 from fewstep.models.labels import by_seed
-from fewstep.models.students import own_levels
+from fewstep.models.students import own_levels, phased
 
 __all__ = ["train_on_model"]
 
 # a student's sampler in place of the solvers that improve on an ODE's; AMED has none
-BASES = {"tuned": "consistency-kappa", "amed-plugin": "consistency-ode"}
+CHORD = "consistency-ode"  # all that students in segments have
+BASES = {"tuned": "consistency-kappa", "amed-plugin": CHORD}
 INNER = 30  # points that a student's teacher adds between its few levels, in all, for AMED
 
 
@@ -51,6 +52,7 @@ def train_on_model(
     Raises:
         ValueError: for what cannot be trained, before any work.
     """
+    model = phased(model, Settings.of(given).nfe)
     place = model.prior([0]).device
     network = None
     if loss != "pixels":
@@ -114,7 +116,7 @@ def _imitated(student: Model, teacher: Conditions, given: dict[str, Any]) -> Imi
     method = settings.method
     kind = kind_of(method)
     if settings.base is None and method in BASES:
-        given["base"] = BASES[method]
+        given["base"] = CHORD if student.card.in_segments else BASES[method]
     if method not in ("tuned", "grid") and settings.inner is None:
         given["inner"] = INNER // max(1, settings.nfe // 2)
     levels = own_levels(student.card, settings.nfe)

@@ -80,6 +80,7 @@ class Choice:
     solver: its name
     grid, afs, end: where they are not the model's usual ones; a grid is a name or its levels
     learned: the name of a learned solver beside the card that is better at exactly this budget
+    phases: how many segments a student is told that the path is gone in
     """
 
     solver: Slug
@@ -87,6 +88,7 @@ class Choice:
     afs: Slug | None = None
     end: Slug | None = None
     learned: Slug | None = None
+    phases: Annotated[int, Field(ge=1, le=64)] | None = None
 
     def given(self) -> dict[str, Any]:
         """The fields that say something, JSON-ready."""
@@ -105,6 +107,7 @@ class Distilled:
     teacher_step: the solver and the evaluations of one step of the teacher
     levels: from sigma_max down
     boundary: clean, or discrete as published for networks in discrete time
+    phases: in how many segments it goes the path: a number, or those that it can be told; none is 1
     """
 
     method: Slug
@@ -116,6 +119,7 @@ class Distilled:
     gamma_input: Slug = "none"
     guidance: Annotated[Any, AfterValidator(_scale)] = None
     teacher_step: Text = ""
+    phases: tuple[Annotated[int, Field(ge=1, le=64)], ...] = ()
 
 
 @record
@@ -187,6 +191,21 @@ class Card:
         scale = self.distilled.guidance
         low = scale[0] if isinstance(scale, tuple) else scale
         return None if low in (None, 1) else low
+
+    @property
+    def in_segments(self) -> bool:
+        """Whether it is a student that goes its path in more than one segment."""
+        return self.distilled is not None and self.distilled.phases not in ((), (1,))
+
+    def phases(self, nfe: int) -> int | None:
+        """The number of segments that its network is told at a budget: the choice's, else the most
+        that it knows up to that; None where it is told none."""
+        if "phases" not in self.told or self.distilled is None:
+            return None
+        choice = self.auto.get(str(nfe))
+        if choice is not None and choice.phases is not None:
+            return choice.phases
+        return max((k for k in self.distilled.phases if k <= nfe), default=1)
 
     def to_dict(self) -> dict[str, Any]:
         """As it is written, JSON-ready; `auto` names only what is chosen."""

@@ -138,6 +138,7 @@ class NetworkModel:
     needs_label: whether the network has no row for "no class"
     classifier: of noisy states, by which guidance goes then
     guide: a second network, by which guidance goes then
+    phases: the number of segments that a student is told, where it is told any
     """
 
     card: Card
@@ -153,6 +154,7 @@ class NetworkModel:
     needs_label: bool = False
     classifier: ClassGradient | None = field(default=None, repr=False)
     guide: NetworkModel | None = field(default=None, repr=False)
+    phases: int = 1
 
     @property
     def dtype(self) -> torch.dtype:
@@ -173,6 +175,7 @@ class NetworkModel:
             "sigma_data": card.sigma_data,
             "network": digest_of([card.kind, card.network, card.told, card.classes]),
             "schedule": None if self.schedule is None else _levels(self.schedule),
+            **({"phases": self.phases} if "phases" in card.told else {}),
         }
 
     def components(self) -> dict[str, Any]:
@@ -267,7 +270,7 @@ class NetworkModel:
             return theirs if by == 0.0 else ByNetwork(base, theirs, by)
         if "guidance" in self.card.told:
             return self._told(rows, label, guidance, scale)
-        base = self.conditional()
+        base = self.conditional(self._numbers(torch.ones(1)))
         if scale.ndim == 0 and scale == 1:
             return self._bound(base, rows)
         if label is None:
@@ -315,9 +318,15 @@ class NetworkModel:
                 f"{self.card.name} was distilled for guidance from {low:g} to {high:g}, got "
                 f"{'none' if guidance is None else guidance}"
             )
-        told = indices(self.card.told, torch.ones(scale.numel()), scale.reshape(-1))
-        assert told is not None  # it is told the guidance at least
-        return self._bound(self.conditional(told.to(self.device)), rows)
+        return self._bound(self.conditional(self._numbers(scale.reshape(-1))), rows)
+
+    def _numbers(self, scale: Tensor) -> Tensor | None:
+        """What the network is told beside level and class, [1 or b, numbers]; None for nothing but
+        what it takes to be so."""
+        if not {"guidance", "phases"} & set(self.card.told):
+            return None
+        told = indices(self.card.told, torch.ones(1), scale, torch.tensor([self.phases]))
+        return None if told is None else told.to(self.device)
 
     def _span(self) -> tuple[float, float]:
         """The ends of the range of guidance that the network was distilled for."""

@@ -37,6 +37,7 @@ from fewstep.models.identity import checksums, differ, of_component
 from fewstep.models.process import Process, Scheduled, betas_of, read_process, said_of_process
 from fewstep.models.students import Consistency, DiscreteEnd
 from fewstep.models.texts import TextCache, on_leaves, warn_of_cuts
+from fewstep.networks.conditioning import guidance_index, phases_index
 from fewstep.networks.taps import has_module
 from fewstep.noise import normal
 
@@ -67,6 +68,7 @@ class PipelineModel:
     forward: the network, compiled or not
     texts: what texts became in earlier calls, which are not encoded again
     loras: adapters whose weights are in the network's, as `facts` names them
+    phases: the number of segments that a student is told, where it is told any
     """
 
     card: Card
@@ -77,6 +79,7 @@ class PipelineModel:
     forward: Callable[..., Any] = field(repr=False)
     texts: TextCache = field(default_factory=TextCache, repr=False)
     loras: tuple[Mapping[str, Any], ...] = ()
+    phases: int = 1
 
     def __post_init__(self) -> None:
         step = self.scale * math.lcm(self.family.patch(self.net), self.family.step(self.net))
@@ -138,6 +141,7 @@ class PipelineModel:
             "autoencoder": {**decoding, **scaling},
             "conditioning": {name: self.pipe.config[name] for name in used},
             **({"loras": [dict(one) for one in self.loras]} if self.loras else {}),
+            **({"phases": self.phases} if "phases" in self.card.told else {}),
         }
 
     def components(self) -> dict[str, Any]:
@@ -217,7 +221,10 @@ class PipelineModel:
         cond, uncond = self._encode(prompt, negative, guided, sizes)
         if told:
             w = torch.ones(1, device=self.device) if scale is None else scale.reshape(-1)
-            cond = cond | guidance_embedding(self.net, w - 1)
+            phases = torch.tensor([self.phases], device=self.device)
+            in_segments = "phases" in self.card.told
+            index = phases_index(phases) if in_segments else guidance_index(w)
+            cond = cond | guidance_embedding(self.net, index)
         if uncond is None:
             return self._finish(Bound(self._network(), cond))
         assert scale is not None
@@ -253,7 +260,7 @@ class PipelineModel:
                 f"{card.name} has guidance {card.built_in_guidance:g} built in, in one pass; "
                 "leave guidance out"
             )
-        if "gamma" in told and guidance is not None:
+        if {"gamma", "phases"} & set(told) and guidance is not None:
             raise ValueError(f"{card.name} was distilled without guidance; leave guidance out")
         known = card.distilled.guidance if card.distilled else None
         if "guidance" not in told or not isinstance(known, tuple):

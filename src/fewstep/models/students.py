@@ -2,12 +2,21 @@
 
     f = skip x + out x0_hat        x in EDM units, f(x) = x at the clean end
 
-Source: Luo et al. 2023 (LCM), arXiv:2310.04378, for the boundary of discrete-time models.
+A student in K segments is asked for the point of the path at the lower edge b of its own segment,
+in place of the end: the jump there from level t is
+
+    J = (b/t) x + (1 - b/t) f      which for b = 0 is f, and for b = t is x
+
+so a step of `ddim` from level to level is what it was trained for, where these are the edges.
+
+Sources: Luo et al. 2023 (LCM), arXiv:2310.04378, for the boundary of discrete-time models; Heek et
+al. 2024 (multistep consistency models), arXiv:2403.06807, for segments.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -27,7 +36,11 @@ __all__ = [
     "as_lcm",
     "choices",
     "consistency",
+    "edges",
+    "jump",
     "own_levels",
+    "phase_levels",
+    "phased",
     "student_levels",
     "x0_hat",
 ]
@@ -52,6 +65,12 @@ def consistency(
     """f = skip x + out x0_hat, [b, ...]; everything else [b]."""
     skip, out = (per_sample(scale, x) for scale in scalings)
     return skip * x + out * x0_hat(x, denoised, ratio)
+
+
+def jump(x: Tensor, estimate: Tensor, ratio: Tensor) -> Tensor:
+    """J, from x at level t to the edge at ratio t; [b, ...], ratio [b]."""
+    r = per_sample(ratio, x)
+    return r * x + (1 - r) * estimate
 
 
 class Boundary(Protocol):
@@ -125,6 +144,60 @@ def student_levels(levels: Sequence[float], nfe: int) -> tuple[float, ...]:
     return (*(levels[i * starts // nfe] for i in range(nfe)), 0.0)
 
 
+def edges(points: int, phases: int) -> tuple[int, ...]:
+    """Where each of so many segments ends: numbers on a training grid of `points` levels.
+
+    Raises:
+        ValueError: there are fewer sub-paths than segments.
+    """
+    if not 1 <= phases <= points - 1:
+        raise ValueError(f"phases must be from 1 to the {points - 1} sub-paths, got {phases}")
+    return tuple(k * (points - 1) // phases for k in range(1, phases + 1))
+
+
+def phase_levels(levels: Sequence[float], nfe: int, phases: int) -> tuple[float, ...]:
+    """The grid on which a student in `phases` segments spends `nfe` evaluations: the edges, and
+    inside the segments, the last ones first, levels of the training grid; then 0.
+
+    Raises:
+        ValueError: there are fewer evaluations than segments, or too few levels in one.
+    """
+    if nfe < phases:
+        raise ValueError(f"{phases} segments take at least {phases} nfe, got {nfe}")
+    starts = (0, *edges(len(levels), phases))
+    taken: list[float] = []
+    for k in range(phases):
+        low, count = starts[k], starts[k + 1] - starts[k]
+        spent = nfe // phases + (k >= phases - nfe % phases)
+        if spent > count:
+            raise ValueError(f"a segment of {count} sub-paths takes up to {count} nfe, got {spent}")
+        taken += [levels[low + i * count // spent] for i in range(spent)]
+    return (*taken, 0.0)
+
+
+def phased(model: Any, nfe: int) -> Any:
+    """The model, told the number of segments for a budget, where it is told any."""
+    phases = model.card.phases(nfe)
+    return model if phases is None else replace(model, phases=phases)
+
+
+def choices(levels: Sequence[float], sampler: str, phases: Sequence[int] = ()) -> dict[str, Choice]:
+    """The best known way to spend each budget, of a student; of one in segments by the most of them
+    that the budget allows."""
+    if not phases or tuple(phases) == (1,):
+        grids = {n: student_levels(levels, n) for n in BUDGETS if n < len(levels)}
+        return {str(nfe): Choice(sampler, grid) for nfe, grid in grids.items()}
+    found: dict[str, Choice] = {}
+    for nfe in BUDGETS:
+        for k in sorted((k for k in phases if k <= nfe), reverse=True):
+            with suppress(ValueError):
+                grid = phase_levels(levels, nfe, k)
+                told = k if len(phases) > 1 else None
+                found[str(nfe)] = Choice(sampler, grid, phases=told)
+                break
+    return found
+
+
 def own_levels(card: Card, nfe: int) -> Sequence[float]:
     """The levels on which a student spends a budget by its card, whatever the solver.
 
@@ -139,12 +212,6 @@ def own_levels(card: Card, nfe: int) -> Sequence[float]:
             "take one of these, or give a grid"
         )
     return choice.grid
-
-
-def choices(levels: Sequence[float], sampler: str) -> dict[str, Choice]:
-    """The best known way to spend each budget, of a student."""
-    grids = {n: student_levels(levels, n) for n in BUDGETS if n < len(levels)}
-    return {str(nfe): Choice(sampler, grid) for nfe, grid in grids.items()}
 
 
 def as_lcm(card: Card, schedule: Schedule) -> Card:

@@ -1,14 +1,16 @@
 """Further numbers that a network is told, besides the noise level and the class.
 
-A distilled network is told where on a sub-path it stands (gamma), and perhaps the guidance scale
-that it imitates. Each number goes in as an index of which 0 stands for the usual value:
+A distilled network may be told where on a sub-path it stands (gamma), the guidance scale that it
+imitates, and in how many segments the path is to be gone. Each number goes in as an index of which
+0 stands for the usual value:
 
     gamma       10 - 10 gamma      gamma = 1, the only value at inference, has index 0
     guidance    w - 1              w = 1, no guidance, has index 0
+    phases      log2 K             K = 1, the whole path at once, has index 0
 
-so a caller who knows of neither gets the usual network. The two maps are those of published latent
-consistency models, whose pipelines call guidance_scale what is index + 1 here: in a network that
-was distilled with gamma in that place, guidance_scale must be 1.
+so a caller who knows of none gets the usual network. The first two maps are those of published
+latent consistency models, whose pipelines call guidance_scale what is index + 1 here: in a network
+that was distilled with gamma in that place, guidance_scale must be 1.
 
 Sources: Luo et al. 2023 (LCM), arXiv:2310.04378, for the embedding of guidance; SPLAM,
 arXiv:2404.13903, for gamma in its place.
@@ -25,7 +27,15 @@ from torch.nn import functional as F
 
 from fewstep.networks.unet_config import TOLD
 
-__all__ = ["TOLD", "Told", "gamma_index", "guidance_embedding", "guidance_index", "indices"]
+__all__ = [
+    "TOLD",
+    "Told",
+    "gamma_index",
+    "guidance_embedding",
+    "guidance_index",
+    "indices",
+    "phases_index",
+]
 
 FREQUENCIES = 16
 
@@ -40,11 +50,21 @@ def guidance_index(scale: Tensor) -> Tensor:
     return scale - 1
 
 
-def indices(names: Sequence[str], gamma: Tensor, guidance: Tensor) -> Tensor | None:
+def phases_index(phases: Tensor) -> Tensor:
+    """log2 K: 0 for one segment."""
+    return phases.log2()
+
+
+def indices(names: Sequence[str], gamma: Tensor, guidance: Tensor, phases: Tensor) -> Tensor | None:
     """What a network that is told `names` is to be given, float32 [b, names]; None where there are
-    none."""
-    values = {"gamma": gamma_index(gamma), "guidance": guidance_index(guidance)}
-    return torch.stack([values[name].float() for name in names], dim=1) if names else None
+    none. Each is [b] or [1]."""
+    values = {
+        "gamma": gamma_index(gamma),
+        "guidance": guidance_index(guidance),
+        "phases": phases_index(phases),
+    }
+    rows = torch.broadcast_tensors(*(values[name].float() for name in names)) if names else ()
+    return torch.stack(rows, dim=1) if names else None
 
 
 def guidance_embedding(index: Tensor, size: int = 256) -> Tensor:

@@ -97,8 +97,19 @@ class Residual(nn.Module):
         self.last = nn.Linear(widths[-1] * places, dim) if dim else None
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.layers(x)
+        return self.finish(self.layers(x))
+
+    def finish(self, h: Tensor) -> Tensor:
         return h.mean(dim=(2, 3)) if self.last is None else self.last(h.flatten(1))
+
+    def scales(self, x: Tensor) -> list[Tensor]:
+        """Maps [n, c, h, w] at the end of each level, and what forward returns."""
+        found: list[Tensor] = []
+        for layer in self.layers:
+            if isinstance(layer, nn.AvgPool2d):
+                found.append(x)
+            x = layer(x)
+        return [*found, x, self.finish(x)]
 
 
 class PatchBlock(nn.Module):
@@ -140,6 +151,15 @@ class Patches(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
+
+    def scales(self, x: Tensor) -> list[Tensor]:
+        """Maps [n, c, h, w] after each block, and what forward returns."""
+        found: list[Tensor] = []
+        for layer in self.layers:
+            x = layer(x)
+            if isinstance(layer, PatchBlock):
+                found.append(x)
+        return [*found, x]
 
 
 LARGEST = {"blocks": 64, "patch": SIZE}  # other sizes are up to 4096
@@ -256,6 +276,11 @@ class FeatureNetwork(nn.Module):
                 f"got {x.dtype} of shape {tuple(x.shape)}; scale uint8 by x / 127.5 - 1"
             )
         return (self.trunk(x) - self.shift) * self.scale
+
+    def scales(self, x: Tensor) -> list[Tensor]:
+        """Maps [n, c, h, w] inside the network, from fine to coarse, and last the features."""
+        *maps, last = self.trunk.scales(x)
+        return [*maps, (last - self.shift) * self.scale]
 
     def logits(self, x: Tensor) -> Tensor:
         """Scores [n, outputs]: of Fashion-MNIST's classes in their order, or of what the card's

@@ -6,7 +6,7 @@ from fewstep.records import Int, Text, record
 
 __all__ = ["NORM_GROUPS", "TOLD", "UNetConfig", "attention_heads"]
 
-TOLD = ("gamma", "guidance")  # further numbers, see `fewstep.networks.conditioning`
+TOLD = ("gamma", "guidance", "phases")  # further numbers, see `fewstep.networks.conditioning`
 NORM_GROUPS = 16
 # A card may come from anywhere. What these admit is built without memory, on the meta device; what
 # is allocated then is what the weights file holds.

@@ -17,6 +17,7 @@ from fewstep.arguments import whole
 from fewstep.data.images import fit_picture, read_picture
 from fewstep.denoiser import Counted, Denoiser, calls_per_eval
 from fewstep.loop import check_known, finish, run, starts_at
+from fewstep.models.students import phased
 from fewstep.plan import Program
 from fewstep.sampling.choose import choose, describe, warn_of_gain
 from fewstep.sampling.request import CONDITIONS, Request, one_per_seed
@@ -128,6 +129,7 @@ class Run:
             if len(images) > 1 and one_per_seed("image", images, count):
                 each.add("image")
         filled = choose(model, settings, level)
+        model = phased(model, filled.nfe)
         if "label" in each:  # raises now for an unknown one in a later part
             model.denoiser(list(dict.fromkeys(request.label)))
         denoiser = _denoiser(model, _part(request, frozenset(each), 0, batch))

@@ -26,6 +26,7 @@ from fewstep.loop import finish
 from fewstep.models import Model
 from fewstep.models.card import POPULATION_FOLDER
 from fewstep.models.labels import by_seed
+from fewstep.models.students import phased
 from fewstep.plan import Program
 from fewstep.sampling.choose import describe, identify
 from fewstep.sampling.settings import Filled
@@ -115,8 +116,15 @@ class Workbench:
         own = schedule is not None and schedule.own_time
         return design.grids or tuple(name for name in GRIDS if own or name not in OWN_TIME)
 
+    def at(self, nfe: int) -> Workbench:
+        """The one for a budget: its model, where that is a student, is told the segments."""
+        return replace(self, model=phased(self.model, nfe))
+
     def run(self, settings: Filled, seeds: Sequence[int]) -> Run:
         """Sample the seeds, or read what was sampled before."""
+        return self.at(settings.nfe)._run(settings, seeds)
+
+    def _run(self, settings: Filled, seeds: Sequence[int]) -> Run:
         facts = {
             **describe(self.model, settings, prompt=self.references.said, guidance=self.guidance),
             **identify(self.model),
@@ -160,9 +168,10 @@ class Workbench:
     @torch.inference_mode()
     def seconds(self, settings: Filled, seeds: Sequence[int]) -> float:
         """Wall time per picture of the seeds in one batch."""
-        denoiser = self.bound(seeds)
+        bench = self.at(settings.nfe)
+        denoiser = bench.bound(seeds)
         begun = time.perf_counter()
-        self._batch(denoiser, resolve(settings, denoiser), tuple(seeds))
+        bench._batch(denoiser, resolve(settings, denoiser), tuple(seeds))
         return (time.perf_counter() - begun) / len(seeds)
 
     def _batch(
