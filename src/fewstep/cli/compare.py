@@ -53,6 +53,7 @@ CHOSEN = Take(
 LABEL = "Class name or index. Several, with commas, take turns by seed; all: each seed draws one."
 PUBLISHED = Group("Published protocols", sort_key=7)
 SCALING = Take(Scaling, SPREAD)
+BATCH = 50
 SOLVE = Take(ReferenceSolve, CHOICE, only=("nfe",), names={"nfe": "reference_nfe"})
 
 
@@ -67,8 +68,7 @@ SOLVE = Take(ReferenceSolve, CHOICE, only=("nfe",), names={"nfe": "reference_nfe
         Machine,
         MACHINE,
         only=("device", "dtype", "compile", "batch"),
-        defaults={"batch": 50},
-        helps={"batch": "Pictures at a time."},
+        helps={"batch": "Pictures at a time. Default: 50; of --protocol 64, fewer of large ones."},
     ),
     SCALING,
 )
@@ -169,11 +169,11 @@ def compare_command(
         words(trust, "trust") if trust else (),
         how,
         cache,
-        given["batch"],
+        given["batch"] or BATCH,
         preset,
     )
     earlier = read_comparison(beside) if beside else None
-    with Progress(as_json) as bar, open_executor(spread, bar.say) as executor:
+    with Progress(as_json) as bar, open_executor(spread) as executor:
         opened = setup.open(report=bar)
         with resumable(out):
             open_folder(out)
@@ -225,7 +225,7 @@ def _published(
     source = Source(model, given["device"], given["dtype"], given["compile"])
     about = {name: given[name] for name in ("guidance", "label", "batch")}
     what = Published(source, name, asked["solvers"], asked["budgets"], out, **about, **how)
-    with Progress(as_json) as bar, open_executor(spread, bar.say) as executor:
+    with Progress(as_json) as bar, open_executor(spread) as executor:
         with resumable(Path(out)):
             record = compare_published(what, executor, command=command_line(), report=bar)
         if record is None:
