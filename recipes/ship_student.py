@@ -64,6 +64,7 @@ def with_comparison(card: Card, record: dict[str, Any]) -> Card:
         row["nfe"]: row
         for row in record["rows"]
         if row.get("student", {}).get("weights") == card.weights_sha256
+        and row["grid"] is not None  # no learned solver on it
     }
     if not rows:
         raise ValueError(

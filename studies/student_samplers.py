@@ -1,8 +1,10 @@
 """How a student is best sampled: fresh noise, the chord, or the path of Gaussian data.
 
-    python studies/student_samplers.py fashion-mnist-splam --budgets 2 4 8 --scales 0.06 0.12 0.25
+    python -m studies.student_samplers fashion-mnist-splam --budgets 2 4 8
+    python -m studies.student_samplers fashion-mnist-splam --samplers consistency runs/tuned
 
-For each sampler and budget, on seeds that no test uses:
+A sampler is a name, or a folder of solvers that were learned on the student. For each sampler and
+budget, on seeds that no test uses:
 
     error     root mean square distance to the teacher's exact solution of the same seed, in pixels
               of [-1, 1]
@@ -23,13 +25,11 @@ from fewstep.evaluate import frechet_distance
 from fewstep.evaluate.features import own_features, resolve_features
 from fewstep.evaluate.references import References
 
-SAMPLERS = ("consistency", "consistency-ode", "consistency-pca")
+SAMPLERS = (
+    *("consistency", "consistency-ode", "consistency-pca"),
+    *(f"consistency-kappa:c={c:g}" for c in (0.06, 0.12, 0.25)),
+)
 FIRST = 1_000_000  # of the seeds
-
-
-def samplers(scales: Sequence[float]) -> list[str]:
-    """Names: those without options, then kappa with each c."""
-    return [*SAMPLERS, *(f"consistency-kappa:c={scale:g}" for scale in scales)]
 
 
 def measure(images: np.ndarray, exact: np.ndarray, spaces: dict[str, Callable]) -> dict[str, float]:
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, float]]:
     spaces = {name: against(name) for name in own_features(teacher.card.name)}
     rows = []
     for nfe in options.budgets:
-        for name in samplers(options.scales):
+        for name in options.samplers:
             images = fewstep.sample(student, solver=name, nfe=nfe, seeds=seeds).images
             rows.append(measure(images, exact, spaces))
             figures = "  ".join(f"{key} {value:.4g}" for key, value in rows[-1].items())
@@ -74,7 +74,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("student", help="a name or folder")
     parser.add_argument("--budgets", type=int, nargs="+", default=[2, 4, 8])
-    parser.add_argument("--scales", type=float, nargs="+", default=[0.06, 0.12, 0.25], help="c")
+    parser.add_argument("--samplers", nargs="+", default=SAMPLERS, help="names or folders")
     parser.add_argument("--seeds", type=int, default=500, help="how many, from 1,000,000 on")
     return parser.parse_args(arguments)
 

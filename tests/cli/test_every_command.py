@@ -34,6 +34,7 @@ COMMANDS: dict[str, list[str]] = {
     "train network": ["--data", "nowhere", "--out", "out"],
     "train solver": ["fashion-mnist", "--out", "out"],
     "distill splam": ["fashion-mnist", "--data", "nowhere", "--out", "out"],
+    "distill levels": ["fashion-mnist-splam"],
 }
 BAD: dict[str, list[list[str]]] = {
     "sample": [
@@ -57,6 +58,12 @@ BAD: dict[str, list[list[str]]] = {
     "status": [[], ["--check"]],
     "train network": [["--lr", "nan"], ["--batch", "3"], ["--widths", "a"], []],
     "train solver": [["--method", "x"], ["--nfe", "0"], ["--batch", "x"], ["--grid", "1,2"]],
+    "distill levels": [
+        ["fashion-mnist"],
+        ["--lowest", "0"],
+        ["--nfe", "x"],
+        ["--validation-seeds", "9"],
+    ],
     "distill splam": [["--lr", "0"], ["--guidance", "x"], ["--method", "x"], []],
 }
 

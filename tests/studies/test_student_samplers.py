@@ -15,11 +15,13 @@ def test_rows_of_every_sampler(tmp_path, monkeypatch, capsys) -> None:
         "References",
         lambda teacher: Exact(teacher),  # the reference solves take minutes
     )
+    names = ["consistency", "consistency-ode", "consistency-pca"]
+    names += ["consistency-kappa:c=0", "consistency-kappa:c=0.12"]
     rows = student_samplers.main(
-        ["fashion-mnist-splam", "--budgets", "2", "--scales", "0", "0.12", "--seeds", "3"]
+        ["fashion-mnist-splam", "--budgets", "2", "--samplers", *names, "--seeds", "3"]
     )
     printed = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in printed] == student_samplers.samplers([0, 0.12])
+    assert [line.split()[0] for line in printed] == names
     noise, chord, pca, zero, kappa = (row["error"] for row in rows)
     assert chord == pytest.approx(zero, rel=1e-3)  # c = 0 is the chord
     assert max(kappa, chord) < noise

@@ -19,6 +19,7 @@ from fewstep.cli import (  # noqa: F401  (each registers its commands)
     distill,
     evaluate,
     geometry,
+    levels,
     models,
     plan,
     sample,

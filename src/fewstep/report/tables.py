@@ -29,9 +29,10 @@ PLAIN = (
 
 
 def setting_words(row: dict[str, Any]) -> str:
-    """A row's setting in short: "karras, mean first, to 0"; of a student, its sampler."""
-    if "student" in row:
-        return "consistency" if row["solver"] == "consistency" else "consistency-ode"
+    """A row's setting in short: "karras, mean first, to 0"; of a student, its sampler, unless that
+    is a learned solver with its own grid."""
+    if "student" in row and row["grid"] is not None:
+        return "consistency-ode" if row["solver"] == "ddim" else row["solver"]
     grid = row["grid"] if isinstance(row["grid"], str) else "own grid"
     afs = f", {row['afs']} first" if row["afs"] not in (None, "none") else ""
     return grid + afs + (", to 0" if row["end"] == "zero" else "")

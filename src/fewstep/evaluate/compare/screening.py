@@ -20,7 +20,10 @@ from fewstep.solving import is_folder, resolve
 
 __all__ = ["all_candidates", "check_solvers", "finalists", "screened"]
 
-STUDENT_SAMPLERS = ("consistency", "consistency-ode")  # what is screened for a student
+STUDENT_SAMPLERS = (  # what is screened for a student, as far as its denoiser can
+    *("consistency", "consistency-ode", "consistency-kappa"),
+    "consistency-pca",
+)
 
 
 def screened(
@@ -132,11 +135,7 @@ def _candidates(
         built_in = model.card.built_in_guidance
         if design.label is not None and built_in not in (None, design.guidance):
             return [], f"{solver} has guidance {built_in:g} built in, not {design.guidance}"
-        try:
-            workbench.denoiser()
-            return [choose(model, Settings(sampler, nfe)) for sampler in samplers], ""
-        except ValueError as error:
-            return [], str(error)
+        return _samplers(workbench, samplers, nfe)
     try:
         free = solver != "auto" and isinstance(locate(model, solver, nfe), Solver)
     except ValueError as error:
@@ -156,4 +155,18 @@ def _candidates(
             why = why or "the model has no mean for the analytic first step"
             continue
         fit.append(settings)
+    return fit, why
+
+
+def _samplers(workbench: Workbench, names: Sequence[str], nfe: int) -> tuple[list[Filled], str]:
+    """A student's samplers by name on its levels, and why the last of the others does not fit."""
+    fit, why = [], ""
+    for name in names:
+        try:
+            denoiser = workbench.denoiser()
+            settings = choose(workbench.model, Settings(name, nfe))
+            check_known(resolve(settings, denoiser), denoiser)
+            fit.append(settings)
+        except ValueError as error:
+            why = str(error)
     return fit, why
