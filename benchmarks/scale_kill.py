@@ -74,6 +74,8 @@ def disturbed(
             last = time.monotonic()
             found[killed % len(found)].kill()
             killed += 1
+    if process.returncode:
+        raise SystemExit(f"{command} ended with {process.returncode}")
     seconds = round(time.monotonic() - begun, 1)
     _, left = psutil.wait_procs(started, timeout=30)
     return {
@@ -81,7 +83,6 @@ def disturbed(
         "workers_killed": killed,
         "drivers_killed": drivers,
         "processes_left_over": [one.pid for one in left],
-        "code": process.returncode,
     }
 
 
@@ -176,6 +177,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
+    if any(args.out.iterdir()):  # what is there would be skipped, in no time
+        parser.error(f"{args.out} has something in it; name a new folder with --out")
     print(json.dumps(overhead(args) if args.overhead else survives(args), indent=1))
 
 

@@ -106,7 +106,19 @@ class Workers:
 def measured(executor: Executor, pictures: int, place: str) -> dict[str, Any]:
     """A job of shards of nothing."""
     facts = {"solver": "none", "nfe": 1}
-    job = Job("pictures", "none", pictures, SHARD, 64, "tar", (), f"0 to {pictures}", "0", facts)
+    job = Job(
+        "pictures",
+        "none",
+        pictures,
+        SHARD,
+        64,
+        "tar",
+        (),
+        f"0 to {pictures}",
+        "0",
+        (32, 32, 1),
+        facts,
+    )
     (Path(place) / "shards").mkdir(parents=True)
     seeds = range(pictures)
 
@@ -116,7 +128,7 @@ def measured(executor: Executor, pictures: int, place: str) -> dict[str, Any]:
 
     before, base = time.process_time(), peak()
     begun = time.monotonic()
-    work, plan = Nothing(job, place), Plan(job, place, item, lambda n: shard_files(job, n))
+    work, plan = Nothing(job, place), Plan(job, place, item)
     [result] = finish(work, [plan], executor)
     spent, wall = time.process_time() - before, time.monotonic() - begun
     assert result.made == job.shards

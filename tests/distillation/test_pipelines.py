@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,13 +12,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import fewstep
 from fewstep.distillation import distill
 from fewstep.distillation.encoded import encoded
 from fewstep.distillation.recipe import Encoding
+from fewstep.distillation.students import Examination
+from fewstep.distillation.validation import read_judges
+from fewstep.evaluate.agreement import agreement
+from fewstep.evaluate.compare.run import load_students
 from fewstep.integrations.diffusers import FewstepScheduler
 from fewstep.models.formats.loras import DIFFUSERS, KOHYA
+from fewstep.networks.lora import TARGETS, adapted_modules
 from fewstep.sampling.choose import plan_for
 from fewstep.sampling.settings import Settings
 from tests.support import pipelines
@@ -90,6 +97,27 @@ def test_the_second_epoch_runs_neither_autoencoder_nor_text_encoder(
     assert at[0] == at[-1] == {"pictures": 6, "texts": 4}  # three texts, and none
     distill(loaded, folder, **run, **QUIET)  # another run, or one that resumes
     assert seen["pictures"] == 6
+
+
+def test_a_folder_of_another_run_is_refused_before_anything_is_encoded(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, folder = model(tmp_path / "sd"), data(tmp_path / "data")
+    out, how = tmp_path / "out", {**TINY, **QUIET, **FEW}
+    distill(loaded, folder, out=out, **how)
+    shutil.rmtree(cache)
+    seen = count_calls(monkeypatch, loaded)
+    files = {one.name: one.read_bytes() for one in out.iterdir() if one.is_file()}
+    cases = [({"rank": 3}, r"with rank=2 \(now 3\)"), ({"pictures": 8}, "is at step 2, past the 1")]
+    for other, words in cases:
+        with pytest.raises(ValueError, match=words):
+            distill(loaded, folder, out=out, **{**how, **other})
+    (out / "checkpoint.safetensors").unlink()
+    with pytest.raises(ValueError, match="so it is another's"):
+        distill(loaded, folder, out=out, **how)
+    assert seen["pictures"] == 0
+    del files["checkpoint.safetensors"]
+    assert {one.name: one.read_bytes() for one in out.iterdir() if one.is_file()} == files
 
 
 def test_rows_are_those_of_the_autoencoder_and_the_text_encoder(tmp_path: Path) -> None:
@@ -269,6 +297,19 @@ def test_validation_shows_texts_beside_the_teacher(tmp_path: Path) -> None:
     assert '"rmse_ode_4"' in line
 
 
+def test_what_comes_with_a_judge_is_judged_by_prompts_of_its_own(tmp_path: Path) -> None:
+    loaded, other = fewstep.load("garments"), model(tmp_path / "sd")
+    found = read_judges(loaded, None, None, None, 3)
+    assert found["judge"].name == "garments-a"
+    assert [one.text for one in found["asked"]] == found["prompts"] != []
+    for one, count in ((loaded, 0), (other, 3)):
+        assert read_judges(one, None, None, None, count)["judge"] is None
+    pictures = np.zeros((3, 32, 32, 3), dtype=np.uint8)
+    told = {"judge": found["judge"], "asked": found["asked"], "prompts": found["prompts"]}
+    scores = Examination(loaded, 3, **told)._scores(pictures, "_2")
+    assert scores == {"agreement_2": agreement(pictures, found["asked"], found["judge"]).all}
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -393,8 +434,6 @@ def test_adapters_give_the_same_picture_in_a_process_without_fewstep(
 
 
 def test_adapters_that_do_not_fit_are_refused_by_their_first_key(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     folder = pipelines.saved("sd", tmp_path / "sd")
     cases = {
         "unet.mid_block.nowhere.lora_A.weight": "key 'unet.mid_block.nowhere.lora_A.weight' has no",
@@ -442,6 +481,62 @@ def test_a_published_latent_consistency_model_is_a_student(tmp_path: Path) -> No
     assert plain.card.auto == loaded.card.auto
 
 
+def lcm_lora(file: Path, net: Any, rank: int = 4, alpha: float = 8.0) -> Path:
+    """Adapters as LCM-LoRA is published: kohya's names, its layers, float16, an alpha for each, and
+    no word of what they are."""
+    values: dict[str, torch.Tensor] = {}
+    for i, (name, layer) in enumerate(adapted_modules(net, TARGETS)):
+        gen = torch.Generator().manual_seed(i)
+        out, into, *kernel = layer.weight.shape  # type: ignore[misc]
+        key = "lora_unet_" + name.replace(".", "_")
+        down = torch.randn(rank, into, *kernel, generator=gen) / (10 * into**0.5)
+        up = torch.randn(out, rank, *[1] * len(kernel), generator=gen) / rank
+        values |= {f"{key}.lora_down.weight": down.half(), f"{key}.lora_up.weight": up.half()}
+        values[f"{key}.alpha"] = torch.tensor(alpha)
+    save_file(values, file)
+    return file
+
+
+def test_a_published_lcm_lora_gives_the_picture_that_it_gives_in_diffusers(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    loaded = model(tmp_path / "sd")
+    file = lcm_lora(tmp_path / "lora.safetensors", loaded.net)
+    pipe = pipelines.diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "sd")
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = pipelines.diffusers.LCMScheduler.from_config(pipe.scheduler.config)
+    before = drawn(pipe, num_inference_steps=1)
+    pipe.load_lora_weights(tmp_path, weight_name=file.name)
+    theirs = drawn(pipe, num_inference_steps=1)
+    assert np.abs(theirs - before).max() > 5
+    student = fewstep.load(tmp_path / "sd", loras=[(file, 1.0)], preset="lcm")
+    assert student.card.auto["4"].solver == "consistency"
+    ours = fewstep.sample(student, nfe=1, seeds=[0, 1], prompt="a cat").images
+    assert np.abs(theirs - ours).max() <= 1
+
+
+def test_published_students_stand_beside_solvers(tmp_path: Path) -> None:
+    folders = {name: pipelines.saved(name, tmp_path / name) for name in ("sd", "lcm", "sdxl")}
+    loaded: Any = fewstep.load(folders["sd"])
+    lora = str(lcm_lora(tmp_path / "lora.safetensors", loaded.net))
+    solvers, base = ["ddim", lora, str(folders["lcm"])], str(folders["sd"])
+    with pytest.raises(ValueError, match=r"is no student, .* need --preset lcm"):
+        load_students(loaded, solvers, base)
+    found = load_students(loaded, solvers, base, "lcm", 2.0)
+    assert list(found) == solvers[1:]
+    asked = {"seeds": [0], "prompt": "a cat", "nfe": 2}
+    scales = {lora: None, solvers[2]: 2.0}  # of the first it is built in, the second is told it
+    for name, student in found.items():
+        assert student.card.built_in_guidance == (2.0 if name == lora else None)
+        made = fewstep.sample(student, guidance=scales[name], **asked)
+        assert (made.network_calls, made.provenance["solver"]) == (2, "consistency")
+    other = fewstep.load(folders["sdxl"])
+    small = other.with_size(32, 32)  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="give a student of this one"):
+        load_students(small, solvers[2:], str(folders["sdxl"]))
+    with pytest.raises(ValueError, match="is no student"):
+        load_students(other, [base], str(folders["sdxl"]))
+
+
 @pytest.mark.slow
 def test_from_the_command_line_to_pictures(tmp_path: Path) -> None:
     from tests.support.command import command
@@ -465,6 +560,40 @@ def test_from_the_command_line_to_pictures(tmp_path: Path) -> None:
         ran = command("sample", str(tmp_path / "sd"), *asked, "--out", str(tmp_path / "samples"))
         assert ran.exit_code == 0, ran.output
         assert len(list((tmp_path / "samples").glob("*.png"))) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_two_processes_give_the_student_of_one_in_the_same_parts(
+    train: str, tmp_path: Path
+) -> None:
+    """To the bit, the cache that they share included."""
+    import subprocess
+    import sys
+
+    pipelines.saved("sd", tmp_path / "sd")
+    folder = data(tmp_path / "data")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    asked = ["--data", str(folder), "--pictures", "12", "--batch", "4", "--dtype", "float32"]
+    asked += ["--lr", "1e-3", "--guidance", "2", "--train", train, "--validation-seeds", "2"]
+    asked += ["--rank", "2"] if train == "lora" else []
+    made = []
+    for name, launch, more in (("both", torchrun, []), ("parts", [], ["--accumulate", "2"])):
+        out = tmp_path / name
+        run = ["-m", "fewstep", "distill", "splam", str(tmp_path / "sd"), "--out", str(out), *asked]
+        env = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "FEWSTEP_CACHE": str(tmp_path / f"{name}-cache"),
+        }
+        done = subprocess.run(
+            [sys.executable, *launch, *run, *more], capture_output=True, text=True, env=env
+        )
+        assert done.returncode == 0, done.stderr
+        made.append(load_file(out / "checkpoint.safetensors"))
+    both, parts = made
+    assert both.keys() == parts.keys()
+    assert all(torch.equal(both[name], parts[name]) for name in both)
 
 
 @pytest.mark.slow

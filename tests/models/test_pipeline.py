@@ -22,6 +22,7 @@ import fewstep
 from fewstep.grid import discrete
 from fewstep.integrations.diffusers import FewstepScheduler
 from fewstep.models.families import FAMILIES
+from fewstep.noise import normal
 from fewstep.solver import get
 from tests.support import pipelines
 from tests.support.pipelines import diffusers
@@ -129,8 +130,9 @@ def test_every_family_is_tried_and_listed():
     """A new line of FAMILIES needs a maker, the comparison with diffusers, and its documents."""
     made = {name: type(make()).__name__ for name, make in pipelines.MAKERS.items()}
     assert sorted(made.values()) == sorted(FAMILIES)
-    assert [name for name, kind in made.items() if FAMILIES[kind].encode] == pipelines.TEXT
-    assert {family for family, _ in CLASSES.values()} == set(made)
+    texts = [name for name, kind in made.items() if FAMILIES[kind].encode]
+    assert texts == [*pipelines.TEXT, *pipelines.STUDENTS]
+    assert {*(family for family, _ in CLASSES.values()), *pipelines.STUDENTS} == set(made)
     table = (Path(__file__).parents[2] / "docs" / "diffusers.md").read_text(encoding="utf-8")
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     assert sorted(re.findall(r"`(\w+Pipeline)`", "".join(rows))) == sorted(FAMILIES)
@@ -183,6 +185,31 @@ def test_three_routes_lead_to_the_same_latents(name, guidance, solver, tmp_path)
     assert_close(route.by_diffusers(plan, 5), ours, 1e-5)
     if solver not in made_for_ddim.get(name, ()):  # their steps do not take what these pass
         assert_close(route.by_diffusers(theirs_too, 5), ours, 1e-4)
+
+
+@pytest.mark.parametrize("nfe", [1, 4])
+def test_a_latent_consistency_model_samples_as_in_diffusers(nfe, folders, monkeypatch):
+    """With our noise at each of its levels, in place of what its scheduler would draw."""
+    model, pipe = pipelines.load(folders["lcm"]), pipelines.lcm()
+    assert model.card.auto["4"].solver == "consistency"
+    seeds, given = [3, 5], iter(range(nfe))
+
+    def noise(shape: Any, **options: Any) -> Tensor:
+        assert tuple(shape) == (2, *model.shape)
+        return normal(seeds, model.shape, "step", next(given))
+
+    monkeypatch.setattr(type(pipe.scheduler).__module__ + ".randn_tensor", noise)
+    z = normal(seeds, model.shape, "prior")
+    run = {"num_inference_steps": nfe, "guidance_scale": 8.0, "output_type": "latent"}
+    pipe.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        other = pipe(PROMPTS, latents=z, **run).images
+        denoiser = model.denoiser(prompt=PROMPTS, guidance=8.0)
+        grid = model.card.auto[str(nfe)].grid
+        ours = fewstep.solve(denoiser, model.prior(seeds), "consistency", grid=grid, seeds=seeds)
+    assert_close(ours, other, 1e-5)
+    made = fewstep.sample(model, nfe=nfe, seeds=seeds, prompt=PROMPTS, guidance=8.0)
+    assert (made.network_calls, made.provenance["solver"]) == (nfe, "consistency")
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp-2m"])

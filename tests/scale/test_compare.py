@@ -96,7 +96,7 @@ def test_a_comparison_asks_for_nothing_that_workers_did_not_do(tmp_path: Path) -
         *("references", "finer", "exact", "run", "features")
     }
     ran = command("status", tmp_path / "spread")
-    assert "features of test seeds: 1 of 1 pieces" in ran.stdout
+    assert "features of test seeds: 1 of 1 piece" in ran.stdout
 
 
 def test_trajectories_that_workers_measured_are_those_of_one_process(tmp_path: Path) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import time
 from collections import Counter
 from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import pytest
 
-from fewstep.scale.executors import Counts, hand_out
+from fewstep.scale.executors import Counts, Processes, hand_out
+from fewstep.scale.rays import connect
+from fewstep.scale.settings import Scaling
 from fewstep.scale.work import AGAIN, STOP, Outcome
 
 
@@ -99,10 +102,29 @@ def test_what_takes_long_at_the_end_is_given_to_a_second_worker():
         asked[item] += 1
         return None if item == 7 and asked[item] == 1 else Outcome(item)  # the first never answers
 
-    counts = Counts()
-    found = [item for item, _ in hand_out(Simulated(3, act), range(9), counts)]
+    pool, counts = Simulated(3, act), Counts()
+    found = [item for item, _ in hand_out(pool, range(9), counts)]
     assert sorted(found) == list(range(9))
     assert counts.second == 1
+    assert len(pool.replaced) == 1  # who never answers does not write later
+
+
+def test_who_is_busy_is_ended_where_a_run_is_left_early():
+    pool = Simulated(3, lambda worker, item: None if item else Outcome(item))
+    handed: Any = hand_out(pool, range(9), Counts())
+    next(handed)
+    handed.close()
+    assert len(pool.replaced) == 2
+
+
+def test_a_process_that_was_killed_while_idle_is_a_lost_worker():
+    class Broken:
+        def submit(self, *arguments: Any) -> Future[Outcome]:
+            raise BrokenProcessPool("killed")
+
+    pool = Processes(1, b"")
+    pool.made[0] = Broken()  # type: ignore[assignment]
+    assert isinstance(pool.submit(0, 1).exception(), BrokenProcessPool)
 
 
 def test_a_thousand_workers_cost_the_driver_less_than_a_millisecond_an_item():
@@ -111,3 +133,25 @@ def test_a_thousand_workers_cost_the_driver_less_than_a_millisecond_an_item():
     done = sum(1 for _ in hand_out(Simulated(1024), range(20_000), Counts()))
     assert done == 20_000
     assert (time.process_time() - begun) / done < 1e-3
+
+
+def test_an_address_belongs_to_ray():
+    for name in ("local:3", "torchrun:2", "ray:", "spark"):
+        with pytest.raises(
+            ValueError, match="executor must be local, torchrun, ray or ray:ADDRESS"
+        ):
+            Scaling(name)
+    named = {"ray": "", "ray:auto": "auto", "ray:h:6379": "h:6379", "ray://h:1": "ray://h:1"}
+    assert {name: Scaling(name).address for name in named} == named
+    assert {Scaling(name).kind for name in named} == {"ray"}
+
+
+def test_a_cluster_that_does_not_start_is_one_line():
+    class Stuck:
+        def init(self, **options: Any) -> None:
+            raise Exception("The current node timed out\nduring startup.")
+
+    with pytest.raises(ValueError, match=r"cannot start .*timed out during startup.*Try again"):
+        connect(Stuck(), "", 2)
+    with pytest.raises(ValueError, match=r"no Ray cluster answers at auto .*timed out"):
+        connect(Stuck(), "auto", 2)

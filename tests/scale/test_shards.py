@@ -75,6 +75,8 @@ def test_png_leaves_the_files_of_the_folder(plain: Path, tmp_path: Path) -> None
         assert (tmp_path / "out" / name).read_bytes() == (plain / name).read_bytes()
     assert result.made == 3
     (tmp_path / "out" / "000005.png").write_bytes(b"no picture")
+    [status] = status_of(str(tmp_path / "out"))
+    assert (status.missing, status.damaged) == ((1,), (1,))
     again = make(tmp_path / "out", keep="png")
     assert (again.skipped, again.damaged, again.made) == (2, 1, 1)
 
@@ -119,6 +121,24 @@ def test_another_job_is_refused_before_anything_is_written(tmp_path: Path) -> No
     for change in ({"seeds": range(11)}, {"keep": "png"}, {"given": {"label": "bag"}}):
         with pytest.raises(ValueError, match="another job"):
             make(out, **change)
+
+
+def test_shards_and_pictures_of_another_kind_are_not_mixed(plain: Path, shards: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (*plain.rglob("*"), *shards.rglob("*"))}
+    for keep in ("tar", "png"):
+        with pytest.raises(ValueError, match=r"holds pictures that are not of shards, as \S+\.png"):
+            make(plain, keep=keep)
+    ran = command("sample", *FEW, "--out", shards)
+    assert (ran.exit_code, ran.stdout) == (2, "")
+    assert "holds shards; say --shards as well" in ran.stderr
+    after = {path: path.stat().st_mtime_ns for path in (*plain.rglob("*"), *shards.rglob("*"))}
+    assert after == before
+
+
+def test_two_jobs_at_once_are_not_in_one_folder(tmp_path: Path) -> None:
+    with open_store(tmp_path).shared("another"), pytest.raises(ValueError, match="other settings"):
+        make(tmp_path)
+    assert not list(tmp_path.glob("job.json"))
 
 
 def test_features_are_kept_beside_the_pictures_or_alone(tmp_path: Path) -> None:
@@ -175,16 +195,33 @@ def test_status_says_what_is_there(shards: Path, tmp_path: Path) -> None:
     assert "has no shards" in ran.stderr
 
 
-def test_a_job_of_a_stranger_is_one_line(tmp_path: Path) -> None:
+def test_a_job_of_a_stranger_is_one_line(shards: Path, tmp_path: Path) -> None:
+    known = json.loads((shards / "job.json").read_text())
     for text in (
         "{",
         "[]",
         '{"format": "x"}',
         json.dumps({"format": "fewstep-shards/1", "what": 3}),
+        json.dumps({**known, "pictures": 10**15}),
     ):
         (tmp_path / "job.json").write_text(text)
         with pytest.raises(ValueError, match=r"job\.json says no job"):
             read_job(open_store(tmp_path))
+    for facts in ({"solver": [], "nfe": "many"}, {"solver": "x"}, {"nfe": 2}):
+        (tmp_path / "job.json").write_text(json.dumps({**known, "facts": facts}))
+        ran = command("status", tmp_path)
+        assert ran.exit_code == 0, ran.output
+
+
+def test_a_line_names_files_and_no_paths(tmp_path: Path) -> None:
+    make(tmp_path / "out", keep="png")
+    [path] = (tmp_path / "out" / "manifest").iterdir()
+    lines = [json.loads(text) for text in path.read_text().splitlines()]
+    assert lines[0]["names"] == [f"{seed:06d}" for seed in range(4)]
+    lines[0]["names"][0] = "../secret"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    [status] = status_of(str(tmp_path / "out"), check=True)
+    assert status.missing == (0,)
 
 
 def test_a_manifest_of_forty_thousand_shards_is_read_in_seconds(tmp_path: Path) -> None:

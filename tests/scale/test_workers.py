@@ -36,12 +36,15 @@ class Slowly:
 
     folder: str
     seconds: float = 0.3
+    fatal: int | None = None  # the item that ends its process
 
     def open(self, place: Place) -> Callable[[int], int]:
         return self.do
 
     def do(self, item: int) -> int:
         (Path(self.folder) / f"begun-{item}-{os.getpid()}").touch()
+        if item == self.fatal:
+            os._exit(1)
         time.sleep(self.seconds)
         return item * item
 
@@ -113,6 +116,27 @@ def test_an_actor_that_is_killed_starts_again(tmp_path: Path) -> None:
     assert done(executor, tmp_path) == SQUARES
     thread.join()
     assert executor.counts.lost + executor.counts.second >= 1
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_an_item_that_ends_every_actor_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rays, "LOSSES", 1)
+    with pytest.raises(ValueError, match="Actor"):
+        done(Ray.of(Scaling("ray", 1)), tmp_path, items=3, fatal=1)
+
+
+def test_a_process_that_is_killed_while_idle_is_replaced(tmp_path: Path) -> None:
+    with Local(2) as executor:
+        for _ in executor.map(Slowly(str(tmp_path), 0.0), range(4)):
+            pass
+        assert executor.pool is not None
+        for pid in list(executor.pool.pids.values()):
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(1.0)  # until the pool knows
+        found = executor.map(Slowly(str(tmp_path), 0.0), range(12))
+        assert {item: outcome.value for item, outcome in found} == SQUARES
 
 
 def test_a_node_goes_and_another_one_comes(tmp_path: Path) -> None:

@@ -166,6 +166,21 @@ def sd(unet: dict[str, Any] | None = None, **scheduler: Any) -> Any:
     )
 
 
+def lcm(**scheduler: Any) -> Any:
+    """A latent consistency model as published: told the guidance, with a scheduler of its own."""
+    tokenizer = clip_tokenizer()
+    return diffusers.LatentConsistencyModelPipeline(
+        vae=autoencoder(),
+        text_encoder=clip_encoder(tokenizer),
+        tokenizer=tokenizer,
+        unet=text_unet(time_cond_proj_dim=16),
+        scheduler=diffusers.LCMScheduler(**{**SD_TABLE, **scheduler}),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
 def sdxl(**scheduler: Any) -> Any:
     one, two = clip_tokenizer(), clip_tokenizer()
     unet = text_unet(
@@ -233,8 +248,10 @@ MAKERS: dict[str, Callable[..., Any]] = {
     "sd": sd,
     "sdxl": sdxl,
     "sd3": sd3,
+    "lcm": lcm,
 }
-TEXT = ["sd", "sdxl", "sd3"]  # those that take one
+TEXT = ["sd", "sdxl", "sd3"]  # those that take one, and guidance by two calls
+STUDENTS = ["lcm"]  # those that take one, and are told their guidance
 
 
 def original_keys(pipe: Any) -> dict[str, Tensor]:

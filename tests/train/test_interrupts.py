@@ -7,6 +7,7 @@ import signal
 
 import pytest
 
+from fewstep.cli.streams import Terminated, stop_on_sigterm
 from fewstep.train.interrupts import Stopped, between_steps
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -43,3 +44,14 @@ def test_a_handler_of_the_programs_own_stays(number):
         os.kill(os.getpid(), number)
         assert stopping() == 0
     assert len(came) == 1
+
+
+def test_the_handler_of_the_command_is_set_aside_and_comes_back():
+    """Else SIGTERM would end `fewstep distill` in the middle of a step, with nothing saved."""
+    with stop_on_sigterm():
+        with between_steps() as stopping:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stopping() == signal.SIGTERM
+        with pytest.raises(Terminated):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

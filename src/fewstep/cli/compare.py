@@ -53,6 +53,7 @@ CHOSEN = Take(
 LABEL = "Class name or index. Several, with commas, take turns by seed; all: each seed draws one."
 PUBLISHED = Group("Published protocols", sort_key=7)
 SCALING = Take(Scaling, SPREAD)
+BATCH = 50
 SOLVE = Take(ReferenceSolve, CHOICE, only=("nfe",), names={"nfe": "reference_nfe"})
 
 
@@ -67,8 +68,7 @@ SOLVE = Take(ReferenceSolve, CHOICE, only=("nfe",), names={"nfe": "reference_nfe
         Machine,
         MACHINE,
         only=("device", "dtype", "compile", "batch"),
-        defaults={"batch": 50},
-        helps={"batch": "Pictures at a time."},
+        helps={"batch": "Pictures at a time. Default: 50; of --protocol 64, fewer of large ones."},
     ),
     SCALING,
 )
@@ -93,6 +93,14 @@ def compare_command(
     prompts: Annotated[
         Path | None,
         option("Texts of this file, csv, tsv, json or jsonl, which take turns by seed."),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        option(
+            "Of a network file of a paper: its published settings. lcm: adapters among the solvers "
+            "are an LCM-LoRA.",
+            MACHINE,
+        ),
     ] = None,
     cache: Annotated[
         Path | None, option("Folder of the reference solves. Default: $FEWSTEP_CACHE.")
@@ -140,7 +148,7 @@ def compare_command(
     own = {"--captions": captions, "--reference": reference, "--clip": clip, "--keep": keep}
     if published is not None:
         more = {"captions": captions, "reference": reference, "clip": clip, "keep": keep or "none"}
-        other = {"--cache": cache, "--beside": beside, "--prompts": prompts}
+        other = {"--cache": cache, "--beside": beside, "--prompts": prompts, "--preset": preset}
         refuse_beside("a protocol has settings of its own", other)
         seen = {"features": features, "trust": words(trust, "trust") if trust else ()}
         _published(model, str(out), published, spread, {**more, **seen}, given, as_json)
@@ -161,10 +169,11 @@ def compare_command(
         words(trust, "trust") if trust else (),
         how,
         cache,
-        given["batch"],
+        given["batch"] or BATCH,
+        preset,
     )
     earlier = read_comparison(beside) if beside else None
-    with Progress(as_json) as bar, open_executor(spread, bar.say) as executor:
+    with Progress(as_json) as bar, open_executor(spread) as executor:
         opened = setup.open(report=bar)
         with resumable(out):
             open_folder(out)
@@ -216,7 +225,7 @@ def _published(
     source = Source(model, given["device"], given["dtype"], given["compile"])
     about = {name: given[name] for name in ("guidance", "label", "batch")}
     what = Published(source, name, asked["solvers"], asked["budgets"], out, **about, **how)
-    with Progress(as_json) as bar, open_executor(spread, bar.say) as executor:
+    with Progress(as_json) as bar, open_executor(spread) as executor:
         with resumable(Path(out)):
             record = compare_published(what, executor, command=command_line(), report=bar)
         if record is None:

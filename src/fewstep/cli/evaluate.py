@@ -168,7 +168,7 @@ def _by_workers(
         if out is None:
             raise ValueError("several workers share a folder: name it with --state, or give --out")
         state = out.with_name(f"{out.name}.parts")
-    with open_executor(spread, bar.say) as executor, resumable(state):
+    with open_executor(spread) as executor, resumable(state):
         return evaluate_parts(
             images,
             how,

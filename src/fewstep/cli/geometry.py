@@ -70,7 +70,7 @@ def geometry_command(
     chosen, levels = parse_seeds(seeds), parse_grid(grid) or "karras"
     spread = Scaling(**SCALING.take(given))
     source = Source(model, **{name: given.pop(name) for name in ("device", "dtype")})
-    with Progress(as_json) as bar, open_executor(spread, bar.say) as executor:
+    with Progress(as_json) as bar, open_executor(spread) as executor:
         if not executor.leads:
             executor.serve(GeometryWork(source))
             return

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from fewstep.cli.app import app
 from fewstep.cli.options import (
@@ -35,9 +34,6 @@ from fewstep.cli.work import AsJson, command_line, resumable
 from fewstep.sampling.request import Request
 from fewstep.sampling.settings import Settings
 from fewstep.scale.settings import Scaling
-
-if TYPE_CHECKING:
-    from fewstep.models import Model
 
 HELPS = {
     "prompt": "A text, for all pictures.",
@@ -141,9 +137,12 @@ def sample_command(
     were made with other settings, nothing is touched and the command says so.
     """
     from fewstep.models import load
+    from fewstep.models.labels import drawn_labels
     from fewstep.plan import Plan
     from fewstep.report import terminal as show
     from fewstep.sampling.folder import sample_to_folder
+    from fewstep.scale.manifest import read_job
+    from fewstep.scale.stores import open_store
 
     if plan is not None:
         named = ("nfe", "grid", "afs", "final", "end")
@@ -174,9 +173,11 @@ def sample_command(
         kept |= {"batch": batch, "settings": how, "given": given}
         _in_shards((model, machine, options), out, spread, pictures, kept, as_json)
         return
+    if read_job(open_store(out)) is not None:
+        raise ValueError(f"{out} holds shards; say --shards as well, or choose another --out")
     loaded = load(model, **machine, **options)
     if label == "all":
-        pictures["label"] = _drawn(pictures["seeds"], loaded)
+        pictures["label"] = drawn_labels(pictures["seeds"], loaded)
     names, count = pictures.pop("names", None), len(pictures["seeds"])
     begun = time.perf_counter()
     with resumable(Path(out)), show.Progress(as_json) as bar:
@@ -218,8 +219,7 @@ def _in_shards(
     from fewstep.report import terminal as show
     from fewstep.report.scale import shards_lines
     from fewstep.scale.executors import open_executor
-    from fewstep.scale.run import finish
-    from fewstep.scale.sample import Asked, plan_of, work_of
+    from fewstep.scale.sample import Asked, sample_shards
     from fewstep.scale.shards import Looks, Source
     from fewstep.scale.stores import is_url, open_store
 
@@ -230,33 +230,22 @@ def _in_shards(
     given, keep = how.pop("given"), how.pop("keep") or "tar"
     if given["image"] is not None:
         given["image"] = read_picture(given["image"])
-    with show.Progress(as_json) as bar, open_executor(spread, bar.say) as executor:
-        loaded = source.load(executor.here)
-        if pictures.get("label") == "all":
-            pictures["label"] = _drawn(pictures["seeds"], loaded)
-        seeds, names = pictures.pop("seeds"), pictures.pop("names", None)
-        asked = Asked(
-            out, seeds, given={**pictures, **given}, names=names, keep=keep, looks=looks, **how
-        )
-        work = work_of(source, asked, loaded, executor.here)
-        del loaded
-        if not executor.leads:
-            executor.serve(work)
-            return
-        with nullcontext() if is_url(out) else resumable(Path(out)):
-            plans = [plan_of(asked, work.tasks[0].job)]
-            [result] = finish(work, plans, executor, command=command_line(), report=bar)
+    seeds, names = pictures.pop("seeds"), pictures.pop("names", None)
+    given |= pictures
+    asked = Asked(out, seeds, given=given, names=names, keep=keep, looks=looks, **how)
+    with ExitStack() as held:
+        bar = held.enter_context(show.Progress(as_json))
+        executor = held.enter_context(open_executor(spread))
+        if not is_url(out):
+            held.enter_context(resumable(Path(out)))
+        result = sample_shards(source, asked, executor, command=command_line(), report=bar)
+    if result is None:
+        return
     if as_json:
         print(json.dumps(result.to_dict()))
         return
     for line in shards_lines(result):
         print(line)
-
-
-def _drawn(seeds: Sequence[int], model: Model) -> list[int]:
-    from fewstep.models.labels import drawn_label
-
-    return [drawn_label(seed, len(model.card.classes)) for seed in seeds]
 
 
 def _asked_for(

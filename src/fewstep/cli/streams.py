@@ -70,6 +70,7 @@ def stop_on_sigterm() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise Terminated
 
+    stop.gives_way = True  # type: ignore[attr-defined]  # to a training, which saves first
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield

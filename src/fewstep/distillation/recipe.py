@@ -11,6 +11,7 @@ __all__ = ["Encoding", "Recipe"]
 METHODS = ("splam", "lcm", "trajectory")
 TOLD = ("gamma", "level")
 TRAIN = ("full", "lora")
+OPTIMIZERS = ("adam", "adamw8bit")  # what `fewstep.train.optimiser` has
 RATE = 3e-4
 RULES = ("linear", "variance")  # what `subpath` has
 WEIGHTS = ("clean", "edge")
@@ -49,6 +50,7 @@ class Recipe:
         pictures: Length of the run in pictures, rounded up to whole batches.
         batch: Pictures per step, over all processes.
         accumulate: Parts in which a process takes its share of a batch, to save memory.
+        optimizer: adam, or adamw8bit: its moments in 8 bits, by the library bitsandbytes.
         lr: Learning rate of Adam. Default: 3e-4; of pipelines 1e-5, and 1e-4 of their adapters.
         warmup: First share of the run, over which the learning rate rises.
         cooldown: Last share of the run, over which it falls to 0.
@@ -86,6 +88,7 @@ class Recipe:
     pictures: int = 500_000
     batch: int = 128
     accumulate: int = 1
+    optimizer: str = "adam"
     lr: float | None = None
     warmup: float = 0.05
     cooldown: float = 0.3
@@ -105,6 +108,7 @@ class Recipe:
             ("method", METHODS),
             ("dtype", ("bfloat16", "float32")),
             ("train", TRAIN),
+            ("optimizer", OPTIMIZERS),
             ("rule", (None, *RULES)),
             ("tell", (None, *TOLD)),
             ("phase_weight", (None, *WEIGHTS)),

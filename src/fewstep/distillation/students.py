@@ -15,6 +15,7 @@ from fewstep.cache import cache_folder, recall
 from fewstep.data.idx import to_unit
 from fewstep.data.images import contact_sheet, write_png
 from fewstep.evaluate import frechet_distance
+from fewstep.evaluate.agreement import Prompt, agreement
 from fewstep.evaluate.clip import ClipScorer
 from fewstep.evaluate.references import References
 from fewstep.models import Model
@@ -84,6 +85,7 @@ class Examination:
     prompts: texts of the pictures, in turn, for models that take them
     features: the network of the distances; fashion-a for its pictures where left out
     clip: a CLIP model, for scores of pictures against their texts
+    judge, asked: what tells whether pictures show what their prompts name, one for each picture
     """
 
     def __init__(
@@ -96,8 +98,11 @@ class Examination:
         prompts: Sequence[str] = (),
         features: FeatureNetwork | None = None,
         clip: ClipScorer | None = None,
+        judge: FeatureNetwork | None = None,
+        asked: Sequence[Prompt] = (),
     ) -> None:
         self.teacher, self.guidance, self.labels = teacher, guidance, labels
+        self.judge, self.asked = judge, asked
         self.prompts = tuple(prompts)
         self.network, self.clip = features, clip
         self.seeds = range(FIRST_SEED, FIRST_SEED + count)
@@ -175,7 +180,8 @@ class Examination:
         Returns:
             For each nfe rmse_*, root mean square of the difference from the fine solution of the
             same seed in pixels of [-1, 1], and, where `distance` has it, fd_*; rmse_ode_* and
-            fd_ode_* are those of consistency-ode, and fd_fine is the distance of the fine solutions
+            fd_ode_* are those of consistency-ode, clip_* and agreement_* scores against the texts
+            where there are such judges, and fd_fine is the distance of the fine solutions
             themselves, the least that can be expected. Beyond one evaluation the fresh noise of the
             other sampler is in its rmse.
         """
@@ -202,20 +208,23 @@ class Examination:
                 figures[f"rmse{mark}_{nfe}"] = float(np.sqrt(np.mean(difference**2)))
                 if self.distance is not None:
                     figures[f"fd{mark}_{nfe}"] = self.distance(images)
-                if self.clip is not None:
-                    figures[f"clip{mark}_{nfe}"] = self._score(images)
+                figures |= self._scores(images, f"{mark}_{nfe}")
                 if nfe == 1 or sampler == student.card.auto[str(nfe)].solver:
                     rows.append(images[:SHOWN])
         if self.distance is not None:
             figures["fd_fine"] = self.distance(self.reference)
-        if self.clip is not None:
-            figures["clip_fine"] = self._score(self.reference)
+        figures |= self._scores(self.reference, "_fine")
         if sheet is not None:
             pictures = np.concatenate(rows)
             write_png(sheet, contact_sheet(list(pictures), columns=len(rows[0])), figures)
         return figures
 
-    def _score(self, images: np.ndarray) -> float:
-        """The CLIP score of pictures with their texts."""
-        assert self.clip is not None
-        return float(self.clip(images, self._texts(self.seeds) or []).mean())
+    def _scores(self, images: np.ndarray, mark: str) -> dict[str, float]:
+        """Of pictures with their texts, by the judges that there are."""
+        found: dict[str, float] = {}
+        if self.clip is not None:
+            texts = self._texts(self.seeds) or []
+            found[f"clip{mark}"] = float(self.clip(images, texts).mean())
+        if self.judge is not None:
+            found[f"agreement{mark}"] = agreement(images, self.asked, self.judge).all
+        return found

@@ -22,32 +22,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.data.captions import read_captions
 from fewstep.data.training import Data, NoData, mapped, read_data
 from fewstep.denoiser import Condition
 from fewstep.distillation.encoded import Report, encoded
 from fewstep.distillation.losses import Draw, Levels, Metric, draw, subpath_losses
 from fewstep.distillation.metric import Elementwise, metric
 from fewstep.distillation.recipe import Encoding, Recipe
-from fewstep.distillation.students import Examination, student_card
+from fewstep.distillation.students import student_card
 from fewstep.distillation.subject import Subject, Training, subject
 from fewstep.distillation.teacher import Stepper, stepper
 from fewstep.distillation.trajectory import trajectory_losses
-from fewstep.evaluate.clip import load_clip
+from fewstep.distillation.validation import SHEETS, examination, examined, read_judges
 from fewstep.models import Model, load
 from fewstep.models.card import Card
 from fewstep.models.students import edges
-from fewstep.networks.features import load_feature_folder
 from fewstep.records import check_slug
 from fewstep.train.average import Average
 from fewstep.train.loop import Folder, Progress, Schedule, Step, check_every, share, train
-from fewstep.train.optimiser import Adam, check_finite
+from fewstep.train.optimiser import bitsandbytes, check_finite, optimiser
 from fewstep.train.processes import Team, team
 from fewstep.train.run import Identity, Run
 
 __all__ = ["Distillation", "distill"]
 
-SHEETS = "validation"
 KOHYA = "kohya"
 FORMATS = ("diffusers", KOHYA)
 ALONE = Team()
@@ -82,13 +79,12 @@ class Distillation:
         self.weights = {n: w for n, w in subject.student.named_parameters() if w.requires_grad}
         slow = dict(self.target.named_parameters())
         self.slow = {name: slow[name] for name in self.weights}
-        self.adam, self.average = Adam(self.weights), Average(self.weights)
+        self.adam = optimiser(recipe.optimizer, self.weights)
+        self.average = Average(self.weights)
         tensors = {f"weights.{name}": w.detach() for name, w in self.weights.items()}
         tensors |= {f"target.{name}": w for name, w in self.slow.items()}
         tensors |= self.average.tensors() | self.adam.tensors()
-        free = ("pictures", "accumulate")
-        settings = {k: v for k, v in asdict(recipe).items() if k not in free}
-        self.run = Run(Identity("a distillation", settings, inputs), tensors)
+        self.run = Run(_identity(recipe, inputs), tensors)
 
     @property
     def device(self) -> torch.device:
@@ -215,6 +211,8 @@ def distill(
         FloatingPointError: the loss is not finite. What was saved stays.
     """
     recipe = _recipe(settings)
+    if recipe.optimizer == "adamw8bit":
+        bitsandbytes()  # raises now where it is not there
     if lora_format not in FORMATS or (lora_format == KOHYA and recipe.train != "lora"):
         raise ValueError(
             f"lora_format must be {' or '.join(FORMATS)}, and kohya needs train lora, got "
@@ -231,9 +229,13 @@ def distill(
         recipe = _filled(recipe, known)
         step = _checked(recipe, known, model)
         name = check_slug("name", name or f"{model.card.name}-{recipe.method}")
-        judges = _judges(model, features, clip_model, validation_prompts)
+        judges = read_judges(model, features, clip_model, validation_prompts, validation_seeds)
         together = held.enter_context(team(device))
+        place = None if out is None else Path(out)
+        folder = Folder(place if together.leads else None, known.results, (SHEETS,))
+        held.enter_context(folder)
         with together.led(device):
+            folder.look(_identity(recipe, _inputs(model, step)), recipe.total_steps)
             if together.leads:
                 pictures = _read(data, model, recipe, encoding, encoding_report)
         if not together.leads:
@@ -244,22 +246,20 @@ def distill(
         if lora_format == KOHYA:
             card = replace(card, about={**card.about, "lora_format": lora_format})
         judges["prompts"] = judges["prompts"] or getattr(pictures, "known_texts", ())
-        examine = _examination(model, recipe, validation_seeds, **judges)
-        place = None if out is None else Path(out)
+        examine = examination(model, recipe, validation_seeds, **judges)
         validate = validate_every if validation_seeds else None
         plan = Schedule(recipe.total_steps, recipe.batch, checkpoint_every, validate)
-        folder = Folder(place if together.leads else None, known.results, (SHEETS,))
-        held.enter_context(folder)
         with together.led(device):
             folder.check()
-        inputs = {**_inputs(pictures, model, step), "loss": distance.digest, "start": begun}
+        inputs = {"data": pictures.digest, **_inputs(model, step)}
+        inputs |= {"loss": distance.digest, "start": begun}
         task = Distillation(recipe, known, step, pictures, inputs, together, metric=distance)
         task.resume(folder)
         if together.leads:
             if task.run.step:
                 resumed(task.run.step)
             if examine:
-                task.examine = _examined(examine, known, card, recipe, place)
+                task.examine = examined(examine, known, card, recipe, place)
         train(task, folder, plan, report, together)
         card = replace(card, about={**card.about, "validation": folder.log.latest(task.run.step)})
         if place is None:
@@ -301,25 +301,19 @@ def _filled(recipe: Recipe, known: Subject) -> Recipe:
     return replace(recipe, **missing)
 
 
-def _inputs(pictures: Data, model: Model, step: Stepper) -> dict[str, str]:
-    """Hashes of what a run depends on besides its recipe."""
+def _inputs(model: Model, step: Stepper) -> dict[str, str]:
+    """Hashes of what a run depends on besides its recipe and its data."""
     return {
-        "data": pictures.digest,
         "weights of the teacher": model.card.weights_sha256,
         "steps of the teacher": step.digest,
     }
 
 
-def _examined(
-    examine: Examination, known: Subject, card: Card, recipe: Recipe, folder: Path | None
-) -> Callable[[nn.Module, int], dict[str, float]]:
-    """Figures of a student, its pictures on a sheet in the folder."""
-
-    def figures(net: nn.Module, step: int) -> dict[str, float]:
-        sheet = None if folder is None else folder / SHEETS / f"{step:07d}.png"
-        return examine(known.bind(net, card), "guidance" in recipe.told, sheet)
-
-    return figures
+def _identity(recipe: Recipe, inputs: Mapping[str, str]) -> Identity:
+    """What tells a run from others; its length and the parts of a batch do not."""
+    free = ("pictures", "accumulate")
+    settings = {k: v for k, v in asdict(recipe).items() if k not in free}
+    return Identity("a distillation", settings, inputs)
 
 
 def _recipe(settings: dict[str, Any]) -> Recipe:
@@ -412,40 +406,6 @@ def _card(
     }
     run = {"recipe": asdict(recipe), "data": {"pictures": len(data), "sha256": data.digest}}
     return student_card(known.card, step.levels, facts, run, name, sampler)
-
-
-def _judges(
-    model: Model, features: Path | None, clip: Path | None, prompts: Path | None
-) -> dict[str, Any]:
-    """What validation goes by, read before any work. Raises: ValueError, OSError."""
-    takes_text = getattr(getattr(model, "family", None), "encode", None) is not None
-    given = {"validation_prompts": prompts, "clip_model": clip}
-    if not takes_text and (named := [name for name, one in given.items() if one is not None]):
-        raise ValueError(f"{model.card.name} takes no text; leave out {' and '.join(named)}")
-    return {
-        "prompts": read_captions(prompts).texts if prompts else (),
-        "features": None if features is None else load_feature_folder(features),
-        "clip": None if clip is None else load_clip(clip),
-    }
-
-
-def _examination(model: Model, recipe: Recipe, count: int, **judges: Any) -> Examination | None:
-    """With the mean of the guidance scales and all classes in turn where there is guidance, or
-    where the student never sees pictures without a class; else without a class."""
-    if count == 0:
-        return None
-    low, high = recipe.scales
-    classes = len(model.card.classes)
-    labelled = classes and (high > 1 or recipe.dropout == 0)
-    guided = (labelled or judges["prompts"]) and (low, high) != (1.0, 1.0)
-    judges["prompts"] = judges["prompts"][:count]
-    return Examination(
-        model,
-        count,
-        labels=tuple(range(classes)) if labelled else (None,),
-        guidance=(low + high) / 2 if guided else None,
-        **judges,
-    )
 
 
 def _parts(batch: int, rank: int, size: int, accumulate: int) -> list[slice]:

@@ -17,9 +17,19 @@ from torch import Tensor
 
 from fewstep.data.garments import BACKGROUNDS, COLOURS, KINDS, Scene, caption, scene
 from fewstep.data.idx import to_unit
-from fewstep.networks.features import FeatureNetwork
+from fewstep.evaluate.features import own_features
+from fewstep.networks.features import FeatureNetwork, load_feature_network
 
-__all__ = ["HEADS", "Agreement", "Prompt", "agreement", "told_right", "prompts", "targets"]
+__all__ = [
+    "HEADS",
+    "Agreement",
+    "Prompt",
+    "agreement",
+    "judge_of",
+    "told_right",
+    "prompts",
+    "targets",
+]
 
 NONE = "none"  # of the second place in a picture of one garment
 HEADS = {
@@ -51,6 +61,19 @@ def prompts(count: int, start: int = 0, split: str = "test") -> list[Prompt]:
     return [
         Prompt(text, scene(split, i), told) for i in numbers for text, told in [caption(split, i)]
     ]
+
+
+def judge_of(name: str) -> FeatureNetwork | None:
+    """The judge that comes with a model of this name; None where there is none."""
+    for one in own_features(name):
+        network = load_feature_network(one)
+        if _heads(network) == HEADS:
+            return network
+    return None
+
+
+def _heads(judge: FeatureNetwork) -> dict[str, tuple[str, ...]]:
+    return {n: tuple(v) for n, v in judge.card.about.get("heads", {}).items()}
 
 
 def targets(scenes: Sequence[Scene]) -> Tensor:
@@ -129,7 +152,7 @@ def agreement(images: np.ndarray, asked: Sequence[Prompt], judge: FeatureNetwork
     Raises:
         ValueError: for other counts, or a network that was not trained to tell all this.
     """
-    if {n: tuple(v) for n, v in judge.card.about.get("heads", {}).items()} != HEADS:
+    if _heads(judge) != HEADS:
         raise ValueError(
             f"judge must tell {', '.join(HEADS)}, as garments-a does, got {judge.name}; "
             "recipes/garments_features.py makes it"

@@ -39,8 +39,7 @@ class Embedded:
 
     def check(self, model: PipelineModel, prompt: Any, negative: Any) -> None:
         """Raise ValueError for what does not go together."""
-        given, pools = self.given(), "Diffusion3" in model.card.about["pipeline"]
-        pools = pools or "XL" in model.card.about["pipeline"]
+        given, pools = self.given(), model.family.pooled
         if (prompt is None) == (self.prompt_embeds is None):
             raise ValueError("give prompt or prompt_embeds, one of the two")
         if negative is not None and self.negative_prompt_embeds is not None:
@@ -83,10 +82,9 @@ class Embedded:
             guided: whether there is a second one
             sizes: of SDXL: original_size, crops_coords_top_left, target_size
         """
-        pipe, kind = model.pipe, model.card.about["pipeline"]
-        more = dict.fromkeys(("prompt_2", "prompt_3")) if "Diffusion3" in kind else {}
-        given = self.given()
-        if kind == "StableDiffusionPipeline" and (skip := given.pop("clip_skip", None)):
+        pipe, family, given = model.pipe, model.family, self.given()
+        assert family.conditioned is not None  # what takes a prompt has it
+        if not family.pooled and (skip := given.pop("clip_skip", None)):
             # its encode_prompt looks for a part of the encoder that transformers 5 has moved
             if prompt is not None:
                 prompt, given["prompt_embeds"] = None, _skipping(pipe, prompt, skip)
@@ -98,23 +96,17 @@ class Embedded:
                 negative = None
         found = pipe.encode_prompt(
             prompt=prompt,
-            **more,
+            **dict.fromkeys(family.more_prompts),
             device=model.device,
             num_images_per_prompt=copies,
             do_classifier_free_guidance=guided,
             negative_prompt=negative if guided else None,
             **given,
         )
-        if kind == "StableDiffusionPipeline":
-            text, empty = found
-            both = {"encoder_hidden_states": text}, {"encoder_hidden_states": empty}
-        else:
-            text, empty, pooled, unpooled = found
-            both = (
-                _with_pooled(pipe, kind, text, pooled, sizes),
-                _with_pooled(pipe, kind, empty, unpooled, sizes) if guided else {},
-            )
-        return both[0], both[1] if guided else None
+        text, empty, *summaries = found
+        summary, plain = summaries or (None, None)
+        cond = family.conditioned(pipe, text, summary, sizes)
+        return cond, family.conditioned(pipe, empty, plain, sizes) if guided else None
 
 
 def _skipping(pipe: Any, texts: list[str], skip: int) -> Tensor:
@@ -127,22 +119,6 @@ def _skipping(pipe: Any, texts: list[str], skip: int) -> Tensor:
     if skip >= len(states):
         raise ValueError(f"clip_skip must be below {len(states)} for this encoder, got {skip}")
     return getattr(encoder, "text_model", encoder).final_layer_norm(states[-1 - skip])
-
-
-def _with_pooled(
-    pipe: Any, kind: str, text: Tensor, pooled: Tensor, sizes: dict[str, tuple[int, int]]
-) -> Condition:
-    if "Diffusion3" in kind:
-        return {"encoder_hidden_states": text, "pooled_projections": pooled}
-    ids = pipe._get_add_time_ids(
-        sizes["original_size"],
-        sizes["crops_coords_top_left"],
-        sizes["target_size"],
-        dtype=text.dtype,
-        text_encoder_projection_dim=pipe.text_encoder_2.config.projection_dim,
-    ).to(text.device)
-    added = {"text_embeds": pooled, "time_ids": ids.repeat(len(text), 1)}
-    return {"encoder_hidden_states": text, "added_cond_kwargs": added}
 
 
 def check_start(model: PipelineModel, program: Program, image: Any, strength: float | None) -> None:

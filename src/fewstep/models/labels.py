@@ -8,7 +8,7 @@ from typing import Any
 from fewstep.denoiser import Denoiser
 from fewstep.noise import key
 
-__all__ = ["by_seed", "drawn_label"]
+__all__ = ["by_seed", "drawn_label", "drawn_labels"]
 
 
 def drawn_label(seed: int, count: int) -> int:
@@ -20,6 +20,11 @@ def drawn_label(seed: int, count: int) -> int:
     if not count:
         raise ValueError("label all draws a class, and this model has no classes; leave out label")
     return key(seed, "label") % count
+
+
+def drawn_labels(seeds: Sequence[int], model: Any) -> list[int]:
+    """The class that each seed draws of a model's."""
+    return [drawn_label(seed, len(model.card.classes)) for seed in seeds]
 
 
 def by_seed(

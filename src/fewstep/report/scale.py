@@ -59,7 +59,7 @@ def status_table(found: Sequence[Status], phase: Phase | None = None) -> Table:
 
 
 def _under_way(phase: Phase) -> list[tuple[str, str]]:
-    rows = [("phase", f"{phase.what}: {phase.done:,} of {phase.total:,} pieces")]
+    rows = [("phase", f"{phase.what}: {phase.done:,} of {count(phase.total, 'piece')}")]
     if phase.done < phase.total:
         rows.append(("last told", f"{words(max(0.0, time.time() - phase.at))} ago"))
         if phase.left is not None:
@@ -67,9 +67,14 @@ def _under_way(phase: Phase) -> list[tuple[str, str]]:
     return rows
 
 
+def _how(facts: dict[str, Any]) -> list[str]:
+    """The solver and its budget, where the facts of a job have them."""
+    nfe = facts.get("nfe")
+    return [f"{facts.get('solver')}, {count(nfe, 'evaluation')}"] if isinstance(nfe, int) else []
+
+
 def _facts(one: Status) -> list[tuple[str, str]]:
-    job, settings = one.job, one.job.facts
-    how = [f"{settings['solver']}, {settings['nfe']} evaluations"] if "solver" in settings else []
+    job, how = one.job, _how(one.job.facts)
     rows = [
         ("place", one.place),
         (job.what, ", ".join([job.model, *how, f"seeds {job.seeds}"] if how else [job.model])),

@@ -7,7 +7,6 @@ in parts, by any executor, and the parts are merged.
 from __future__ import annotations
 
 import hashlib
-import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +24,7 @@ from fewstep.evaluate.parts import Window, gather_part, merge_parts, read_part, 
 from fewstep.evaluate.settings import Measuring
 from fewstep.models.identity import digest_of
 from fewstep.scale.executors import Executor
-from fewstep.scale.manifest import Job, Line, Manifest, hash_of, read_job, shard_files
+from fewstep.scale.manifest import Job, Line, Manifest, read_job, shard_files
 from fewstep.scale.run import Plan, finish
 from fewstep.scale.stores import open_store
 from fewstep.scale.work import Place, device_at
@@ -105,8 +104,7 @@ def evaluate_shards(
         raise ValueError("--limit takes some of the pictures, and shards are merged whole")
     metrics = how.metrics or (protocol.metrics if protocol else ("fd",))
     metrics = () if metrics == ("none",) else metrics
-    shape = (32, 32, 3)
-    extractor = resolve_features(how.features or "inception", how.device, shape, how.trust)
+    extractor = resolve_features(how.features or "inception", how.device, job.picture, how.trust)
     if extractor.name not in job.features:
         raise ValueError(
             f"{clean(place)} has features of {', '.join(map(clean, job.features))}, and not of "
@@ -184,20 +182,9 @@ class LookWork:
                 batch=self.job.batch,
                 skip_corrupt=self.how.skip_corrupt,
             )
-            data = write_part(found)
-            store.write(shard_files(self.job, part.number)[-1], data)
-            return Line(
-                job=self.job.key,
-                shard=part.number,
-                count=len(places),
-                sha256=hash_of([data]),
-                bytes=len(data),
-                batch=self.job.batch,
-                host=socket.gethostname(),
-                worker=os.getpid(),
-                seconds=round(time.monotonic() - begun, 3),
-                at=round(time.time(), 3),
-            )
+            [name], data = shard_files(self.job, part.number), write_part(found)
+            store.write(name, data)
+            return Line.of(self.job, part.number, [(name, data)], batch=self.job.batch, begun=begun)
 
         return look
 
@@ -247,7 +234,9 @@ def evaluate_parts(
     names = (extractor.name,) + ((how.clip,) if how.clip else ())
     facts = {"pictures": pictures.digest, "skip_corrupt": how.skip_corrupt, "upright": upright}
     digest = digest_of([facts, list(matched)])
-    job = Job("features", images, total, PART, how.batch, "none", names, "none", digest, facts)
+    job = Job(
+        "features", images, total, PART, how.batch, "none", names, "none", digest, shape, facts
+    )
     work = LookWork(job, place, images, how, upright)
     if not executor.leads:
         executor.serve(work)
@@ -257,7 +246,7 @@ def evaluate_parts(
         places = job.part(number)
         return Part(number, matched[places.start : places.stop])
 
-    plan = Plan(job, place, item, lambda number: shard_files(job, number))
+    plan = Plan(job, place, item)
     finish(work, [plan], executor, command=command, report=report)
     found, _ = merged(place, job)
     target = None

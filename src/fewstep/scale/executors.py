@@ -23,13 +23,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol, Self, TypeVar
 
 from fewstep.scale.settings import RAY, TORCHRUN, Scaling
-from fewstep.scale.work import AGAIN, STOP, Outcome, Place, Runner, Work, versions
+from fewstep.scale.work import AGAIN, STOP, Outcome, Place, Runner, Work, kind_of, versions
 
 __all__ = ["Counts", "Executor", "Local", "Pool", "hand_out", "open_executor"]
 
@@ -98,12 +99,8 @@ class Pool(Protocol):
         ...
 
 
-def open_executor(how: Scaling, say: Callable[[str], None] = lambda text: None) -> Executor:
+def open_executor(how: Scaling) -> Executor:
     """The executor of the settings.
-
-    Args:
-        how: the settings
-        say: called with what there is to know while it works
 
     Raises:
         ValueError: there is no such cluster.
@@ -115,7 +112,7 @@ def open_executor(how: Scaling, say: Callable[[str], None] = lambda text: None) 
     if how.kind == RAY:
         from fewstep.scale.rays import Ray
 
-        return Ray.of(how, say)
+        return Ray.of(how)
     return Local(how.workers or 1)
 
 
@@ -127,7 +124,12 @@ def hand_out(pool: Pool, items: Iterable[T], counts: Counts) -> Iterator[tuple[T
     Raises:
         ValueError: an item failed for good, or took too many workers with it.
     """
-    yield from _Desk(pool, iter(items), counts).run()
+    desk = _Desk(pool, iter(items), counts)
+    try:
+        yield from desk.run()
+    finally:  # a second worker may be slow as well, or the run has ended early
+        for worker in list(desk.running):
+            pool.replace(worker)
 
 
 @dataclass(eq=False)
@@ -276,13 +278,23 @@ class Local:
         if self.workers == 1:
             do, who = work.open(Place()), (socket.gethostname(), os.getpid())
             for item in items:
-                yield item, Outcome(do(item), host=who[0], worker=who[1])
+                yield item, Outcome(self._tried(do, item), host=who[0], worker=who[1])
             return
         known = pickle.dumps(work)
         if self.pool is None or self.pool.work != known:
             self.__exit__()
             self.pool = Processes(self.workers, known)
         yield from hand_out(self.pool, items, self.counts)
+
+    def _tried(self, do: Callable[[Any], Any], item: Any) -> Any:
+        """In this process. What is raised keeps its traceback."""
+        for left in reversed(range(TRIES)):
+            try:
+                return do(item)
+            except OSError as error:
+                if not left or kind_of(error) == STOP:
+                    raise
+                self.counts.tried += 1
 
     def serve(self, work: Work) -> None:
         raise ValueError("executor local has one process that leads")
@@ -314,7 +326,11 @@ class Processes:
         )
 
     def submit(self, worker: int, item: Any) -> Future[Outcome]:
-        future = self.made[worker].submit(_do, item)
+        try:
+            future = self.made[worker].submit(_do, item)
+        except BrokenProcessPool as error:  # it was killed while it had nothing to do
+            future: Future[Outcome] = Future()
+            future.set_exception(error)
         future.add_done_callback(lambda ended: self._note(worker, ended))
         return future
 

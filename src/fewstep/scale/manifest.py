@@ -17,7 +17,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -44,9 +44,12 @@ __all__ = [
 
 JOB, FORMAT = "job.json", "fewstep-shards/1"
 EVERY = 10.0  # seconds between two writes of a manifest to an object store
+MOST = 10_000_000  # shards of a job: their numbers are kept in memory
 READERS = 8  # threads that read shards to check them
 
 Count = Annotated[Int, Field(ge=0)]
+Pixels = Annotated[Int, Field(ge=1, le=1 << 14)]
+Name = Annotated[Text, Field(pattern=r"^[^/\\\x00]+$")]  # a file's, not a path
 
 
 @record
@@ -58,6 +61,7 @@ class Job:
     pictures: in all; shard: in each shard but the last; batch: at a time
     keep: tar, png or none, of the pictures; features: names of the networks that look at them
     seeds: as text; digest: of the seeds, the names and what is given for each picture
+    picture: (h, w, c)
     facts: all else that the shards depend on
     """
 
@@ -70,8 +74,15 @@ class Job:
     features: tuple[Text, ...]
     seeds: Text
     digest: Digest
+    picture: tuple[Pixels, Pixels, Pixels]
     facts: dict[str, Any]
     format: Literal["fewstep-shards/1"] = FORMAT
+
+    def __post_init__(self) -> None:
+        if self.shards > MOST:
+            raise ValueError(
+                f"a job has at most {MOST:,} shards, got {self.shards:,}; make larger shards"
+            )
 
     @property
     def shards(self) -> int:
@@ -95,6 +106,7 @@ class Line:
     sha256: of its files' bytes, one after the other; bytes: of all of them
     batch: pictures at a time, fewer than the job's where memory ran out
     host, worker: where it was made; seconds: how long that took; at: when it was done, epoch
+    names: of pictures that are kept one by one
     """
 
     job: Digest
@@ -107,6 +119,37 @@ class Line:
     worker: Count
     seconds: Annotated[Real, Field(ge=0)]
     at: Real
+    names: tuple[Name, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        job: Job,
+        shard: int,
+        files: Sequence[tuple[str, bytes]],
+        *,
+        batch: int,
+        begun: float,
+        names: Sequence[str] = (),
+    ) -> Line:
+        """Of a shard that this process has made now; begun: by `time.monotonic`."""
+        return cls(
+            job=job.key,
+            shard=shard,
+            count=len(job.part(shard)),
+            sha256=hash_of(data for _, data in files),
+            bytes=sum(len(data) for _, data in files),
+            batch=batch,
+            host=socket.gethostname(),
+            worker=os.getpid(),
+            seconds=round(time.monotonic() - begun, 3),
+            at=round(time.time(), 3),
+            names=tuple(names),
+        )
+
+    def files(self, job: Job) -> list[str]:
+        """Of the shard, in the order in which they are hashed."""
+        return [*(f"{name}.png" for name in self.names), *shard_files(job, self.shard)]
 
 
 @dataclass(frozen=True)
@@ -170,7 +213,6 @@ class Manifest:
             OSError: it cannot be written.
         """
         check_job(self.store, self.job)
-        self.store.prepare()
         if self.store.read(JOB) is None:
             values = {**asdict(self.job), **about}
             self.store.write(JOB, (json.dumps(values, indent=2) + "\n").encode())
@@ -185,29 +227,20 @@ class Manifest:
                     found[line.shard] = line
         return found
 
-    def survey(
-        self, files: Callable[[int], Sequence[str]] | None = None, *, whole: bool | None = None
-    ) -> Survey:
+    def survey(self, *, whole: bool | None = None) -> Survey:
         """Which shards are there, and as their lines say.
 
         Args:
-            files: of a shard by its number; those of `shard_files` where left out: pictures that
-                are kept one by one are not looked at then
             whole: read them and compare their hash; where the store is near unless given
         """
         lines = self.lines()
-        named = files or (lambda shard: shard_files(self.job, shard))
         whole = self.store.near if whole is None else whole
         sizes = {**self.store.sizes("shards")}
-        if self.job.keep == "png" and files is not None:
+        if self.job.keep == "png":
             sizes |= self.store.sizes("")
 
-        apart = self.job.keep == "png" and files is None  # pictures whose names are not known here
-
         def good(line: Line) -> bool:
-            names = named(line.shard)
-            if apart:
-                return all(name in sizes for name in names)
+            names = line.files(self.job)
             if sum(sizes.get(name, -1) for name in names) != line.bytes:
                 return False
             return not whole or self._hash(names) == line.sha256
@@ -219,7 +252,7 @@ class Manifest:
 
     def _hash(self, names: Sequence[str]) -> str:
         try:
-            return hash_of(self.store.read(name) or b"" for name in names)
+            return hash_of(part for name in names for part in self.store.parts(name))
         except (OSError, ValueError):
             return ""
 
@@ -240,9 +273,16 @@ class Manifest:
 
 
 def check_job(store: Store, job: Job) -> None:
-    """Raises ValueError where something else is made in the store."""
+    """Raises ValueError where something else is in the store."""
     there = read_job(store)
-    if there is None or there.key == job.key:
+    if there is None:
+        if picture := next((one for one in store.sizes("") if one.endswith(".png")), None):
+            raise ValueError(
+                f"{clean(store.place)} holds pictures that are not of shards, as {clean(picture)}; "
+                "choose another --out"
+            )
+        return
+    if there.key == job.key:
         return
     ours, theirs = asdict(job), asdict(there)
     for one in (ours, theirs):

@@ -21,7 +21,6 @@ from fewstep.evaluate.job import of_protocol
 from fewstep.evaluate.protocols import Protocol, check_protocol, get_protocol
 from fewstep.evaluate.settings import Measuring
 from fewstep.models import is_model
-from fewstep.models.labels import drawn_label
 from fewstep.provenance import machine
 from fewstep.sampling.settings import Settings
 from fewstep.scale.evaluate import evaluate_shards
@@ -192,9 +191,7 @@ def _rows(
             and judges.extractor.data is None
         ):
             raise ValueError(f"protocol {protocol.name} needs --reference: {protocol.reference}")
-        if what.label == "all":
-            drawn = [drawn_label(seed, len(model.card.classes)) for seed in base.seeds]
-            base = replace(base, given={**base.given, "label": drawn})
+        base = base.drawn(model)
         if not rows and executor.here is not None:
             kept = (model, judges)
         for solver, nfe in itertools.product(names, what.budgets):

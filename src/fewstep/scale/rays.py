@@ -2,6 +2,7 @@
 
 Each is a plain actor that opens the work once: it loads a model by its name. Ray starts a dead one
 again, wherever there is room, and repeats its call: that does no harm, for items are idempotent.
+An item that ends one worker after the other is handed out a few times more, and then ends the run.
 The actor is a class that travels whole, so a node where fewstep is not installed can say so.
 
 Source: the documentation of Ray 2.60 on actor fault tolerance.
@@ -14,14 +15,15 @@ import os
 import pickle
 import socket
 import sys
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
+from fewstep.data.bounds import reason
 from fewstep.extras import needs
-from fewstep.scale.executors import Counts, hand_out
+from fewstep.scale.executors import LOSSES, Counts, hand_out
 from fewstep.scale.settings import Scaling
 from fewstep.scale.work import BROKEN, Outcome, Work, versions
 
@@ -53,7 +55,7 @@ class Ray:
     aside: ExitStack = field(default_factory=ExitStack)
 
     @classmethod
-    def of(cls, how: Scaling, say: Callable[[str], None] = lambda text: None) -> Ray:
+    def of(cls, how: Scaling) -> Ray:
         """Connect to the cluster at the address, or to $RAY_ADDRESS, or start one here.
 
         Raises:
@@ -87,9 +89,9 @@ class Ray:
         if self.pool is None or self.pool.work != known:
             self._close()
             self.pool = _Actors(self, known)
-        before = self.pool.restarts()
+        before = self.pool.restarted
         yield from hand_out(self.pool, items, self.counts)
-        self.counts.lost += self.pool.restarts() - before
+        self.counts.lost += self.pool.restarted - before
 
     def serve(self, work: Work) -> None:
         raise ValueError("executor ray has one process that leads")
@@ -112,15 +114,17 @@ class Ray:
 
 
 class _Actors:
-    """Actors by number, and the processes that they have been."""
+    """Actors by number, and the processes that they are."""
 
     def __init__(self, cluster: Ray, work: bytes) -> None:
         self.cluster, self.work, self.count = cluster, work, cluster.workers
-        options: dict[str, Any] = {"num_cpus": 1, "max_restarts": -1, "max_task_retries": -1}
+        # not for ever: an item that ends every worker has to be told of
+        options: dict[str, Any] = {"num_cpus": 1, "max_restarts": -1, "max_task_retries": LOSSES}
         if cluster.gpus:
             options["num_gpus"] = cluster.gpus
         self.kind = cluster.ray.remote(**options)(_actor_class())
-        self.lives: dict[int, set[tuple[str, int]]] = {}
+        self.alive: dict[int, tuple[str, int]] = {}
+        self.restarted = 0  # actors that Ray has started again, as far as they have answered
         self.actors = [self._start(worker) for worker in range(self.count)]
 
     def _start(self, worker: int) -> Any:
@@ -140,16 +144,15 @@ class _Actors:
             future.set_result(Outcome(None, f"{type(error).__name__}: {text:.300}", BROKEN))
             return
         outcome = Outcome(*ended.result())
-        self.lives.setdefault(worker, set()).add((outcome.host, outcome.worker))
+        who = outcome.host, outcome.worker
+        self.restarted += self.alive.setdefault(worker, who) != who
+        self.alive[worker] = who
         future.set_result(outcome)
 
     def replace(self, worker: int) -> None:
         self.cluster.ray.kill(self.actors[worker])
+        self.alive.pop(worker, None)
         self.actors[worker] = self._start(worker)
-
-    def restarts(self) -> int:
-        """Actors that Ray has started again, as far as they have answered."""
-        return sum(len(one) - 1 for one in self.lives.values())
 
     def close(self) -> None:
         for actor in self.actors:
@@ -160,11 +163,17 @@ def connect(ray: Any, address: str, cpus: int) -> None:
     """Join the cluster at an address, or start one here with so many CPUs.
 
     Raises:
-        ValueError: no cluster answers.
+        ValueError: no cluster answers, or starts.
     """
     quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
     if not address or address == "local":
-        ray.init(address="local", num_cpus=cpus, object_store_memory=STORE, **quiet)
+        try:
+            ray.init(address="local", num_cpus=cpus, object_store_memory=STORE, **quiet)
+        except Exception as error:  # of processes, of ports, of time: all kinds
+            raise ValueError(
+                f"Ray cannot start a cluster on this machine ({reason(error)}); is it very busy, "
+                "or short of memory? Try again, or name a cluster that is there"
+            ) from error
         return
     try:
         host, colon, port = address.removeprefix("ray://").rpartition(":")
@@ -172,11 +181,10 @@ def connect(ray: Any, address: str, cpus: int) -> None:
             socket.create_connection((host, int(port)), timeout=ANSWER).close()
         ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
     except Exception as error:  # of connections, of versions, of the client: all kinds
-        text = " ".join(str(error).split())
         raise ValueError(
-            f"no Ray cluster answers at {address} ({text:.200}); start one there with ray start "
-            "--head, or leave the address out"
-        ) from None
+            f"no Ray cluster answers at {address} ({reason(error)}); start one there with ray "
+            "start --head, or leave the address out"
+        ) from error
 
 
 def _actor_class() -> type:

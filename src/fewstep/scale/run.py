@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,6 +17,8 @@ from fewstep.text import clean
 
 __all__ = ["Plan", "Result", "finish"]
 
+Report = Callable[[str, int, int], None]
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -24,13 +26,11 @@ class Plan:
 
     place: of its store
     item: what a worker is given; it has a `number`, and as its `task` the place of the plan
-    files: their names, in the order in which they are hashed
     """
 
     job: Job
     place: str
     item: Callable[[int], Any]
-    files: Callable[[int], Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def finish(
     executor: Executor,
     *,
     command: str = "",
-    report: Callable[[str, int, int], None] = lambda what, done, total: None,
+    report: Report = lambda what, done, total: None,
 ) -> list[Result]:
     """Do the shards of some jobs that are missing or damaged.
 
@@ -99,14 +99,27 @@ def finish(
         ValueError: another job is in a place, before any work; or a shard cannot be made.
         OSError: a place cannot be written.
     """
-    begun = time.monotonic()
     about = {"fewstep": VERSION, "command": command, "made": time.strftime("%Y-%m-%d")}
     manifests = [Manifest(open_store(plan.place), plan.job) for plan in plans]
     for one in manifests:
         check_job(one.store, one.job)
-    for one in manifests:
-        one.begin(**about)
-    surveys = [one.survey(plan.files) for one, plan in zip(manifests, plans, strict=True)]
+    with ExitStack() as held:
+        for one in manifests:
+            one.store.prepare()
+            held.enter_context(one.store.shared(one.job.key))
+            one.begin(**about)
+        return _finish(work, plans, manifests, executor, report)
+
+
+def _finish(
+    work: Work,
+    plans: Sequence[Plan],
+    manifests: Sequence[Manifest],
+    executor: Executor,
+    report: Report,
+) -> list[Result]:
+    begun = time.monotonic()
+    surveys = [one.survey() for one in manifests]
     lines = [dict(survey.lines) for survey in surveys]
     total = sum(plan.job.pictures for plan in plans)
     done = sum(line.count for found in lines for line in found.values())
@@ -125,7 +138,7 @@ def finish(
                 line, task = outcome.value, item.task
                 if (task, line.host) not in seen:
                     seen.add((task, line.host))
-                    _check_seen(manifests[task].store, plans[task].files(item.number), line)
+                    _check_seen(manifests[task].store, line.files(plans[task].job), line)
                 manifests[task].add(line)
                 lines[task][item.number] = line
                 done += line.count

@@ -10,12 +10,13 @@ from typing import Any, Literal, cast
 
 from fewstep.models import Model
 from fewstep.models.identity import digest_of
+from fewstep.models.labels import drawn_labels
 from fewstep.sampling.folder import Facts
 from fewstep.sampling.generate import Run, batch_size
 from fewstep.sampling.request import CONDITIONS, Request
 from fewstep.sampling.settings import Settings
 from fewstep.scale.executors import Executor
-from fewstep.scale.manifest import Job, shard_files
+from fewstep.scale.manifest import Job
 from fewstep.scale.run import Plan, Result, finish
 from fewstep.scale.settings import KEEPS
 from fewstep.scale.shards import (
@@ -26,7 +27,6 @@ from fewstep.scale.shards import (
     Source,
     Task,
     picture_of,
-    png_names,
 )
 from fewstep.scale.work import Place, device_at
 from fewstep.text import span
@@ -81,6 +81,12 @@ class Asked:
         """The conditions that have one value per picture."""
         return tuple(n for n in CONDITIONS if isinstance(self.given.get(n), list | tuple))
 
+    def drawn(self, model: Model) -> Asked:
+        """With a class for each picture, where the label is "all"."""
+        if self.given.get("label") != "all":
+            return self
+        return replace(self, given={**self.given, "label": drawn_labels(self.seeds, model)})
+
     def request(self, part: range) -> Request:
         """That of some of the pictures."""
         chosen = slice(part.start, part.stop)
@@ -117,6 +123,7 @@ def job_of(asked: Asked, model: Model, looks: Judges) -> tuple[Job, Request]:
         looks.names,
         seeds,
         digest,
+        picture_of(model),
         facts,
     )
     return job, first
@@ -192,7 +199,10 @@ def sample_shards(
         ValueError: what cannot be done, or another job is in the place: before any work.
         OSError: the place cannot be written.
     """
-    work = work_of(source, asked, source.load(executor.here), executor.here)
+    model = source.load(executor.here)
+    asked = asked.drawn(model)
+    work = work_of(source, asked, model, executor.here)
+    del model  # the workers have their own
     if not executor.leads:
         executor.serve(work)
         return None
@@ -206,7 +216,6 @@ def plan_of(asked: Asked, job: Job, task: int = 0) -> Plan:
         job,
         asked.place,
         lambda number: _shard(task, asked, job, number),
-        lambda number: _files(asked, job, number),
     )
 
 
@@ -216,13 +225,3 @@ def _shard(task: int, asked: Asked, job: Job, number: int) -> Shard:
     given = tuple((name, tuple(asked.given[name][chosen])) for name in asked.each)
     names = None if asked.names is None else tuple(asked.names[chosen])
     return Shard(task, number, asked.seeds[chosen], names, given)
-
-
-def _files(asked: Asked, job: Job, number: int) -> list[str]:
-    """The files of a shard."""
-    if job.keep != "png":
-        return shard_files(job, number)
-    part = job.part(number)
-    chosen = slice(part.start, part.stop)
-    names = asked.names[chosen] if asked.names is not None else png_names(asked.seeds[chosen])
-    return [*(f"{name}.png" for name in names), *shard_files(job, number)]

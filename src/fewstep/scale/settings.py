@@ -36,7 +36,8 @@ class Scaling:
     gpus_per_worker: Annotated[Real, Field(ge=0, le=64)] | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in (LOCAL, TORCHRUN, RAY) or (self.address == "" and ":" in self.name):
+        addressed = ":" in self.name and not (self.kind == RAY and self.address)
+        if self.kind not in (LOCAL, TORCHRUN, RAY) or addressed:
             raise ValueError(
                 f"executor must be local, torchrun, ray or ray:ADDRESS, got {self.executor!r}"
             )
@@ -68,8 +69,8 @@ class Scaling:
 
     @property
     def address(self) -> str:
-        """Of a Ray cluster; "": none is named."""
-        return self.name.partition(":")[2]
+        """Of a Ray cluster, also where it is the whole name, ray://HOST:PORT; "": none is named."""
+        return self.name if "://" in self.name else self.name.partition(":")[2]
 
     @property
     def shares(self) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import socket
 import tarfile
 import time
@@ -26,7 +25,7 @@ from fewstep.sampling.folder import Facts
 from fewstep.sampling.generate import Run
 from fewstep.sampling.request import Request
 from fewstep.sampling.settings import Settings
-from fewstep.scale.manifest import Job, Line, hash_of, shard_files
+from fewstep.scale.manifest import Job, Line, shard_files
 from fewstep.scale.stores import open_store
 from fewstep.scale.work import Place, device_at
 
@@ -181,18 +180,9 @@ class _Maker:
         files = self._files(shard, images, facts, names)
         for name, data in files:
             self.store.write(name, data)
-        return Line(
-            job=self.task.job.key,
-            shard=shard.number,
-            count=len(shard.seeds),
-            sha256=hash_of(data for _, data in files),
-            bytes=sum(len(data) for _, data in files),
-            batch=batch,
-            host=socket.gethostname(),
-            worker=os.getpid(),
-            seconds=round(time.monotonic() - begun, 3),
-            at=round(time.time(), 3),
-        )
+        job = self.task.job
+        one_by_one = names if job.keep == "png" else ()
+        return Line.of(job, shard.number, files, batch=batch, begun=begun, names=one_by_one)
 
     def _pictures(self, shard: Shard) -> tuple[np.ndarray, Facts, int]:
         """The pictures; where memory runs out, all of them again with half the batch."""

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from fewstep.data.bounds import read_bytes, reason
 from fewstep.extras import needs
-from fewstep.files import open_folder, sweep, write_whole
+from fewstep.files import alike, open_folder, sweep, write_whole
 from fewstep.text import clean
 
 __all__ = ["Store", "is_url", "open_store"]
 
-MOST = 1 << 33  # bytes of one file
+MOST = 1 << 33  # bytes of a file that is read at once
+PART = 1 << 22  # bytes of a part of one
 URL = re.compile(r"[a-z][a-z0-9+.-]*://\S")
 FOLDERS = ("", "shards", "manifest")
 
@@ -44,8 +46,20 @@ class Store(Protocol):
         """Remove what killed writers left."""
         ...
 
+    def shared(self, identity: str) -> AbstractContextManager[None]:
+        """Inside, nobody else is inside with another identity, where this store has locks.
+
+        Raises:
+            ValueError: somebody is.
+        """
+        ...
+
     def read(self, name: str) -> bytes | None:
         """None where it is not there. Raises OSError."""
+        ...
+
+    def parts(self, name: str) -> Iterator[bytes]:
+        """The same, part by part: a shard may be larger than memory. Raises OSError."""
         ...
 
     def write(self, name: str, data: bytes) -> None:
@@ -123,11 +137,19 @@ class Folder:
         for name in FOLDERS:
             sweep(self.root / name)
 
+    def shared(self, identity: str) -> AbstractContextManager[None]:
+        return alike(self.root, identity)
+
     def read(self, name: str) -> bytes | None:
         try:
             return read_bytes(self.root / name, MOST)
         except (FileNotFoundError, NotADirectoryError):
             return None
+
+    def parts(self, name: str) -> Iterator[bytes]:
+        with open(self.root / name, "rb") as file:
+            while part := file.read(PART):
+                yield part
 
     def write(self, name: str, data: bytes) -> None:
         write_whole(self.root / name, data)
@@ -169,36 +191,40 @@ class Bucket:
     near: bool = False
 
     def prepare(self) -> None:
-        name = f"{self.path}/.fewstep"
-        try:
+        name = f"{self.path}/.fewstep-{os.getpid()}"
+        with self._told():
             self.system.makedirs(self.path, exist_ok=True)
             self.system.pipe_file(name, b"")
             self.system.rm_file(name)
-        except Exception as error:  # every store has errors of its own
-            raise OSError(None, reason(error), self.place) from None
 
     def tidy(self) -> None:
         """Nothing: an object that did not arrive whole is not there."""
 
+    def shared(self, identity: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def read(self, name: str) -> bytes | None:
         try:
-            return self.system.cat_file(f"{self.path}/{name}")
+            with self._told(name):
+                return self.system.cat_file(f"{self.path}/{name}")
         except FileNotFoundError:
             return None
-        except Exception as error:
-            raise OSError(None, reason(error), f"{self.place}/{name}") from None
+
+    def parts(self, name: str) -> Iterator[bytes]:
+        with self._told(name), self.system.open(f"{self.path}/{name}", "rb") as file:
+            while part := file.read(PART):
+                yield part
 
     def write(self, name: str, data: bytes) -> None:
-        try:
+        with self._told(name):
             self.system.pipe_file(f"{self.path}/{name}", data)
-        except Exception as error:
-            raise OSError(None, reason(error), f"{self.place}/{name}") from None
 
     def append(self, name: str, text: str) -> bool:
         return False
 
     def has(self, name: str) -> bool:
-        return bool(self.system.exists(f"{self.path}/{name}"))
+        with self._told(name):
+            return bool(self.system.exists(f"{self.path}/{name}"))
 
     def sizes(self, folder: str) -> dict[str, int]:
         return {
@@ -212,11 +238,20 @@ class Bucket:
 
     def _list(self, folder: str) -> list[dict[str, Any]]:
         try:
-            return self.system.ls(f"{self.path}/{folder}".rstrip("/"), detail=True)
+            with self._told(folder):
+                return self.system.ls(f"{self.path}/{folder}".rstrip("/"), detail=True)
         except FileNotFoundError:
             return []
-        except Exception as error:
-            raise OSError(None, reason(error), self.place) from None
+
+    @contextmanager
+    def _told(self, name: str = "") -> Iterator[None]:
+        """What goes wrong inside is an OSError that names the place."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # of botocore, aiohttp, google: they have no class in common
+            raise OSError(None, reason(error), f"{self.place}/{name}".rstrip("/")) from error
 
 
 def _name(entry: dict[str, Any]) -> str:

@@ -130,10 +130,9 @@ class Ranks:
         if not self.leads:
             self.store.add("left", 1)
             return
-        if error[0] is not None:
-            self.store.add(f"{self.call}/next", PAST)
-            self.call += 1
-        self._put(f"{self.call}/items", None)
+        self.store.add(f"{self.call}/next", PAST)  # of a `map` that was left early
+        for call in (self.call, self.call + 1):  # they wait for one of these
+            self._put(f"{call}/items", None)
         until = time.monotonic() + 60.0
         while self.store.add("left", 0) < self.workers - 1 and time.monotonic() < until:
             time.sleep(POLL)

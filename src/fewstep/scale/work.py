@@ -17,7 +17,17 @@ from typing import Any, Protocol
 from fewstep.provenance import VERSION
 from fewstep.text import clean
 
-__all__ = ["AGAIN", "STOP", "Outcome", "Place", "Runner", "Work", "device_at", "versions"]
+__all__ = [
+    "AGAIN",
+    "STOP",
+    "Outcome",
+    "Place",
+    "Runner",
+    "Work",
+    "device_at",
+    "kind_of",
+    "versions",
+]
 
 STOP, AGAIN, BROKEN = "stop", "again", "broken"
 # of a disk or a folder: they stay as they are until somebody mends them
@@ -107,7 +117,7 @@ class Runner:
         try:
             return Outcome(act(), **who)
         except Exception as error:  # whatever it is, it is told in one line
-            return Outcome(None, told(error), _kind(error), **who)
+            return Outcome(None, told(error), kind_of(error), **who)
 
 
 def check_versions(wanted: dict[str, str], found: dict[str, str]) -> None:
@@ -129,7 +139,8 @@ def told(error: BaseException) -> str:
     return text if plain else f"{type(error).__name__}: {text}"
 
 
-def _kind(error: Exception) -> str:
+def kind_of(error: Exception) -> str:
+    """Whether what raised it is to be tried again, as of `Outcome`."""
     if isinstance(error, OSError):
         return STOP if error.errno in LASTING else AGAIN
     return STOP if isinstance(error, ValueError | ArithmeticError | TypeError) else BROKEN

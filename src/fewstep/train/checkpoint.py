@@ -22,7 +22,7 @@ from fewstep.records import parse
 from fewstep.tensors import load_tensors, read_metadata
 from fewstep.train.run import Identity, Run
 
-__all__ = ["CHECKPOINT", "Head", "read_head", "restore", "save"]
+__all__ = ["CHECKPOINT", "Head", "check_length", "read_head", "restore", "save"]
 
 CHECKPOINT = "checkpoint.safetensors"
 NAMED = 3  # differences in a message
@@ -92,11 +92,7 @@ def restore(path: Path, run: Run, longest: int) -> None:
         ValueError: that names the file, where it is no checkpoint of this run; nothing has changed.
     """
     head = read_head(path, run.identity)
-    if (step := head.state["step"]) > longest:
-        raise ValueError(
-            f"{path} is at step {step}, past the {longest} asked for; ask for as many or more, "
-            "or give another folder"
-        )
+    check_length(path, head, longest)
     if head.state.keys() != run.state.keys():
         raise ValueError(f"{path} cannot be read (its counters are others); {AGAIN}")
     wanted = _all(run)
@@ -110,6 +106,15 @@ def restore(path: Path, run: Run, longest: int) -> None:
         for name, tensor in run.tensors.items():
             tensor.copy_(found[name])
     run.state.update(head.state)
+
+
+def check_length(path: Path, head: Head, longest: int) -> None:
+    """Raise ValueError where a checkpoint is past the step at which a run ends."""
+    if (step := head.state["step"]) > longest:
+        raise ValueError(
+            f"{path} is at step {step}, past the {longest} asked for; ask for as many or more, "
+            "or give another folder"
+        )
 
 
 def plain(value: Any) -> Any:

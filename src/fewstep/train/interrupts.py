@@ -35,7 +35,8 @@ def between_steps() -> Iterator[Callable[[], int]]:
 
     The yielded function returns the number of the signal that came, or 0. The caller then saves its
     work and raises `Stopped`. A second Ctrl-C or SIGTERM is not held back. Where Python delivers no
-    signals (outside the main thread), or the program has handlers of its own, nothing changes.
+    signals (outside the main thread), or the program has handlers of its own, nothing changes; one
+    with an attribute `gives_way`, as the command's, is set aside meanwhile.
     """
     came: list[int] = []
 
@@ -48,7 +49,10 @@ def between_steps() -> Iterator[Callable[[], int]]:
 
     before = {}
     if threading.current_thread() is threading.main_thread():
-        before = {n: usual for n, usual in HELD.items() if signal.getsignal(n) is usual}
+        there = {n: signal.getsignal(n) for n in HELD}
+        before = {
+            n: one for n, one in there.items() if one is HELD[n] or getattr(one, "gives_way", False)
+        }
     for number in before:
         signal.signal(number, hold)
     try:

@@ -12,7 +12,7 @@ from typing import Protocol, Self
 import torch
 
 from fewstep.files import alone, open_folder, sweep
-from fewstep.train.checkpoint import CHECKPOINT, Head, read_head, restore, save
+from fewstep.train.checkpoint import CHECKPOINT, Head, check_length, read_head, restore, save
 from fewstep.train.interrupts import Stopped, between_steps
 from fewstep.train.log import LOG, Log
 from fewstep.train.processes import Team
@@ -134,7 +134,7 @@ class Folder:
     ) -> None:
         self.path, self.results, self.inner = path, results, inner
         self.log = Log(None if path is None else path / LOG)
-        self.held = ExitStack()
+        self.held, self.checked = ExitStack(), False
 
     def __enter__(self) -> Self:
         return self
@@ -142,15 +142,31 @@ class Folder:
     def __exit__(self, *exception: object) -> None:
         self.held.close()
 
+    def look(self, identity: Identity, longest: int) -> None:
+        """Check what is there already, before work that a run may ask for first. Makes nothing.
+
+        Args:
+            identity: as far as it is known; inputs that it leaves out are compared later
+            longest: the step at which the run ends
+
+        Raises:
+            OSError, ValueError: as in `check`, and where the checkpoint is another run's.
+        """
+        if self.path is not None and self.path.is_dir():
+            self.check()
+            if (head := self.head(identity)) is not None:
+                check_length(self.path / CHECKPOINT, head, longest)
+
     def check(self) -> None:
-        """Make and sweep it, before any work.
+        """Make and sweep it, before any work; once.
 
         Raises:
             OSError: where it cannot be written.
             ValueError: where it holds the result of something else, or another process has it.
         """
-        if self.path is None:
+        if self.path is None or self.checked:
             return
+        self.checked = True
         open_folder(self.path)
         self.held.enter_context(alone(self.path))
         for name in self.inner:

@@ -10,12 +10,15 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 __all__ = ["Team", "team"]
+
+LONGEST = timedelta(days=7)  # that one process waits for another
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,8 @@ def team(device: torch.device) -> Iterator[Team]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Team()
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # the others wait while rank 0 encodes the data; where it dies, torchrun ends them
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=LONGEST)
     try:
         yield Team(dist.get_rank(), dist.get_world_size())
     finally:

@@ -29,7 +29,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +45,15 @@ from fewstep.evaluate.statistics import Statistics, paired_frechet
 from fewstep.learned.solver import trained_on
 from fewstep.models import Model, is_model, load, read_card, students_of
 from fewstep.models.formats.loras import DIFFUSERS
+from fewstep.models.formats.sources import INDEX_FILE
+from fewstep.models.students import as_lcm
 from fewstep.provenance import machine
+from fewstep.records import as_slug
 from fewstep.solving import is_folder
 
-__all__ = ["Comparison", "compare", "compare_beside", "load_students"]
+__all__ = ["LCM", "Comparison", "compare", "compare_beside", "load_students"]
 
+LCM, SAFE = "lcm", ".safetensors"
 SHOWN = 16  # pictures of each sampler that are kept for the report
 
 
@@ -178,13 +182,23 @@ def compare_beside(
 
 
 def load_students(
-    model: Model, solvers: Sequence[str], base: str = "", **options: Any
+    model: Model,
+    solvers: Sequence[str],
+    base: str = "",
+    preset: str | None = None,
+    guidance: float | None = None,
+    **options: Any,
 ) -> dict[str, Model]:
-    """Those of the solvers that are models, or folders of adapters, by the name given: students of
-    this one. So is a learned solver whose network is one that ships, or is named beside it.
+    """Those of the solvers that are models or adapters, by the name given: students of this one. So
+    is a learned solver whose network is one that ships, or is named beside it.
+
+    A published latent consistency model does not say what it came from. It is taken where it makes
+    the same states by the same class of network.
 
     Args:
         base: name or path of the model, to which adapters are added
+        preset: lcm: adapters that say nothing of themselves are an LCM-LoRA
+        guidance: that of the comparison, which such adapters are held to have built in
         options: of `load`
 
     Raises:
@@ -192,18 +206,29 @@ def load_students(
     """
     students: dict[str, Model] = {}
     for name in solvers:
-        adapters = (Path(name) / DIFFUSERS).is_file() and not is_model(name)
-        if not adapters and not is_model(name):
-            continue
-        student: Any = load(base, loras=[(name, 1.0)], **options) if adapters else None
-        how = (student.card if adapters else read_card(name)).distilled
-        if how is None or how.teacher_weights != model.card.weights_sha256:
+        if is_model(name):
+            student, card = None, read_card(name)
+        else:
+            student = _published(name, base, preset, guidance, options)
+            if student is None:
+                continue  # a solver
+            card = student.card
+        how = card.distilled
+        if how is None or how.teacher_weights not in ("", model.card.weights_sha256):
             what = f"distilled from {how.teacher}" if how else "no student"
             raise ValueError(
                 f"{name} is {what}, so it has no place beside samplers of {model.card.name} "
                 f"({model.card.weights_sha256[:8]}); compare it on the weights that it came from"
+                + ("" if how or is_model(name) else "; adapters called LCM-LoRA need --preset lcm")
             )
-        students[name] = student if adapters else load(name, **options)
+        student = student or load(name, **options)
+        classes = [one.card.network.get("class") for one in (student, model)]
+        if not how.teacher_weights and (student.shape != model.shape or classes[0] != classes[1]):
+            raise ValueError(
+                f"{name} makes states {list(student.shape)} by {classes[0]}, and "
+                f"{model.card.name} {list(model.shape)} by {classes[1]}; give a student of this one"
+            )
+        students[name] = student
     known = {one.card.weights_sha256: one for one in students.values()}
     for name in solvers:
         if name in students or model.card.shipped(name) or not is_folder(name):
@@ -221,3 +246,21 @@ def load_students(
             )
         students[name] = known[network]
     return students
+
+
+def _published(
+    name: str, base: str, preset: str | None, guidance: float | None, options: dict[str, Any]
+) -> Any:
+    """A pipeline without a card, or the base with adapters; None where the name is of neither."""
+    path = Path(name)
+    if (path / INDEX_FILE).is_file():
+        return load(name, **options)
+    if not (path / DIFFUSERS).is_file() and not (path.suffix == SAFE and path.is_file()):
+        return None
+    student: Any = load(base, loras=[(name, 1.0)], **options)
+    if student.card.distilled is None and preset == LCM:
+        card = as_lcm(student.card, student.process.schedule)
+        assert card.distilled is not None
+        known = replace(card.distilled, guidance=guidance)
+        student = replace(student, card=replace(card, name=as_slug(path.stem), distilled=known))
+    return student

@@ -9,7 +9,7 @@ from typing import Any
 
 from fewstep.evaluate.compare.bench import Judge, Workbench
 from fewstep.evaluate.compare.design import Design
-from fewstep.evaluate.compare.run import load_students
+from fewstep.evaluate.compare.run import LCM, load_students
 from fewstep.evaluate.compare.screening import check_solvers
 from fewstep.evaluate.features import own_features, resolve_features
 from fewstep.evaluate.references import References
@@ -37,6 +37,7 @@ class Setup:
     features: names, None: the model's own; trust: see `resolve_features`
     how, cache: of the reference solves
     out: the folder
+    preset: the published settings of a network file; lcm is of the adapters among the solvers
     """
 
     model: str
@@ -49,6 +50,7 @@ class Setup:
     how: ReferenceSolve = field(default_factory=ReferenceSolve)
     cache: Path | None = None
     batch: int = 50
+    preset: str | None = None
 
     def open(
         self,
@@ -64,10 +66,11 @@ class Setup:
             ValueError: something is not there, or does not go together.
         """
         machine = {**self.machine, "device": device or self.machine["device"]}
-        loaded = load(self.model, **machine)
+        own = {} if self.preset in (None, LCM) else {"preset": self.preset}
+        loaded = load(self.model, **machine, **own)
         exact = loaded
         if machine["dtype"] != "float32":
-            exact = load(self.model, **{**machine, "dtype": "float32"})
+            exact = load(self.model, **{**machine, **own, "dtype": "float32"})
         named = own_features(loaded.card.name) if self.features is None else self.features
         size = loaded.card.picture or (32, 32, 3)
         judges: list[Judge] = [
@@ -78,9 +81,10 @@ class Setup:
         design = self.design
         if judges and self.choose_by is None:
             design = replace(design, choose_by=judges[0].label)
-        students = load_students(loaded, design.solvers, self.model, **machine)
-        check_solvers(loaded, design, students)
         about = {name: getattr(design, name) for name in ("label", "guidance", "prompt")}
+        told = self.preset, about["guidance"]
+        students = load_students(loaded, design.solvers, self.model, *told, **machine)
+        check_solvers(loaded, design, students)
         references = References(exact, self.how, folder=self.cache, batch=self.batch, **about)
         bench = Workbench(loaded, references, self.out, self.batch, report, students)
         return Opened(bench, design, judges)

@@ -20,6 +20,7 @@ FAMILIES: dict[str, Family] = {
     "DDIMPipeline": PIXELS,
     "LDMPipeline": LATENTS,
     "StableDiffusionPipeline": SD,
+    "LatentConsistencyModelPipeline": SD,
     "StableDiffusionXLPipeline": SDXL,
     "StableDiffusion3Pipeline": SD3,
 }

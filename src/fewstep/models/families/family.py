@@ -24,6 +24,10 @@ class Family:
     encode: (pipeline, texts, sizes) -> a condition with one row per text, or one for all; texts are
         None for the negative prompt where no text says it. None: it takes no text.
         sizes: original_size, crops_coords_top_left and target_size, (height, width) each, for SDXL
+    conditioned: (pipeline, text, summary, sizes) -> the condition, of what `encode_prompt` returns;
+        `encode` and given embeddings end in it
+    pooled: whether its text encoders give a summary too (pooled_prompt_embeds)
+    more_prompts: arguments of its `encode_prompt` that stand for the prompt of a further encoder
     tokenizers: components that read the prompt, with how many tokens are read (0: as many as the
         tokenizer's own model_max_length)
     tap: the module of the network whose output is its features, given the network
@@ -39,6 +43,9 @@ class Family:
     needs: tuple[str, ...]
     autoencoder: str | None = None
     encode: Callable[[Any, list[str] | None, Sizes], Condition] | None = None
+    conditioned: Callable[[Any, Any, Any, Sizes], Condition] | None = None
+    pooled: bool = False
+    more_prompts: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     tokenizers: tuple[tuple[str, int], ...] = ()
     tap: Callable[[Any], str] = lambda net: "mid_block"

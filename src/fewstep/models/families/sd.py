@@ -1,4 +1,4 @@
-"""Stable Diffusion 1 and 2: one text encoder."""
+"""Stable Diffusion 1 and 2, and latent consistency models of them: one text encoder."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ __all__ = ["SD"]
 
 def encode(pipe: Any, texts: list[str] | None, sizes: Sizes) -> Condition:
     text, _ = pipe.encode_prompt(texts or [""], pipe.device, 1, False)
+    return conditioned(pipe, text, None, sizes)
+
+
+def conditioned(pipe: Any, text: Any, summary: Any, sizes: Sizes) -> Condition:
     return {"encoder_hidden_states": text}
 
 
@@ -19,5 +23,6 @@ SD = Family(
     ("unet", "vae", "tokenizer", "text_encoder"),
     "vae",
     encode,
+    conditioned,
     tokenizers=(("tokenizer", 0),),
 )

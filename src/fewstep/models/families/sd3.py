@@ -20,6 +20,10 @@ def encode(pipe: Any, texts: list[str] | None, sizes: Sizes) -> Condition:
         do_classifier_free_guidance=False,
         max_sequence_length=T5_TOKENS,
     )
+    return conditioned(pipe, text, summary, sizes)
+
+
+def conditioned(pipe: Any, text: Any, summary: Any, sizes: Sizes) -> Condition:
     return {"encoder_hidden_states": text, "pooled_projections": summary}
 
 
@@ -28,8 +32,11 @@ SD3 = Family(
     ("transformer", "vae", "tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"),
     "vae",
     encode,
-    ("tokenizer_3", "text_encoder_3"),
-    (("tokenizer", 0), ("tokenizer_2", 0), ("tokenizer_3", T5_TOKENS)),
+    conditioned,
+    pooled=True,
+    more_prompts=("prompt_2", "prompt_3"),
+    optional=("tokenizer_3", "text_encoder_3"),
+    tokenizers=(("tokenizer", 0), ("tokenizer_2", 0), ("tokenizer_3", T5_TOKENS)),
     tap=lambda net: f"transformer_blocks.{len(net.transformer_blocks) // 2}",
     patch=lambda net: net.config.patch_size,
 )
