@@ -3,13 +3,14 @@ what it takes in memory.
 
 The passes alone, at the same batch, on the same network and in the same arithmetic: the student
 forward and backward, one forward of the teacher (with guidance one batched call of twice the
-batch), one forward of the target. Each round times both, one after the other; the figures are
-medians over rounds, the ratio the median of the rounds' ratios. Seconds are CPU time of the one
-thread, so that another program on the machine counts little. The memory is the process's largest so
-far, data and both networks included.
+batch), one forward of the target; with a loss in features those of its network too. Each round
+times both, one after the other; the figures are medians over rounds, the ratio the median of the
+rounds' ratios. Seconds are CPU time of the one thread, so that another program on the machine
+counts little. The memory is the process's largest so far, data and both networks included.
 
     python -m benchmarks.distill_overhead --batch 32 --rounds 10
     python -m benchmarks.distill_overhead --model garments --batch 32 [--train lora]
+    python -m benchmarks.distill_overhead --phases 1 2 4 8 --loss fashion-a
 
 Of a pipeline, latents and texts come from the cache on disk, as in training, and neither the
 autoencoder nor a text encoder has a part in an iteration.
@@ -38,6 +39,7 @@ from fewstep.data.images import write_png
 from fewstep.data.training import mapped
 from fewstep.distillation import Pictures, Recipe
 from fewstep.distillation.encoded import encoded
+from fewstep.distillation.metric import InFeatures, metric
 from fewstep.distillation.recipe import Encoding
 from fewstep.distillation.subject import Training, subject
 from fewstep.distillation.teacher import stepper
@@ -56,10 +58,10 @@ def start_run(recipe: Recipe, model: str) -> Distillation:
     known = subject(loaded, recipe.told, recipe.seed, how)
     recipe = replace(recipe, **{n: v for n, v in known.defaults.items() if n == "lr"})
     ends = known.sigma_max, known.sigma_min
-    given = {"substeps": recipe.substeps, "usual": known.usual}
+    given = {"substeps": recipe.substeps, "usual": known.usual, "phases": recipe.segments}
     step = stepper(recipe.teacher, *ends, known.schedule, **given)
     data = cached(loaded) if loaded.card.kind == "pipeline" else pictures(loaded)
-    return Distillation(recipe, known, step, data)
+    return Distillation(recipe, known, step, data, metric=metric(recipe.loss, loaded))
 
 
 def pictures(loaded: Any) -> Pictures:
@@ -106,7 +108,9 @@ def passes(run: Distillation) -> Callable[[], None]:
                     known.teacher(*many)
                 known.denoise(run.target, x, sigma, condition, told)
             out = known.denoise(known.student, x, sigma, condition, told)
-        out.sum().backward()
+            in_features = isinstance(run.metric, InFeatures)
+            loss = run.metric(out, torch.zeros_like(out)) if in_features else out
+        loss.sum().backward()
         for weight in run.weights.values():
             weight.grad = None
 
@@ -147,6 +151,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--phases", type=int, nargs="+", help="segments")
+    parser.add_argument("--loss", default="huber")
     parser.add_argument("--compile", action="store_true", help="the iteration, not the passes")
     parser.add_argument("--check", action="store_true", help="fail above what is allowed")
     options = parser.parse_args()
@@ -154,7 +160,8 @@ def main() -> None:
     pipeline = fewstep.load(options.model).card.kind == "pipeline"
     most, slow = MOST_OF_PIPELINES if pipeline else MOST, []
     for guidance in (None, 3.0):
-        settings = {name: getattr(options, name) for name in ("batch", "dtype", "compile", "train")}
+        names = ("batch", "dtype", "compile", "train", "phases", "loss")
+        settings = {name: getattr(options, name) for name in names}
         recipe = Recipe(guidance=guidance, **settings)
         figures = measure(recipe, options.rounds, options.model)
         figures |= {"ms_per_picture": 1000 * figures["iteration"] / options.batch}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from itertools import pairwise
@@ -407,6 +408,11 @@ def test_pipelines_have_students_in_segments_too(
     if several:
         again = fewstep.sample(fewstep.load(out), nfe=2, seeds=[3], prompt="a cat")
         assert again.provenance["phases"] == 2
+        preset = json.loads((out / "preset.json").read_text())
+        assert preset["budgets"]["2"]["phases"] == 2
+        assert preset["diffusers"] == {"scheduler": "FewstepScheduler"}  # LCM's draws noise
+        index = json.loads((out / "model_index.json").read_text())
+        assert index["scheduler"][1] == "DDIMScheduler"
         assert np.array_equal(again.images, made.images)
         with pytest.raises(ValueError, match="leave guidance out"):
             fewstep.sample(student, nfe=2, seeds=[3], prompt="a cat", guidance=4.0)

@@ -11,7 +11,7 @@ from typing import Any
 
 from fewstep.files import write_json, write_whole
 from fewstep.models.card import Card
-from fewstep.models.students import student_levels
+from fewstep.models.students import own_levels
 from fewstep.schedule import Schedule
 from fewstep.text import clean
 
@@ -34,9 +34,10 @@ def preset(card: Card, schedule: Schedule) -> dict[str, Any]:
     assert known is not None
     budgets = {}
     for nfe, choice in card.auto.items():
-        levels = student_levels(known.levels, int(nfe))
+        levels = own_levels(card, int(nfe))
         times = [round(schedule.t(level), 4) for level in levels[:-1]]
-        budgets[nfe] = {"sampler": choice.solver, "sigmas": list(levels), "times": times}
+        how = {"sampler": choice.solver, "sigmas": list(levels), "times": times}
+        budgets[nfe] = how | ({"phases": choice.phases} if choice.phases else {})
     told = isinstance(known.guidance, tuple)
     return {
         "budgets": budgets,
@@ -47,7 +48,7 @@ def preset(card: Card, schedule: Schedule) -> dict[str, Any]:
             "original_inference_steps": len(known.levels) - 1,
             "guidance_scale": None if told else 1.0,
         }
-        if known.boundary == "discrete"
+        if known.boundary == "discrete" and not card.in_segments
         else {"scheduler": "FewstepScheduler"},
     }
 

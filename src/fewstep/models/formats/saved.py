@@ -27,7 +27,7 @@ def save_pipeline(model: PipelineModel, folder: Path) -> Card:
     the weights' hash. What is there is replaced part by part, the index last.
 
     The scheduler is diffusers' own for latent consistency models, at the student's levels, where
-    the pipeline runs with it.
+    the pipeline runs with it; a student in segments keeps its teacher's.
 
     Raises:
         OSError: where the folder cannot be written.
@@ -60,7 +60,7 @@ def save_pipeline(model: PipelineModel, folder: Path) -> Card:
 def scheduler_of(model: PipelineModel) -> Any:
     """The scheduler that goes with a student."""
     usual, known = model.pipe.scheduler, model.card.distilled
-    if known is None or type(model.pipe).__name__ not in LCM:
+    if known is None or model.card.in_segments or type(model.pipe).__name__ not in LCM:
         return usual
     from diffusers.schedulers.scheduling_lcm import LCMScheduler
 
