@@ -487,7 +487,8 @@ def lcm_lora(file: Path, net: Any, rank: int = 4, alpha: float = 8.0) -> Path:
     values: dict[str, torch.Tensor] = {}
     for i, (name, layer) in enumerate(adapted_modules(net, TARGETS)):
         gen = torch.Generator().manual_seed(i)
-        out, into, *kernel = layer.weight.shape  # type: ignore[misc]
+        weight: Any = layer.weight
+        out, into, *kernel = weight.shape
         key = "lora_unet_" + name.replace(".", "_")
         down = torch.randn(rank, into, *kernel, generator=gen) / (10 * into**0.5)
         up = torch.randn(out, rank, *[1] * len(kernel), generator=gen) / rank

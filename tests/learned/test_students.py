@@ -170,6 +170,7 @@ def test_a_student_needs_its_teacher() -> None:
 
 def test_the_teacher_is_found_by_the_card_or_by_name(tmp_path) -> None:
     splam = fewstep.load("fashion-mnist-splam").card
+    assert splam.distilled is not None
     assert teacher_of(splam).card.name == "fashion-mnist"
     assert teacher_of(splam, "fashion-mnist", dtype="bfloat16").dtype == torch.bfloat16
     other = replace(splam, distilled=replace(splam.distilled, teacher="mine"))
@@ -184,7 +185,7 @@ def test_the_teacher_is_found_by_the_card_or_by_name(tmp_path) -> None:
 
 
 def test_a_learned_solver_is_a_row_of_the_teachers_comparison(tmp_path) -> None:
-    on = {"weights": fewstep.load("fashion-mnist-splam").card.weights_sha256}
+    on: dict[str, Any] = {"weights": fewstep.load("fashion-mnist-splam").card.weights_sha256}
     teacher = fewstep.load("fashion-mnist")
     on["teacher"] = {"weights": teacher.card.weights_sha256}
     table = replace(fit(trajectories=1, batch=1, fallback=False), model=on)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -145,7 +146,7 @@ def test_a_condition_and_its_covariance_are_seen_through_wrappers() -> None:
 
 
 def test_the_models_statistics_are_those_of_the_class() -> None:
-    model = fewstep.load("fashion-mnist-splam")
+    model: Any = fewstep.load("fashion-mnist-splam")
     found = model.denoiser(["bag", 0]).covariance
     torch.testing.assert_close(found.variances, model.stats["variances"][[8, 0]])
     assert len(found[1:].basis) == 1

@@ -27,6 +27,7 @@ def test_the_excess_is_the_distance_less_that_of_the_record(tmp_path: Path) -> N
     assert [row["nfe"] for row in rows] == [2, 1]
     student, teacher = (fewstep.load(f"fashion-mnist{end}") for end in ("-splam", ""))
     space, seen = resolve_features("fashion-b"), {}
+    assert teacher.card.folder is not None
     (known,) = (teacher.card.folder / POPULATION_FOLDER).glob("fashion-b-*.npz")
     for row in rows:
         seen[row["nfe"]] = space(fewstep.sample(student, nfe=row["nfe"], seeds=range(12)).images)

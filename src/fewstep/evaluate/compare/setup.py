@@ -66,7 +66,7 @@ class Setup:
             ValueError: something is not there, or does not go together.
         """
         machine = {**self.machine, "device": device or self.machine["device"]}
-        own = {} if self.preset in (None, LCM) else {"preset": self.preset}
+        own: dict[str, Any] = {} if self.preset in (None, LCM) else {"preset": self.preset}
         loaded = load(self.model, **machine, **own)
         exact = loaded
         if machine["dtype"] != "float32":
