@@ -156,14 +156,16 @@ def test_help_waits_neither_for_torch_nor_for_numpy() -> None:
     )
 
 
-def test_help_is_quick() -> None:
+def test_help_takes_less_than_half_a_second() -> None:
     fewstep("--help")  # so that what it reads is in memory
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    fewstep("sample", "--help")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    taken = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        fewstep("sample", "--help")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        taken.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     # of the processor, for the machine may be busy
-    # a third of a second alone, half a second beside another test
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.7
+    assert min(taken) < 0.5
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import fewstep
 from fewstep.distillation import Recipe, distill
+from fewstep.distillation.levels import choose_levels
 from fewstep.distillation.losses import NEAREST, Levels, draw, subpath_losses
 from fewstep.distillation.metric import Elementwise, InFeatures, metric
 from fewstep.distillation.subject import subject
@@ -220,6 +221,8 @@ def test_one_number_of_segments_needs_no_input(tmp_path: Path) -> None:
     student = small(tmp_path / "one", phases=4)
     assert student.card.told == ()
     assert list(student.card.auto) == ["4", "5", "6", "7", "8"]
+    with pytest.raises(ValueError, match="in segments, whose edges are its levels"):
+        choose_levels(student, tiny_model())
     assert len(student.card.distilled.levels) == 13  # 12 sub-paths, which 4 segments divide
     assert fewstep.sample(student, nfe=4, seeds=[1]).nfe == 4
     with pytest.raises(ValueError, match="has levels for 4, 5, 6, 7, 8 evaluations, not for 2"):
@@ -250,6 +253,10 @@ def test_a_student_in_segments_stands_beside_others_at_its_budgets(tmp_path: Pat
         ({"phases": 30, "points": 9}, "phases must be from 1 to the 8 sub-paths, got 30"),
         ({"phases": 2, "sampler": "consistency"}, "in segments has consistency-ode"),
         ({"end_to_end": True}, "end_to_end is of method trajectory, not of splam"),
+        (
+            {"method": "trajectory", "end_to_end": True, "phases": 2, "phase_weight": "edge"},
+            "phase_weight has no effect end to end",
+        ),
         ({"method": "trajectory", "gamma_one": 0.5}, "no effect with method trajectory"),
         ({"data": None}, "only method trajectory needs none"),
         ({"loss": "vgg"}, "or a feature network by name or folder; there is no feature network"),

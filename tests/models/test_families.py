@@ -71,6 +71,8 @@ def test_every_solver_samples_a_converted_network(family: str, tmp_path: Path) -
         how: dict[str, Any] = {"solver": solver, "nfe": 6, "end": "sigma_min"}
         images = fewstep.sample(model, seeds=[0], label=label, **how).images
         assert images.shape == (1, *model.picture), solver
+    with pytest.raises(ValueError, match="take consistency-kappa"):
+        fewstep.sample(model, seeds=[0], label=label, solver="consistency-pca", nfe=6)
 
 
 @pytest.mark.slow

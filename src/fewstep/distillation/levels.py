@@ -99,6 +99,8 @@ def choose_levels(
     card = student.card
     if card.distilled is None:
         raise ValueError(f"{card.name} is no student, so it has no levels to choose")
+    if card.in_segments:
+        raise ValueError(f"{card.name} goes its path in segments, whose edges are its levels")
     if seeds < LEAST:
         raise ValueError(f"seeds must be at least {LEAST} for a distance, got {seeds}")
     tries = []

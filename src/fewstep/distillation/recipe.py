@@ -170,6 +170,8 @@ class Recipe:
             raise ValueError("phase_weight has no effect without phases; leave it out")
         if self.end_to_end and self.method != "trajectory":
             raise ValueError(f"end_to_end is of method trajectory, not of {self.method}")
+        if self.end_to_end and self.phase_weight is not None:
+            raise ValueError("phase_weight has no effect end to end; leave it out")
         if self.start is not None and self.train == "lora":
             raise ValueError("start is a whole student, and adapters are trained; leave it out")
         if self.method == "trajectory" and self.compile:
