@@ -14,7 +14,7 @@ Sources: Song & Dhariwal 2023, arXiv:2310.14189, for the pseudo-Huber metric; Zh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ __all__ = ["Elementwise", "InFeatures", "metric"]
 
 DECODER = "decoder"
 PART = 0.1  # of one scale in features, beside pixels
-SHIFT = 2.0  # of the means, beside the distance of each picture
+MOMENTS = 2.0  # of a scale's distance for each picture
 
 Maps = Callable[[Tensor], list[Tensor]]
 
@@ -50,7 +50,7 @@ class Elementwise:
 class InFeatures:
     """Distances of maps, and pixels beside them; (estimate, goal) -> [b].
 
-    maps: of pictures or latents [b, ...], each [b, c, ...], differentiable
+    maps: of pictures or latents [b, ...], each [b, c, h, w], or [b, d] of features; differentiable
     digest: a hash of the network's weights
     """
 
@@ -58,20 +58,49 @@ class InFeatures:
     digest: str = ""
 
     def __call__(self, estimate: Tensor, goal: Tensor) -> Tensor:
-        with torch.no_grad():
-            wanted = self.maps(goal)
-        total = LOSSES["huber"](estimate - goal).flatten(1).mean(1)
-        for found, aim in zip(self.maps(estimate), wanted, strict=True):
-            gap = (found.float() - aim.float()).flatten(1)
-            total = total + PART * _rms(gap)
+        return _apart(estimate, goal, *self._maps(estimate, goal))
+
+    def of_ends(self, estimate: Tensor, goal: Tensor) -> Tensor:
+        """The same of ends of paths, [b], and to each the distance of the batch's moments: in every
+        map the means and the standard deviations of its channels, over pictures and places, by
+        the standard deviation of the map.
+
+        What all pictures share is little to each of them, and counts in full in a Frechet distance.
+        An end that is the mean of several good ones has too little spread in every map."""
+        found, wanted = self._maps(estimate, goal)
+        total = _apart(estimate, goal, found, wanted)
+        for one, aim in zip([estimate, *found], [goal, *wanted], strict=True):
+            total = total + MOMENTS * PART * _moments(one.float(), aim.float())
         return total
 
-    def shift(self, estimate: Tensor, goal: Tensor) -> Tensor:
-        """The distance of the batch's means on the last scale, [], by its weight: what all pictures
-        share is little to each of them, and counts in full in a Frechet distance."""
+    def _maps(self, estimate: Tensor, goal: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         with torch.no_grad():
-            aim = self.maps(goal)[-1].float().mean(0)
-        return SHIFT * PART * _rms((self.maps(estimate)[-1].float().mean(0) - aim).flatten(0)[None])
+            wanted = self.maps(goal)
+        return self.maps(estimate), wanted
+
+
+def _apart(
+    estimate: Tensor, goal: Tensor, found: Sequence[Tensor], wanted: Sequence[Tensor]
+) -> Tensor:
+    """[b] of each picture."""
+    total = LOSSES["huber"](estimate - goal).flatten(1).mean(1)
+    for one, aim in zip(found, wanted, strict=True):
+        total = total + PART * _rms((_unit(one) - _unit(aim)).flatten(1))
+    return total
+
+
+def _moments(found: Tensor, wanted: Tensor) -> Tensor:
+    """[]: how far the channels' means and standard deviations are apart, in parts of the map's."""
+    over = [0, *range(2, found.ndim)]
+    size = wanted.var(over, correction=0).mean().add(1e-8).sqrt()
+    gaps = torch.stack(
+        [
+            found.mean(over) - wanted.mean(over),
+            found.var(over, correction=0).add(1e-8).sqrt()
+            - wanted.var(over, correction=0).add(1e-8).sqrt(),
+        ]
+    )
+    return _rms(gaps).sum() / size
 
 
 def metric(loss: str, model: Model) -> Elementwise | InFeatures:
@@ -107,11 +136,10 @@ def metric(loss: str, model: Model) -> Elementwise | InFeatures:
 
 
 def _scales(network: FeatureNetwork) -> Maps:
-    """Its maps, with the channels of a place at unit length, and its features."""
+    """Its maps and its features."""
 
     def maps(x: Tensor) -> list[Tensor]:
-        *found, last = network.scales(x.clamp(-1, 1))
-        return [*(_unit(one) for one in found), last]
+        return network.scales(x.clamp(-1, 1))
 
     return maps
 
@@ -129,14 +157,16 @@ def _of_decoder(model: Any) -> InFeatures:
     def maps(x: Tensor) -> list[Tensor]:
         latents = (x / scale + shift).to(next(decoder.parameters()).dtype)
         first = decoder.conv_in(before(latents))
-        return [_unit(first), _unit(decoder.mid_block(first))]
+        return [first, decoder.mid_block(first)]
 
     return InFeatures(maps, f"decoder of {model.card.weights_sha256}")
 
 
 def _unit(maps: Tensor) -> Tensor:
-    """Channels of each place at root mean square 1."""
+    """Channels of each place at root mean square 1; features as they are."""
     maps = maps.float()
+    if maps.ndim == 2:
+        return maps
     return maps * torch.rsqrt(maps.square().mean(1, keepdim=True) + 1e-6)
 
 

@@ -5,7 +5,7 @@
 
 Each step is trained by itself, from where the student has come with the steps before: between
 steps no gradient passes. Or, end to end, the loss is at the end of the path alone, and its gradient
-passes through all steps; where that is in features, the distance of the batch's means is added.
+passes through all steps; where that is in features, the distance of the batch's moments is added.
 
 No data are needed. For each number of segments the student goes the whole path, the teacher once
 for all of them.
@@ -70,10 +70,8 @@ def trajectory_losses(
                 after = after.detach()
             x = after
         if recipe.end_to_end:
-            loss = metric(x, states[-1])
-            if isinstance(metric, InFeatures):
-                loss = loss + metric.shift(x, states[-1])
-            yield loss / len(recipe.segments)
+            whole = metric.of_ends if isinstance(metric, InFeatures) else metric
+            yield whole(x, states[-1]) / len(recipe.segments)
 
 
 class _Walk:
