@@ -20,7 +20,7 @@ from fewstep.distillation.levels import choose_levels
 from fewstep.distillation.losses import NEAREST, Levels, draw, subpath_losses
 from fewstep.distillation.metric import Elementwise, InFeatures, metric
 from fewstep.distillation.subject import subject
-from fewstep.distillation.teacher import stepper
+from fewstep.distillation.teacher import stepper, walker
 from fewstep.distillation.trajectory import trajectory_losses
 from fewstep.models.students import CleanEnd, choices, edges, phase_levels, phased
 from fewstep.networks.features import load_feature_network
@@ -399,6 +399,29 @@ def test_trajectories_need_no_data_and_start_where_a_student_stands(tmp_path: Pa
     assert fewstep.sample(fewstep.load(tmp_path / "third"), nfe=2, seeds=[0]).nfe == 2
     plain = small(tmp_path / "plain", method="trajectory", data=None)
     assert plain.card.auto["2"].solver == "consistency"  # one segment, gone on from with noise
+
+
+def test_a_trajectory_has_a_teacher_whose_steps_look_back(tmp_path: Path) -> None:
+    """A multistep plan, as that of a learned table: on random sub-paths it is refused."""
+    levels = (80.0, 9.0, 2.0, 0.5, 0.002)
+    plan = fewstep.solver.get("ipndm-3").plan(levels)
+    (tmp_path / "teacher.json").write_text(plan.to_json())
+    teacher = str(tmp_path / "teacher.json")
+    found = walker(teacher, sigma_max=80.0, sigma_min=0.002)
+    denoiser = lambda x, sigma: x / (1 + sigma[:, None] ** 2)  # noqa: E731
+    x_T = 80 * torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
+    states = found.states(denoiser, x_T)
+    assert torch.equal(states[-1], fewstep.solve(denoiser, x_T, plan))
+    short = fewstep.solver.get("ipndm-3").plan(levels[:3])
+    assert torch.equal(states[2], fewstep.solve(denoiser, x_T, short))
+    how = {"teacher": teacher, "phases": (1, 2, 4)}
+    student = small(tmp_path / "student", method="trajectory", data=None, **how)
+    assert student.card.auto["4"].grid == (80.0, 9.0, 2.0, 0.5, 0.0)
+    assert student.card.distilled.teacher_step == "teacher.json, 4 evaluations"
+    with pytest.raises(ValueError, match=r"looks back .* method trajectory"):
+        small(tmp_path / "no", **how)
+    with pytest.raises(ValueError, match="has its own grid"):
+        small(tmp_path / "no", method="trajectory", data=None, points=5, **how)
 
 
 def test_nearer_to_an_edge_than_a_twentieth_nothing_is_drawn() -> None:

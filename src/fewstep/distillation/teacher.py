@@ -4,6 +4,9 @@ A solver's plan is drained on each interval of the training grid. All of these h
 operations and differ in their numbers, so they are one plan whose numbers are tables over the
 intervals; a batch takes its rows. The loop then runs it as any other program, with [b] tensors for
 coefficients.
+
+For trajectories the teacher walks the whole path from noise. There a plan whose steps look back, as
+those of a learned table, is a teacher too, and every accepted state is a level's.
 """
 
 from __future__ import annotations
@@ -20,12 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.denoiser import Denoiser
 from fewstep.grid import make_grid
-from fewstep.plan import Eval, Op, Ops, Plan, Prediction, Program, freeze
+from fewstep.loop import run
+from fewstep.plan import Combine, Eval, Op, Ops, Plan, Prediction, Program, freeze
 from fewstep.schedule import Schedule
 from fewstep.solver import get
+from fewstep.solving import solve
 
-__all__ = ["Stepper", "stepper"]
+__all__ = ["Stepper", "Walker", "stepper", "walker"]
 
 DEFAULT_POINTS, DEFAULT_GRID, DEFAULT_SUBSTEPS = 10, "time-uniform", 2
 Column = Any  # a number that all intervals share, a tuple of columns, or a tensor [intervals]
@@ -82,9 +88,70 @@ class Stepper:
             start, self.prediction, self.depth, self.levels, self.evaluations, name=self.name
         )
 
+    def states(self, denoiser: Denoiser, x_T: Tensor) -> list[Tensor]:
+        """The states at all levels, [b, ...] each, from noise x_T on."""
+        found = [x_T]
+        for n in range(len(self.levels) - 1):
+            chosen = torch.full((len(x_T),), n)
+            found.append(solve(denoiser, found[-1], self.program(chosen)))
+        return found
+
     def _start(self, chosen: Tensor) -> Ops:
         for op in self.ops:
             yield type(op)._make(_rows(value, chosen) for value in op)
+
+
+@dataclass(frozen=True, eq=False)
+class Walker:
+    """A plan that is walked from noise to its end: its steps may look back. What trajectories need
+    of a `Stepper`.
+
+    levels: its grid
+    evaluations: of the network, over the whole path
+    """
+
+    plan: Plan
+    name: str
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        return self.plan.sigmas
+
+    @property
+    def evaluations(self) -> int:
+        return self.plan.program().evaluations
+
+    @property
+    def digest(self) -> str:
+        """A hash of all its numbers, in hexadecimal."""
+        return hashlib.sha256(self.plan.to_json().encode()).hexdigest()[:16]
+
+    def states(self, denoiser: Denoiser, x_T: Tensor) -> list[Tensor]:
+        """The states at all levels, [b, ...] each, from noise x_T on."""
+        return [x_T, *(state.x for state in run(self.plan.program(), denoiser, x_T))]
+
+
+def walker(teacher: str, **settings: Any) -> Stepper | Walker:
+    """The teacher of whole paths: a `stepper`, or a plan or learned solver whose steps look back.
+
+    Args:
+        teacher, settings: as `stepper` has them
+
+    Raises:
+        ValueError: as of `stepper`.
+    """
+    if not _is_plan(teacher):
+        return stepper(teacher, **settings)
+    plan = _read(teacher, **settings)
+    if not _looks_back(plan):
+        return stepper(teacher, **settings)
+    accepted = sum(op.accept for op in plan.ops if isinstance(op, Combine))
+    if plan.program().draws or accepted != len(plan.sigmas) - 1:
+        raise ValueError(
+            f"teacher {teacher} draws noise, or has {accepted} steps on a grid of "
+            f"{len(plan.sigmas) - 1} intervals; take a solver of the ODE"
+        )
+    return Walker(plan, Path(teacher).name)
 
 
 def stepper(
@@ -113,12 +180,14 @@ def stepper(
     Raises:
         ValueError: for a solver that is stochastic, adapts, or whose steps differ in kind.
     """
-    if "/" in teacher or teacher.endswith(".json") or Path(teacher, "solver.json").is_file():
-        if (points, grid, substeps) != (None, None, None):
+    if _is_plan(teacher):
+        plan = _read(teacher, points=points, grid=grid, substeps=substeps)
+        if plan.program().draws or _looks_back(plan):
             raise ValueError(
-                f"teacher {teacher} has its own grid: leave out points, grid and substeps"
+                f"teacher {teacher} looks back beyond its own interval, or draws noise, so its "
+                "steps cannot be taken at random; take a singlestep solver, or method trajectory"
             )
-        return _on_own_grid(_read(Path(teacher)), teacher)
+        return _on_own_grid(plan, teacher)
     solver = get(teacher)
     if solver.stochastic or solver.adapts:
         raise ValueError(
@@ -138,12 +207,24 @@ def stepper(
     return Stepper.of(fine[::substeps], plans, solver.name)
 
 
-def _read(path: Path) -> Plan:
+def _is_plan(teacher: str) -> bool:
+    """Whether it is a file or folder, and no name."""
+    named = "/" in teacher or teacher.endswith(".json")
+    return named or Path(teacher, "solver.json").is_file()
+
+
+def _read(teacher: str, **settings: Any) -> Plan:
     """A plan's file, or a learned solver's folder.
 
+    Args:
+        settings: those of `stepper`, of which a plan brings its own
+
     Raises:
-        ValueError: it has no plan.
+        ValueError: it has no plan, or has its own of what is given.
     """
+    if any(settings.get(name) is not None for name in ("points", "grid", "substeps")):
+        raise ValueError(f"teacher {teacher} has its own grid: leave out points, grid and substeps")
+    path = Path(teacher)
     if path.is_dir():
         from fewstep.learned import LearnedSolver
 
@@ -151,27 +232,31 @@ def _read(path: Path) -> Plan:
     return Plan.read(path)
 
 
+def _looks_back(plan: Plan) -> bool:
+    """Whether a step uses outputs of the interval before."""
+    outputs = 0
+    for op in plan.ops:
+        if isinstance(op, Eval):
+            outputs += 1
+        elif len(op.b) > outputs:
+            return True
+        elif op.accept:
+            outputs = 0
+    return False
+
+
 def _on_own_grid(plan: Plan, name: str) -> Stepper:
     """The steps of a plan, one per interval of its grid.
 
     Raises:
-        ValueError: a step uses outputs of the interval before.
+        ValueError: it has another number of steps.
     """
     header = {"prediction": plan.prediction, "depth": plan.depth}
     parts: list[list[Op]] = [[]]
-    outputs = 0
     for op in plan.ops:
         parts[-1].append(op)
-        if isinstance(op, Eval):
-            outputs += 1
-        elif len(op.b) > outputs or op.noise:
-            raise ValueError(
-                f"teacher {name} looks back beyond its own interval, or draws noise, so its steps "
-                "cannot be taken at random; take a singlestep solver"
-            )
-        elif op.accept:
+        if isinstance(op, Combine) and op.accept:
             parts.append([])
-            outputs = 0
     steps = [part for part in parts if part]
     if len(steps) != len(plan.sigmas) - 1:
         raise ValueError(

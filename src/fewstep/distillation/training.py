@@ -30,7 +30,7 @@ from fewstep.distillation.metric import Elementwise, metric
 from fewstep.distillation.recipe import Encoding, Recipe
 from fewstep.distillation.students import student_card
 from fewstep.distillation.subject import Subject, Training, subject
-from fewstep.distillation.teacher import Stepper, stepper
+from fewstep.distillation.teacher import Stepper, Walker, stepper, walker
 from fewstep.distillation.trajectory import trajectory_losses
 from fewstep.distillation.validation import SHEETS, examination, examined, read_judges
 from fewstep.models import Model, load
@@ -62,7 +62,7 @@ class Distillation:
         self,
         recipe: Recipe,
         subject: Subject,
-        stepper: Stepper,
+        stepper: Stepper | Walker,
         data: Data,
         inputs: Mapping[str, str] = MappingProxyType({}),
         team: Team = ALONE,
@@ -133,11 +133,12 @@ class Distillation:
     def _losses(self, part: Draw, x_0: Tensor, condition: Condition) -> Iterator[Tensor]:
         """What is to be gone back through, one after the other, [b] each."""
         recipe, subject, metric = self.recipe, self.subject, self.metric
-        steps = self.stepper, self.levels, part
+        step, levels = self.stepper, self.levels
         if recipe.method == "trajectory":
-            found = trajectory_losses(subject, *steps, condition, recipe, metric)
+            found = trajectory_losses(subject, step, levels, part, condition, recipe, metric)
         else:
-            given = *steps, x_0.to(self.device), condition, recipe, metric
+            assert isinstance(step, Stepper)
+            given = step, levels, part, x_0.to(self.device), condition, recipe, metric
             found = (subpath_losses(subject, self.target, *given) for _ in range(1))
         while True:
             with _autocast(self.device, recipe.dtype):  # and no backward pass in it
@@ -301,7 +302,7 @@ def _filled(recipe: Recipe, known: Subject) -> Recipe:
     return replace(recipe, **missing)
 
 
-def _inputs(model: Model, step: Stepper) -> dict[str, str]:
+def _inputs(model: Model, step: Stepper | Walker) -> dict[str, str]:
     """Hashes of what a run depends on besides its recipe and its data."""
     return {
         "weights of the teacher": model.card.weights_sha256,
@@ -348,17 +349,18 @@ def _start(recipe: Recipe, known: Subject, model: Model) -> str:
     return begun.card.weights_sha256
 
 
-def _checked(recipe: Recipe, known: Subject, model: Model) -> Stepper:
+def _checked(recipe: Recipe, known: Subject, model: Model) -> Stepper | Walker:
     """The teacher's step.
 
     Raises:
         ValueError: for settings that the model has no use for.
     """
-    step = stepper(
+    of = walker if recipe.method == "trajectory" else stepper
+    step = of(
         recipe.teacher,
-        known.sigma_max,
-        known.sigma_min,
-        known.schedule,
+        sigma_max=known.sigma_max,
+        sigma_min=known.sigma_min,
+        schedule=known.schedule,
         points=recipe.points,
         grid=recipe.grid,
         substeps=recipe.substeps,
@@ -387,7 +389,7 @@ def _checked(recipe: Recipe, known: Subject, model: Model) -> Stepper:
 def _card(
     recipe: Recipe,
     known: Subject,
-    step: Stepper,
+    step: Stepper | Walker,
     teacher: Card,
     data: Data,
     name: str,

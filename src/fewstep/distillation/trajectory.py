@@ -27,16 +27,15 @@ from fewstep.distillation.losses import Draw, Levels, Metric, guided, told_of
 from fewstep.distillation.metric import InFeatures
 from fewstep.distillation.recipe import Recipe
 from fewstep.distillation.subject import Subject
-from fewstep.distillation.teacher import Stepper
+from fewstep.distillation.teacher import Stepper, Walker
 from fewstep.models.students import consistency, edges, jump
-from fewstep.solving import solve
 
 __all__ = ["trajectory_losses"]
 
 
 def trajectory_losses(
     subject: Subject,
-    step: Stepper,
+    step: Stepper | Walker,
     levels: Levels,
     drawn: Draw,
     condition: Condition,
@@ -52,10 +51,7 @@ def trajectory_losses(
     device = next(subject.student.parameters()).device
     x_T = subject.noise * drawn.eps.to(device)
     with torch.no_grad():
-        teacher = guided(subject, condition, drawn.guidance, recipe)
-        states = [x_T]
-        for n in range(len(levels.sigma) - 1):
-            states.append(solve(teacher, states[-1], step.program(torch.full_like(drawn.n, n))))
+        states = step.states(guided(subject, condition, drawn.guidance, recipe), x_T)
     for which, count in enumerate(recipe.segments):
         some = drawn._replace(phases=torch.full_like(drawn.phases, which))
         walk = _Walk(subject, levels, some, condition, recipe)
