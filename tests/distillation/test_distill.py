@@ -597,8 +597,25 @@ def test_the_student_is_a_model_folder_with_its_sampler(tmp_path: Path) -> None:
 def test_the_card_names_the_sampler_that_was_chosen() -> None:
     student = run_tiny(None, sampler="consistency-ode")
     assert fewstep.sample(student, nfe=2, seeds=[0]).provenance["solver"] == "ddim"
-    with pytest.raises(ValueError, match="sampler must be one of consistency, consistency-ode"):
-        run_tiny(None, sampler="ddpm")
+    student = run_tiny(None, sampler="consistency-kappa")
+    assert {choice.solver for choice in student.card.auto.values()} == {"consistency-kappa"}
+    made = fewstep.sample(student, nfe=2, seeds=[0])
+    other = fewstep.sample(student, solver="consistency", nfe=2, seeds=[0])
+    assert not np.array_equal(made.images, other.images)
+    for sampler in ("ddpm", "ddim", "consistency-kappa:c=0.2"):
+        with pytest.raises(ValueError, match="sampler must be one of consistency, consistency-ode"):
+            run_tiny(None, sampler=sampler)
+
+
+def test_a_sampler_by_statistics_needs_them(tmp_path: Path) -> None:
+    unknown = replace(tiny_model(), stats={})
+    with pytest.raises(ValueError, match=r"consistency-pca needs .* take consistency-kappa"):
+        distill(unknown, pictures(), out=tmp_path / "no", sampler="consistency-pca", **TINY)
+    assert not (tmp_path / "no").exists()
+    student = run_tiny(tmp_path / "student", sampler="consistency-pca", validation_seeds=4)
+    assert student.card.auto["2"].solver == "consistency-pca"
+    assert fewstep.sample(student, nfe=2, seeds=[0]).nfe == 2
+    assert {"rmse_2", "rmse_ode_2", "rmse_pca_2"} <= student.card.about["validation"].keys()
 
 
 def test_other_solvers_sample_a_student_on_its_own_levels(tmp_path: Path) -> None:

@@ -50,7 +50,10 @@ def distill_splam_command(
     name: Annotated[str | None, option("The student's name in its card.")] = None,
     sampler: Annotated[
         str | None,
-        option("For its card: consistency (fresh noise) or consistency-ode (of segments)."),
+        option(
+            "For its card: consistency (fresh noise), consistency-ode (of segments), "
+            "consistency-kappa or consistency-pca."
+        ),
     ] = None,
     checkpoint_every: Annotated[int, option("Steps between checkpoints.")] = 100,
     validate_every: Annotated[int, option("Steps between validations.")] = 500,

@@ -20,7 +20,7 @@ from fewstep.evaluate.clip import ClipScorer
 from fewstep.evaluate.references import References
 from fewstep.models import Model
 from fewstep.models.card import Card, Distilled
-from fewstep.models.students import choices, student_levels
+from fewstep.models.students import SAMPLERS, choices, student_levels
 from fewstep.networks.features import FeatureNetwork, load_feature_network
 from fewstep.provenance import VERSION
 from fewstep.sampling.choose import identify
@@ -31,7 +31,7 @@ __all__ = ["Examination", "student_card", "student_levels"]
 EXAMINED = (1, 2, 4)
 FURTHER = 8  # for students in segments
 NOISE, CHORD = "consistency", "consistency-ode"
-SAMPLERS = {NOISE: "", CHORD: "_ode"}  # and what marks their figures
+MARKS = {NOISE: "", CHORD: "_ode"}  # of the samplers' figures
 FIRST_SEED = 1_000_000  # of those for validation
 FEATURES, LEAST = "fashion-a", 250  # a training metric, never the judge; pictures for a covariance
 SHOWN = 12  # pictures of each kind on a sheet
@@ -50,8 +50,8 @@ def student_card(
 
     Args:
         facts: how it was distilled; run: all settings, and its data
-        sampler: "consistency", with fresh noise at every level, or "consistency-ode", without; the
-            first where left out, and the second, the only one, in segments
+        sampler: one of `SAMPLERS`; the first, with fresh noise at every level, where left out, and
+            the second, the only one, in segments
 
     Raises:
         ValueError: for another sampler.
@@ -182,17 +182,22 @@ class Examination:
             same seed in pixels of [-1, 1], and, where `distance` has it, fd_*; rmse_ode_* and
             fd_ode_* are those of consistency-ode, clip_* and agreement_* scores against the texts
             where there are such judges, and fd_fine is the distance of the fine solutions
-            themselves, the least that can be expected. Beyond one evaluation the fresh noise of the
+            themselves, the least that can be expected. With another sampler it has figures too, as
+            rmse_kappa_*. Beyond one evaluation the fresh noise of the
             other sampler is in its rmse.
         """
         figures: dict[str, float] = {}
         rows = [self.reference[:SHOWN]]
         turns = [self.labels[i % len(self.labels)] for i in range(len(self.seeds))]
         segments = student.card.in_segments
+        own = next(iter(student.card.auto.values())).solver
+        shown = (
+            {CHORD: ""} if segments else {**MARKS, own: MARKS.get(own, f"_{own.split('-')[-1]}")}
+        )
         for nfe in (*EXAMINED, FURTHER) if segments else EXAMINED:
             if str(nfe) not in student.card.auto:
                 continue
-            for sampler, mark in ({CHORD: ""} if segments else SAMPLERS).items():
+            for sampler, mark in shown.items():
                 if nfe == 1 and mark:
                     continue  # one evaluation is the same with both
                 images = sample(

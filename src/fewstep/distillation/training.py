@@ -33,10 +33,12 @@ from fewstep.distillation.subject import Subject, Training, subject
 from fewstep.distillation.teacher import Stepper, Walker, stepper, walker
 from fewstep.distillation.trajectory import trajectory_losses
 from fewstep.distillation.validation import SHEETS, examination, examined, read_judges
+from fewstep.loop import check_known
 from fewstep.models import Model, load
 from fewstep.models.card import Card
 from fewstep.models.students import edges
 from fewstep.records import check_slug
+from fewstep.solver import get
 from fewstep.train.average import Average
 from fewstep.train.loop import Folder, Progress, Schedule, Step, check_every, share, train
 from fewstep.train.optimiser import bitsandbytes, check_finite, optimiser
@@ -186,8 +188,9 @@ def distill(
         out: folder for checkpoint, log, validation sheets and the student; a run that is there
             already is resumed. None keeps everything in memory.
         name: of the student in its card
-        sampler: what its card names, "consistency" or, without fresh noise, "consistency-ode"; the
-            first where left out, and the second in segments
+        sampler: what its card names, "consistency" or, without fresh noise, "consistency-ode",
+            "consistency-kappa" or "consistency-pca"; the first where left out, and the second, the
+            only one, in segments
         checkpoint_every, validate_every: in steps
         validation_seeds: pictures that are compared with the teacher's fine solutions; 0 for none
         encoding: how a pipeline's pictures and texts are encoded
@@ -242,6 +245,7 @@ def distill(
         if not together.leads:
             pictures = _read(data, model, recipe, encoding, encoding_report)
         card = _card(recipe, known, step, model.card, pictures, name, sampler)
+        check_known(get(next(iter(card.auto.values())).solver).on(step.levels), model.denoiser())
         distance = metric(recipe.loss, model)
         begun = _start(recipe, known, model)
         if lora_format == KOHYA:

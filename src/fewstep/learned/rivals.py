@@ -14,18 +14,18 @@ from typing import Any
 
 from fewstep.grid import GRIDS, make_grid
 from fewstep.loop import check_known
+from fewstep.models.students import SAMPLERS
 from fewstep.schedule import Schedule
 from fewstep.solver import end_at, get, intervals_for
 
-__all__ = ["RIVALS", "SAMPLERS", "best_rival", "best_sampler", "unbeaten"]
+__all__ = ["OF_STUDENTS", "RIVALS", "best_rival", "best_sampler", "unbeaten"]
 
 RIVALS = (  # the best of the built-in network's screens and of the toys in the tests
     *("ddim", "dpm-solver-2", "dpmpp-2m", "unipc-2"),
     *("deis-2", "deis-3", "deis-4", "ipndm-2", "ipndm-3", "ipndm-4"),
 )
 
-SAMPLERS = ("consistency-ode", "consistency-kappa", "consistency-pca")  # of students; no fresh
-# noise, since that leads to another picture than the teacher's
+OF_STUDENTS = SAMPLERS[1:]  # no fresh noise, since that leads to another picture than the teacher's
 
 
 def best_sampler(
@@ -39,7 +39,7 @@ def best_sampler(
         denoiser: some samplers need more than others have
     """
     best, least = {}, math.inf
-    for name in SAMPLERS:
+    for name in OF_STUDENTS:
         program = get(name).on(tuple(levels))
         try:
             check_known(program, denoiser)

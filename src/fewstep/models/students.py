@@ -29,6 +29,7 @@ from fewstep.models.card import Card, Choice, Distilled
 from fewstep.schedule import Schedule
 
 __all__ = [
+    "SAMPLERS",
     "Boundary",
     "CleanEnd",
     "Consistency",
@@ -46,6 +47,7 @@ __all__ = [
 ]
 
 BUDGETS = range(1, 9)  # evaluations for which a student's card has levels
+SAMPLERS = ("consistency", "consistency-ode", "consistency-kappa", "consistency-pca")
 LCM_POINTS = 51  # of the published ones' training: 50 steps of 20 times
 
 

@@ -13,17 +13,13 @@ from fewstep.evaluate.compare.design import FINALISTS, Design
 from fewstep.evaluate.statistics import Statistics
 from fewstep.loop import check_known
 from fewstep.models import Model
+from fewstep.models.students import SAMPLERS
 from fewstep.sampling.choose import choose, draws_noise, locate
 from fewstep.sampling.settings import Filled, Settings
 from fewstep.solver import Solver
 from fewstep.solving import is_folder, resolve
 
 __all__ = ["all_candidates", "check_solvers", "finalists", "screened"]
-
-STUDENT_SAMPLERS = (  # what is screened for a student, as far as its denoiser can
-    *("consistency", "consistency-ode", "consistency-kappa"),
-    "consistency-pca",
-)
 
 
 def screened(
@@ -131,7 +127,7 @@ def _candidates(
     if solver in workbench.students and not is_folder(solver):
         choice = design.screen > 0 and nfe > 1 and design.choose_by != "error"
         choice = choice and not model.card.in_segments
-        samplers = STUDENT_SAMPLERS if choice else ("auto",)
+        samplers = SAMPLERS if choice else ("auto",)
         built_in = model.card.built_in_guidance
         if design.label is not None and built_in not in (None, design.guidance):
             return [], f"{solver} has guidance {built_in:g} built in, not {design.guidance}"
