@@ -276,6 +276,27 @@ def test_a_plan_is_a_teacher_on_its_own_grid(tmp_path: Path) -> None:
         torch.testing.assert_close(ours[i : i + 1], alone, rtol=0, atol=1e-12)
 
 
+def test_addim_puts_variance_back() -> None:
+    """By hand; and on Gaussian data its end has more variance than that of ddim, which has too
+    little."""
+    step, plain = (
+        stepper(name, 20.0, 0.01, points=6, grid="log-snr", substeps=1)
+        for name in ("addim", "ddim")
+    )
+    c = 0.25
+    data = lambda x, sigma: x * c**2 / (c**2 + sigma[:, None] ** 2)  # noqa: E731
+    x_T = noise(200, 20.0)
+    *_, t, s = step.levels
+    x, chosen = t / 20.0 * x_T, torch.full((200,), 4)
+    denoised = data(x, torch.full((200,), t))
+    lost = (1 - s / t) ** 2 * 0.1 / (2 + 1 / t**2)
+    wanted = denoised + math.sqrt(s**2 + lost) * (x - denoised) / t
+    torch.testing.assert_close(fewstep.solve(data, x, step.program(chosen)), wanted)
+    ours, theirs = (one.states(data, x_T)[-1].std() for one in (step, plain))
+    assert theirs < 0.9 * c
+    assert theirs < ours < 1.02 * c
+
+
 def test_teachers_that_cannot_be_taken_at_random_are_refused(tmp_path: Path) -> None:
     for name in ("churn", "ddim-eta", "consistency"):
         with pytest.raises(ValueError, match="teacher must be a solver of the ODE"):

@@ -29,8 +29,8 @@ class Recipe:
         points: Levels of the training grid. Default: 10; 11 of pipelines.
         grid: Kind of that grid: time-uniform, karras, log-snr; discrete and trailing go by the
             network's own time. Default: time-uniform; trailing of pipelines.
-        teacher: A solver's name, a plan's JSON file, or a learned solver's folder. A plan brings
-            its own grid and steps.
+        teacher: A solver's name; addim, for 4 and more segments; a plan's JSON file, or a learned
+            solver's folder. A plan brings its own grid and steps.
         substeps: Steps of the teacher on one sub-path. Default: 2.
         guidance: The teacher's guidance scale. LOW,HIGH draws one for each picture and tells it to
             the student. Default: none.

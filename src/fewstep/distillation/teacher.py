@@ -7,6 +7,15 @@ coefficients.
 
 For trajectories the teacher walks the whole path from noise. There a plan whose steps look back, as
 those of a learned table, is a teacher too, and every accepted state is a level's.
+
+`addim` is a teacher alone, and no solver of the ODE. D is the mean of the clean pictures at x, so a
+step of `ddim` loses the variance about it. This one puts it back along eps:
+
+    x_s = D + (s^2 + (1 - s/t)^2 v)^1/2 eps        v = 0.1 / (2 + 1/t^2)
+
+with the length of eps taken for that of noise, so that a step is a row of numbers like any other.
+
+Source: Heek et al. 2024 (multistep consistency models), arXiv:2403.06807.
 """
 
 from __future__ import annotations
@@ -28,11 +37,12 @@ from fewstep.grid import make_grid
 from fewstep.loop import run
 from fewstep.plan import Combine, Eval, Op, Ops, Plan, Prediction, Program, freeze
 from fewstep.schedule import Schedule
-from fewstep.solver import get
+from fewstep.solver import Solver, get
 from fewstep.solving import solve
 
 __all__ = ["Stepper", "Walker", "stepper", "walker"]
 
+ADDIM = "addim"
 DEFAULT_POINTS, DEFAULT_GRID, DEFAULT_SUBSTEPS = 10, "time-uniform", 2
 Column = Any  # a number that all intervals share, a tuple of columns, or a tensor [intervals]
 
@@ -169,8 +179,8 @@ def stepper(
     """The teacher's step on a named grid, or that of a plan on its own grid.
 
     Args:
-        teacher: a solver's name; or a plan in JSON or a learned solver's folder, whose steps must
-            not look back beyond their own interval, and which bring their own grid
+        teacher: a solver's name, or addim; or a plan in JSON or a learned solver's folder, whose
+            steps must not look back beyond their own interval, and which bring their own grid
         points, grid: those of `usual` where left out, else DEFAULT_POINTS and DEFAULT_GRID
         phases: numbers of segments that the grid is to have edges for: where `points` is left out,
             the usual number of sub-paths is raised until they divide it
@@ -188,7 +198,7 @@ def stepper(
                 "steps cannot be taken at random; take a singlestep solver, or method trajectory"
             )
         return _on_own_grid(plan, teacher)
-    solver = get(teacher)
+    solver = Solver(ADDIM, _addim, "x0", 1, 1) if teacher == ADDIM else get(teacher)
     if solver.stochastic or solver.adapts:
         raise ValueError(
             f"teacher must be a solver of the ODE that has a plan, {solver.name} has none; "
@@ -205,6 +215,15 @@ def stepper(
     starts = range(0, len(fine) - 1, substeps)
     plans = [solver.plan(fine[i : i + substeps + 1]) for i in starts]
     return Stepper.of(fine[::substeps], plans, solver.name)
+
+
+def _addim(sigmas: Sequence[float]) -> Ops:
+    """DDIM with the variance put back that a step to the mean loses."""
+    for cur, nxt in pairwise(sigmas):
+        lost = (1 - nxt / cur) ** 2 * 0.1 / (2 + cur**-2)
+        kept = math.sqrt(nxt**2 + lost) / cur
+        yield Eval(cur)
+        yield Combine((1 - kept,), nxt, a=kept)
 
 
 def _is_plan(teacher: str) -> bool:
