@@ -30,7 +30,7 @@ __all__ = ["Elementwise", "InFeatures", "metric"]
 
 DECODER = "decoder"
 PART = 0.1  # of one scale in features, beside pixels
-MOMENTS = 2.0  # of a scale's distance for each picture
+SHIFT = 2.0  # of the means, beside the distance of each picture
 
 Maps = Callable[[Tensor], list[Tensor]]
 
@@ -61,17 +61,12 @@ class InFeatures:
         return _apart(estimate, goal, *self._maps(estimate, goal))
 
     def of_ends(self, estimate: Tensor, goal: Tensor) -> Tensor:
-        """The same of ends of paths, [b], and to each the distance of the batch's moments: in every
-        map the means and the standard deviations of its channels, over pictures and places, by
-        the standard deviation of the map.
-
-        What all pictures share is little to each of them, and counts in full in a Frechet distance.
-        An end that is the mean of several good ones has too little spread in every map."""
+        """The same of ends of paths, [b], and to each the distance of the batch's means on the last
+        scale: what all pictures share is little to each of them, and counts in full in a Frechet
+        distance."""
         found, wanted = self._maps(estimate, goal)
-        total = _apart(estimate, goal, found, wanted)
-        for one, aim in zip([estimate, *found], [goal, *wanted], strict=True):
-            total = total + MOMENTS * PART * _moments(one.float(), aim.float())
-        return total
+        shift = found[-1].float().mean(0) - wanted[-1].float().mean(0)
+        return _apart(estimate, goal, found, wanted) + SHIFT * PART * _rms(shift.flatten()[None])
 
     def _maps(self, estimate: Tensor, goal: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         with torch.no_grad():
@@ -87,20 +82,6 @@ def _apart(
     for one, aim in zip(found, wanted, strict=True):
         total = total + PART * _rms((_unit(one) - _unit(aim)).flatten(1))
     return total
-
-
-def _moments(found: Tensor, wanted: Tensor) -> Tensor:
-    """[]: how far the channels' means and standard deviations are apart, in parts of the map's."""
-    over = [0, *range(2, found.ndim)]
-    size = wanted.var(over, correction=0).mean().add(1e-8).sqrt()
-    gaps = torch.stack(
-        [
-            found.mean(over) - wanted.mean(over),
-            found.var(over, correction=0).add(1e-8).sqrt()
-            - wanted.var(over, correction=0).add(1e-8).sqrt(),
-        ]
-    )
-    return _rms(gaps).sum() / size
 
 
 def metric(loss: str, model: Model) -> Elementwise | InFeatures:

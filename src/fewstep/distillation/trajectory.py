@@ -5,7 +5,7 @@
 
 Each step is trained by itself, from where the student has come with the steps before: between
 steps no gradient passes. Or, end to end, the loss is at the end of the path alone, and its gradient
-passes through all steps; where that is in features, the distance of the batch's moments is added.
+passes through all steps; where that is in features, the distance of the batch's means is added.
 
 No data are needed. For each number of segments the student goes the whole path, the teacher once
 for all of them.
