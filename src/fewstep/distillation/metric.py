@@ -65,7 +65,7 @@ class InFeatures:
         scale: what all pictures share is little to each of them, and counts in full in a Frechet
         distance."""
         found, wanted = self._maps(estimate, goal)
-        shift = found[-1].float().mean(0) - wanted[-1].float().mean(0)
+        shift = _unit(found[-1]).mean(0) - _unit(wanted[-1]).mean(0)
         return _apart(estimate, goal, found, wanted) + SHIFT * PART * _rms(shift.flatten()[None])
 
     def _maps(self, estimate: Tensor, goal: Tensor) -> tuple[list[Tensor], list[Tensor]]:
