@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fewstep
 from fewstep.distillation import Recipe, distill
-from fewstep.distillation.levels import choose_levels
+from fewstep.distillation.levels import choose_levels, family, write_levels
 from fewstep.distillation.losses import NEAREST, Levels, draw, subpath_losses
 from fewstep.distillation.metric import Elementwise, InFeatures, metric
 from fewstep.distillation.subject import subject
@@ -221,12 +221,41 @@ def test_one_number_of_segments_needs_no_input(tmp_path: Path) -> None:
     student = small(tmp_path / "one", phases=4)
     assert student.card.told == ()
     assert list(student.card.auto) == ["4", "5", "6", "7", "8"]
-    with pytest.raises(ValueError, match="in segments, whose edges are its levels"):
-        choose_levels(student, tiny_model())
+    assert list(family(student.card, 4)) == ["segments=4"]
+    assert family(student.card, 2) == {}
     assert len(student.card.distilled.levels) == 13  # 12 sub-paths, which 4 segments divide
     assert fewstep.sample(student, nfe=4, seeds=[1]).nfe == 4
     with pytest.raises(ValueError, match="has levels for 4, 5, 6, 7, 8 evaluations, not for 2"):
         fewstep.sample(student, nfe=2, seeds=[1])
+
+
+def test_the_number_of_segments_of_a_budget_is_chosen(tmp_path: Path) -> None:
+    """By a distance to the teacher; the card tells the network so."""
+    out = tmp_path / "several"
+    student = small(out, phases=(1, 2, 4))
+    flat = lambda images: images.flatten(1)  # noqa: E731
+    how = {"seeds": 250, "features": flat}
+    told: list[Any] = []
+    tries = choose_levels(student, tiny_model(), budgets=[2, 4], report=told.append, **how)
+    assert [(one.nfe, one.name, one.phases) for one in told] == [
+        *((2, f"segments={k}", k) for k in (1, 2)),
+        *((4, f"segments={k}", k) for k in (1, 2, 4)),
+    ]
+    assert all(
+        one.levels == phase_levels(student.card.distilled.levels, one.nfe, one.phases or 0)
+        for one in tries
+    )
+    other = replace(tries[2], excess=-1.0)  # one segment at 4 evaluations
+    card = write_levels(out, student.card, [*tries[3:], other], {})
+    assert card.auto["4"].phases == 1
+    again = fewstep.load(out)
+    made = fewstep.sample(again, nfe=4, seeds=[0])
+    assert made.provenance["phases"] == 1
+    one = replace(phased(again, 4), phases=1)
+    x = fewstep.solve(one.denoiser(), one.prior([0]), "consistency-ode", grid=other.levels)
+    assert np.array_equal(one.decode(x), made.images)
+    with pytest.raises(ValueError, match="in segments has consistency-ode"):
+        choose_levels(student, tiny_model(), samplers=["consistency"], **how)
 
 
 def test_a_student_in_segments_stands_beside_others_at_its_budgets(tmp_path: Path) -> None:

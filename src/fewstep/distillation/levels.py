@@ -5,6 +5,9 @@ spread of the data, and adds one of the student's own. So a level far below c ad
 forgets none. The levels of the training grid, spread evenly, go that far down where the budget is
 large. The family beside them is uniform in log sigma from the first level to a multiple of c.
 
+A student in segments visits their edges and levels inside them. What is chosen is in how many of
+those that it knows it spends the budget.
+
 What decides is the Frechet distance to the teacher's fine solutions of other seeds, in the features
 that train, never in those that judge.
 """
@@ -12,23 +15,25 @@ that train, never in those that judge.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fewstep.distillation.students import FEATURES, LEAST, Examination
+from fewstep.distillation.students import CHORD, FEATURES, LEAST, Examination
 from fewstep.files import write_json
 from fewstep.grid import make_grid
 from fewstep.loop import check_known
 from fewstep.models import Model
-from fewstep.models.card import CARD_FILE, Card, Choice
-from fewstep.models.students import student_levels
+from fewstep.models.card import CARD_FILE, Card, Choice, Distilled
+from fewstep.models.students import phase_levels, student_levels
 from fewstep.networks.features import FeatureNetwork
 from fewstep.sampling.generate import sample
 from fewstep.solver import get
 
 __all__ = ["MULTIPLES", "Tried", "best_of", "choose_levels", "family", "write_levels"]
 
+SEGMENTS = "segments="
 MULTIPLES = (1.0, 2.0, 4.0, 8.0)  # of sigma_data, for the lowest level
 
 
@@ -36,8 +41,9 @@ MULTIPLES = (1.0, 2.0, 4.0, 8.0)  # of sigma_data, for the lowest level
 class Tried:
     """One way to spend a budget.
 
-    name: of the levels: trained, or lowest=SIGMA
+    name: of the levels: trained, lowest=SIGMA, or segments=NUMBER
     excess: the distance of its pictures, less that of the fine solutions of the same seeds
+    phases: how many segments the student is told
     """
 
     nfe: int
@@ -45,6 +51,7 @@ class Tried:
     name: str
     levels: tuple[float, ...]
     excess: float
+    phases: int | None = None
 
 
 def family(
@@ -54,16 +61,35 @@ def family(
 
     Args:
         card: of a student
-        multiples: of sigma_data, for the lowest level
+        multiples: of sigma_data, for the lowest level; of no meaning in segments
     """
     assert card.distilled is not None
     known = card.distilled.levels
+    if card.in_segments:
+        return {f"{SEGMENTS}{k}": grid for k, grid in _by_segments(card.distilled, nfe).items()}
     found = {"trained": student_levels(known, nfe)} if nfe < len(known) else {}
     for multiple in multiples if nfe > 1 else ():
         low = multiple * card.sigma_data
         if low < known[0]:
             found[f"lowest={low:g}"] = (*make_grid("log-snr", nfe, known[0], low), 0.0)
     return found
+
+
+def _by_segments(known: Distilled, nfe: int) -> dict[int, tuple[float, ...]]:
+    """The levels for a budget, by each number of segments that has any."""
+    found = {}
+    for k in known.phases:
+        with suppress(ValueError):
+            found[k] = phase_levels(known.levels, nfe, k)
+    return found
+
+
+def _told(student: Any, nfe: int, phases: int) -> Model:
+    """The student, told a number of segments at a budget."""
+    card = student.card
+    known = card.auto.get(str(nfe), Choice(CHORD))
+    auto = {**card.auto, str(nfe): replace(known, phases=phases)}
+    return replace(student, card=replace(card, auto=auto))
 
 
 def choose_levels(
@@ -99,8 +125,8 @@ def choose_levels(
     card = student.card
     if card.distilled is None:
         raise ValueError(f"{card.name} is no student, so it has no levels to choose")
-    if card.in_segments:
-        raise ValueError(f"{card.name} goes its path in segments, whose edges are its levels")
+    if card.in_segments and set(samplers) - {CHORD}:
+        raise ValueError(f"a student in segments has {CHORD} for its sampler, got {samplers[0]}")
     if seeds < LEAST:
         raise ValueError(f"seeds must be at least {LEAST} for a distance, got {seeds}")
     tries = []
@@ -120,8 +146,10 @@ def choose_levels(
         )
     floor, found = distance(examined.reference), []
     for nfe, sampler, name, levels in tries:
-        made = sample(student, solver=sampler, seeds=examined.seeds, grid=levels).images
-        found.append(Tried(nfe, sampler, name, levels, distance(made) - floor))
+        told = int(name.removeprefix(SEGMENTS)) if "phases" in card.told else None
+        known = student if told is None else _told(student, nfe, told)
+        made = sample(known, solver=sampler, seeds=examined.seeds, grid=levels).images
+        found.append(Tried(nfe, sampler, name, levels, distance(made) - floor, told))
         report(found[-1])
     return found
 
@@ -151,7 +179,7 @@ def write_levels(folder: Path, card: Card, tries: Sequence[Tried], about: dict[s
     chosen = {}
     for nfe, one in best_of(tries).items():
         known = card.auto.get(str(nfe), Choice(one.sampler))
-        chosen[str(nfe)] = replace(known, solver=one.sampler, grid=one.levels)
+        chosen[str(nfe)] = replace(known, solver=one.sampler, grid=one.levels, phases=one.phases)
     excess: dict[str, dict[str, float]] = {}
     for one in tries:
         excess.setdefault(str(one.nfe), {})[f"{one.sampler}, {one.name}"] = round(one.excess, 4)
