@@ -483,7 +483,7 @@ def test_a_start_may_move_and_must_be_told_in_the_same_order(tmp_path: Path) -> 
     small(tmp_path / "ranged", guidance=(1.0, 3.0))
     more = {"phases": (1, 2), "start": str(tmp_path / "ranged"), "guidance": (1.0, 3.0)}
     student = small(tmp_path / "more", **more, lr=1e-9)
-    first = fewstep.load(tmp_path / "ranged")
+    first: Any = fewstep.load(tmp_path / "ranged")
     for name, weight in first.net.state_dict().items():
         assert torch.allclose(weight, student.net.state_dict()[name], atol=1e-3), name
 
@@ -559,7 +559,7 @@ def test_pipelines_have_students_in_segments_too(
 
 def test_the_decoder_sees_latents_at_its_own_scale(tmp_path: Path) -> None:
     """With a mean and a standard deviation of each channel in its configuration too."""
-    model = fewstep.load(pipelines.saved("sd", tmp_path / "sd"))
+    model: Any = fewstep.load(pipelines.saved("sd", tmp_path / "sd"))
     seen: list[Tensor] = []
     conv = model.autoencoder.decoder.conv_in
     conv.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))

@@ -250,7 +250,8 @@ def distill(
         if not together.leads:
             pictures = _read(data, model, recipe, encoding, encoding_report)
         card = _card(recipe, known, step, model.card, pictures, name, sampler)
-        check_known(get(next(iter(card.auto.values())).solver).on(step.levels), model.denoiser())
+        if sampler is not None:
+            check_known(get(sampler).on(step.levels), model.denoiser())
         distance = metric(recipe.loss, model)
         begun = _start(recipe, known, model)
         if lora_format == KOHYA:
