@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from fewstep.denoiser import Bound, Counted, Covariance
 from fewstep.plan import Combine, Eval, Plan
 from fewstep.sampling.choose import plan_for
 from fewstep.sampling.settings import Settings
+from tests.support.students import in_one_segment
 
 F64 = torch.float64
 GRID = (80.0, 9.0, 1.0, 0.1, 0.0)
@@ -103,8 +105,8 @@ def test_each_picture_of_a_batch_has_the_covariance_of_its_class() -> None:
 FIELDS = ("basis", "variances", "rest")
 
 
-def test_a_plan_of_it_is_json_and_samples_alike() -> None:
-    model = fewstep.load("fashion-mnist-splam")
+def test_a_plan_of_it_is_json_and_samples_alike(tmp_path: Path) -> None:
+    model = fewstep.load(in_one_segment(tmp_path / "student"))
     plan = plan_for(Settings("consistency-pca", 2), model)
     again = Plan.from_json(plan.to_json())
     assert [op.get("source") for op in json.loads(plan.to_json())["ops"]].count("path") == 1
@@ -145,8 +147,8 @@ def test_a_condition_and_its_covariance_are_seen_through_wrappers() -> None:
     assert Counted(bound).covariance is covariance
 
 
-def test_the_models_statistics_are_those_of_the_class() -> None:
-    model: Any = fewstep.load("fashion-mnist-splam")
+def test_the_models_statistics_are_those_of_the_class(tmp_path: Path) -> None:
+    model: Any = fewstep.load(in_one_segment(tmp_path / "student"))
     found = model.denoiser(["bag", 0]).covariance
     torch.testing.assert_close(found.variances, model.stats["variances"][[8, 0]])
     assert len(found[1:].basis) == 1

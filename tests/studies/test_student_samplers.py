@@ -5,6 +5,7 @@ import pytest
 
 import fewstep
 from studies import student_samplers
+from tests.support.students import in_one_segment
 
 
 def test_rows_of_every_sampler(tmp_path, monkeypatch, capsys) -> None:
@@ -17,8 +18,9 @@ def test_rows_of_every_sampler(tmp_path, monkeypatch, capsys) -> None:
     )
     names = ["consistency", "consistency-ode", "consistency-pca"]
     names += ["consistency-kappa:c=0", "consistency-kappa:c=0.12"]
+    student = in_one_segment(tmp_path / "student")
     rows = student_samplers.main(
-        ["fashion-mnist-splam", "--budgets", "2", "--samplers", *names, "--seeds", "3"]
+        [str(student), "--budgets", "2", "--samplers", *names, "--seeds", "3"]
     )
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed] == names
