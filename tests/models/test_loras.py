@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -11,10 +13,12 @@ import torch
 from safetensors.torch import save_file
 
 import fewstep
+from fewstep.models.formats.loras import Lora, with_loras
 from tests.support import pipelines
 
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 CONFIG = "lora_adapter_metadata"
+EMPTY: Mapping[str, torch.Tensor] = MappingProxyType({})
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +87,11 @@ def test_configurations_of_peft_add_what_they_add_in_diffusers(
         torch.testing.assert_close(weight, theirs[name], rtol=1e-5, atol=1e-5)
 
 
-def adapter(file: Path, said: Any = None, **others: torch.Tensor) -> Path:
+def adapter(
+    file: Path, said: Any = None, text: str = CONFIG, others: Mapping[str, torch.Tensor] = EMPTY
+) -> Path:
     values = {"lora_A.weight": torch.ones(2, 32), "lora_B.weight": torch.ones(32, 2), **others}
-    texts = {} if said is None else {CONFIG: said if isinstance(said, str) else json.dumps(said)}
+    texts = {} if said is None else {text: said if isinstance(said, str) else json.dumps(said)}
     save_file({f"unet.{LAYER}.{end}": value for end, value in values.items()}, file, texts)
     return file
 
@@ -122,3 +128,83 @@ def test_configurations_that_cannot_be_followed_are_refused_by_their_field(
         fewstep.load(folder, loras=[(file, 1.0)])
     assert str(told.value).startswith(f"{file} has {CONFIG}")
     assert "\n" not in str(told.value)
+
+
+def test_two_words_for_alpha_are_refused(folder: Path, tmp_path: Path) -> None:
+    said, alpha = {"unet.lora_alpha": 4}, torch.tensor(2.0)
+    file = adapter(tmp_path / "lora.safetensors", said, others={"alpha": alpha})
+    with pytest.raises(ValueError, match=r"to_q.alpha', which both say alpha; remove one"):
+        fewstep.load(folder, loras=[(file, 1.0)])
+
+
+HUGE = torch.full((2, 32), 1e30)
+NUMBERS: dict[str, tuple[dict[str, torch.Tensor], str]] = {
+    "two alphas": ({"alpha": torch.ones(2)}, "must have one finite number, got torch.float32 of"),
+    "no alpha": ({"alpha": torch.ones(0)}, r"must have one finite number, got .* shape \[0\]"),
+    "NaN": ({"alpha": torch.tensor(torch.nan)}, "one finite number, got NaN or infinity in"),
+    "infinite": ({"alpha": torch.tensor([torch.inf]).half()}, "one finite number, got NaN or inf"),
+    "true": ({"alpha": torch.tensor(True)}, "one finite number, got torch.bool"),
+    "complex": ({"alpha": torch.tensor(1j)}, "one finite number, got torch.complex64"),
+    "down": ({"lora_A.weight": torch.full((2, 32), torch.inf)}, "'unet.*lora_A.weight' must have"),
+    "up": ({"lora_B.weight": torch.full((32, 2), torch.nan).bfloat16()}, "lora_B.weight' must"),
+    "integers": ({"lora_A.weight": torch.ones(2, 32, dtype=torch.int64)}, "floating point numbers"),
+    "their product": ({"lora_A.weight": HUGE, "lora_B.weight": HUGE.T.contiguous()}, "too large"),
+    "alpha of it": ({"lora_A.weight": HUGE, "alpha": torch.tensor(1e30)}, "too large for"),
+}
+
+
+@pytest.mark.parametrize("case", NUMBERS)
+def test_numbers_that_are_not_finite_are_refused_before_anything_changes(
+    case: str, folder: Path, tmp_path: Path
+) -> None:
+    values, words = NUMBERS[case]
+    good, bad = adapter(tmp_path / "good.safetensors"), tmp_path / "bad.safetensors"
+    adapter(bad, others=values)
+    model: Any = fewstep.load(folder)
+    before = {name: weight.clone() for name, weight in weights(model.pipe).items()}
+    with pytest.raises(ValueError, match=words) as told:
+        with_loras(model, [Lora(good), Lora(bad)])
+    assert str(told.value).startswith(f"{bad} ")
+    assert "\n" not in str(told.value)
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(model.pipe).items())
+
+
+def test_an_alpha_of_any_kind_of_number_is_one(folder: Path, tmp_path: Path) -> None:
+    before = fewstep.load(folder).net.get_submodule(LAYER).weight  # type: ignore[attr-defined]
+    for alpha in (torch.tensor(3), torch.tensor([3.0]).half(), torch.tensor([[3]]).to(torch.uint8)):
+        file = adapter(tmp_path / "lora.safetensors", others={"alpha": alpha})
+        found: Any = fewstep.load(folder, loras=[(file, 0.5)])
+        more = found.net.get_submodule(LAYER).weight - before
+        # ones of rank 2 make 2, times alpha / rank and the scale
+        torch.testing.assert_close(more, torch.full((32, 32), 2 * 3 / 2 * 0.5), rtol=0, atol=1e-6)
+
+
+HOW = {"method": "lcm", "levels": [2.0, 1.0], "teacher": "a", "teacher_weights": ""}
+CARDS = {
+    "a list": ("[1]", "must be a mapping"),
+    "a number": ("1", "must be a mapping"),
+    "a long number": ('{"name": "a", "sigma_min": 1' + "0" * 400 + "}", "sigma_min must be a fin"),
+    "told": (
+        json.dumps({"name": "a", "distilled": HOW, "network": {"told": [["gamma"]]}}),
+        "its network is told numbers",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CARDS)
+def test_cards_that_cannot_be_used_are_refused(case: str, folder: Path, tmp_path: Path) -> None:
+    said, words = CARDS[case]
+    file = adapter(tmp_path / "lora.safetensors", text="fewstep", said=said)
+    with pytest.raises(ValueError, match=f"has a card that cannot be read .*{words}") as told:
+        fewstep.load(folder, loras=[(file, 1.0)])
+    assert str(told.value).startswith(str(file))
+    assert "\n" not in str(told.value)
+
+
+def test_a_file_in_float8_adds_what_its_numbers_are(folder: Path, tmp_path: Path) -> None:
+    before = fewstep.load(folder).net.get_submodule(LAYER).weight  # type: ignore[attr-defined]
+    down = torch.full((2, 32), 0.5, dtype=torch.float8_e4m3fn)
+    file = adapter(tmp_path / "lora.safetensors", others={"lora_A.weight": down})
+    found: Any = fewstep.load(folder, loras=[(file, 1.0)])
+    more = found.net.get_submodule(LAYER).weight - before
+    torch.testing.assert_close(more, torch.ones(32, 32), rtol=0, atol=1e-6)

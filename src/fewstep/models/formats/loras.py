@@ -75,6 +75,10 @@ class Lora:
     path: Path
     scale: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale):
+            raise ValueError(f"the scale of {self.path} must be a finite number, got {self.scale}")
+
     @property
     def file(self) -> Path:
         return self.path / DIFFUSERS if self.path.is_dir() else self.path
@@ -92,14 +96,16 @@ def with_loras(model: PipelineModel, loras: Sequence[Lora]) -> PipelineModel:
             named. Nothing has changed then.
         OSError: a file cannot be read.
     """
-    found = [(lora, *_read(lora.file, model)) for lora in loras]
-    students = [card for _, _, card in found if card is not None]
+    found = [_read(lora, model) for lora in loras]
+    students = [card for _, card in found if card is not None]
     if len(students) > 1:
         raise ValueError("two of the LoRAs are students, each with levels of its own; give one")
-    for lora, deltas, _ in found:
-        for weight, down, up, factor in deltas:
-            more = (up.flatten(1).float() @ down.flatten(1).float()).reshape(weight.shape)
-            weight.add_((lora.scale * factor * more).to(weight))
+    known = [
+        {"file": one.file.name, "sha256": file_hash(one.file), "scale": one.scale} for one in loras
+    ]
+    for changes, _ in found:
+        for change in changes:
+            change.weight.add_(change.more())
     model.texts.clear()
     card = model.card
     if students:
@@ -108,9 +114,6 @@ def with_loras(model: PipelineModel, loras: Sequence[Lora]) -> PipelineModel:
         card = replace(
             card, name=said.name, auto=said.auto, distilled=said.distilled, network=network
         )
-    known = [
-        {"file": one.file.name, "sha256": file_hash(one.file), "scale": one.scale} for one in loras
-    ]
     return replace(model, card=card, loras=(*model.loras, *known))
 
 
@@ -136,11 +139,33 @@ def save_lora(
     write_tensors(path, layout, values.items, texts)
 
 
-Change = tuple[Tensor, Tensor, Tensor, float]  # a weight, down, up, alpha / rank
+@dataclass(frozen=True, eq=False)
+class Change:
+    """What one layer's weight gets: factor up down."""
+
+    weight: Tensor
+    down: Tensor
+    up: Tensor
+    factor: float
+
+    def more(self) -> Tensor:
+        product = self.up.flatten(1).float() @ self.down.flatten(1).float()
+        return (self.factor * product.reshape(self.weight.shape)).to(self.weight)
+
+    def finite(self) -> bool:
+        """Whether no number of it is too large for the weight."""
+        down, up = (float(one.float().abs().max()) for one in (self.down, self.up))
+        if (
+            abs(self.factor) * down * up * self.down.shape[0]
+            < torch.finfo(self.weight.dtype).max / 2
+        ):
+            return True
+        return bool((self.weight + self.more()).isfinite().all())
 
 
-def _read(path: Path, model: PipelineModel) -> tuple[list[Change], Card | None]:
+def _read(lora: Lora, model: PipelineModel) -> tuple[list[Change], Card | None]:
     """What a file adds to which weights, and the card of a student. Raises: ValueError, OSError."""
+    path = lora.file
     texts, tensors = read_metadata(path), load_tensors(path)
     find = _finder(model)
     parts: dict[tuple[str, str], dict[str, Tensor]] = {}
@@ -154,7 +179,7 @@ def _read(path: Path, model: PipelineModel) -> tuple[list[Change], Card | None]:
                 f"{path} does not fit {model.card.name}: its key {shown(key)} {what}"
                 + (" there; is it for another model?" if part else "")
             )
-        parts.setdefault(place, {})[part] = tensors[key]
+        parts.setdefault(place, {})[part] = _checked(path, key, part, tensors[key])
         first.setdefault(place, key)
     known = _configurations(path, texts)
     changes = []
@@ -175,10 +200,35 @@ def _read(path: Path, model: PipelineModel) -> tuple[list[Change], Card | None]:
                 f"{list(down.shape)} beside {list(up.shape)}, and the layer's weight "
                 f"{list(weight.shape)}"
             )
+        if "alpha" in found and place[0] in known:
+            raise ValueError(
+                f"{path} has {CONFIG} and its key {shown(first[place])}, which both say alpha; "
+                "remove one"
+            )
         own = known.get(place[0], Peft(float(rank)))
-        factor = float(found["alpha"]) / rank if "alpha" in found else own.factor(place[1], rank)
-        changes.append((weight, down, up, factor))
+        factor = found["alpha"].item() / rank if "alpha" in found else own.factor(place[1], rank)
+        change = Change(weight, down, up, lora.scale * factor)
+        if not change.finite():
+            raise ValueError(
+                f"{path} adds numbers to the layer of its key {shown(first[place])} that are too "
+                f"large for {weight.dtype}; its factor is {lora.scale * factor:g}"
+            )
+        changes.append(change)
     return changes, _student(path, texts)
+
+
+def _checked(path: Path, key: str, part: str, value: Tensor) -> Tensor:
+    """The tensor. Raises: ValueError where it is no finite number, of an alpha, or no numbers."""
+    alpha, found = part == "alpha", f"{value.dtype} of shape {list(value.shape)}"
+    whole = alpha and not value.is_complex() and value.dtype != torch.bool
+    right = (value.is_floating_point() or whole) and (value.numel() == 1 or not alpha)
+    if right and value.double().isfinite().all():
+        return value
+    raise ValueError(
+        f"{path} cannot be used: its key {shown(key)} must have "
+        f"{'one finite number' if alpha else 'finite floating point numbers'}, got "
+        f"{'NaN or infinity in ' if right else ''}{found}"
+    )
 
 
 def _shapes_of(weight: Tensor, ndim: int) -> list[tuple[int, ...]]:
@@ -331,6 +381,8 @@ def _student(path: Path, texts: Mapping[str, str]) -> Card | None:
         return None
     try:
         card = Card(**parse(texts[PRESET], "its card"))
+        if card.network.get("told"):
+            raise ValueError("its network is told numbers, and adapters have no input for any")
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} has a card that cannot be read ({error})") from None
     return card if card.distilled else None
