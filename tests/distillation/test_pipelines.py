@@ -275,6 +275,28 @@ def test_adapters_leave_their_teacher_as_it_is_and_share_its_network(tmp_path: P
     assert not np.array_equal(changed.images, plain.images)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_adapters_of_a_base_in_bfloat16_train_in_its_arithmetic(
+    checkpointing: bool, tmp_path: Path
+) -> None:
+    base = fewstep.load(pipelines.saved("sd", tmp_path / "sd"), dtype="bfloat16")
+    assert base.dtype == torch.bfloat16  # type: ignore[attr-defined]
+    how = {**TINY, **QUIET, **FEW, "checkpointing": checkpointing}
+    student: Any = distill(base, data(tmp_path / "data"), **how)
+    layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    down, up = student.forward.tensors()[layer]
+    assert (down.dtype, up.dtype) == (torch.float32, torch.float32)
+    with torch.no_grad(), student.forward.switch.on(student.forward):
+        ours = base.net.get_submodule(layer)(x)  # type: ignore[attr-defined]
+    weight = base.net.get_submodule(layer).weight  # type: ignore[attr-defined]
+    theirs = x @ weight.T + (x @ down.bfloat16().T) @ up.bfloat16().T
+    assert float(up.abs().max()) > 0
+    torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)  # 2^-8 of each sum
+    asked = {"seeds": range(2), "prompt": "a cat", "nfe": 2}
+    assert np.isfinite(fewstep.sample(student, **asked).images).all()
+
+
 def test_what_is_kept_of_adapters_is_the_adapters(tmp_path: Path) -> None:
     from safetensors import safe_open
 
