@@ -43,7 +43,10 @@ def ended(study: Callable[[], object]) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("FEWSTEP_DEBUG"):
             traceback.print_exc()
-        print(f"error: {clean(error)}", file=sys.stderr)
+        text: object = error
+        if isinstance(error, OSError) and error.filename is not None:
+            text = f"{os.fsdecode(error.filename)}: {error.strerror}"
+        print(f"error: {clean(text)}", file=sys.stderr)
         return 2
     return 0
 
