@@ -119,6 +119,53 @@ def test_the_card_has_the_choice_and_its_figures(tmp_path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("scale", "theirs", "ours"),
+    [
+        (3.0, {"labels": (0, 1), "guidance": 3.0}, {"label": [0, 1] * 125}),
+        ((1.0, 5.0), {"labels": (0, 1), "guidance": 3.0}, {"label": [0, 1] * 125, "guidance": 3.0}),
+        (None, {}, {}),
+    ],
+)
+def test_both_are_seen_under_the_guidance_of_the_student(
+    scale, theirs, ours, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Seen(Exception):
+        pass
+
+    given: list[dict[str, Any]] = []
+
+    def examination(teacher: Any, seeds: int, **how: Any) -> Any:
+        given.append(how)
+        return type("Exact", (), {"seeds": range(250), "reference": 0, "distance": float})
+
+    def sample(student: Any, **how: Any) -> Any:
+        given.append(how)
+        raise Seen
+
+    monkeypatch.setattr("fewstep.distillation.levels.Examination", examination)
+    monkeypatch.setattr("fewstep.distillation.levels.sample", sample)
+    known = student(0.0)
+    distilled = replace(KNOWN, guidance=scale)
+    known = replace(known, card=replace(known.card, classes=("a", "b"), distilled=distilled))
+    with pytest.raises(Seen):
+        choose_levels(known, made(TEACHER, "teacher"), budgets=[2], **HOW)
+    assert given[0] == {"features": HOW["features"], **theirs}
+    assert {k: v for k, v in given[1].items() if k not in ("solver", "seeds", "grid")} == ours
+
+
+def test_the_command_takes_the_folder_of_a_feature_network(tmp_path, monkeypatch) -> None:
+    from fewstep.networks.features import BUILTIN
+
+    found: list[Any] = []
+    monkeypatch.setattr(
+        "fewstep.distillation.levels.choose_levels", lambda *args, **how: found.append(how) or []
+    )
+    folder = BUILTIN / "fashion-a"
+    assert in_process("distill", "levels", "fashion-mnist-splam", "--features", str(folder)) == 0
+    assert found[0]["features"].name == "fashion-a"
+
+
 def test_a_model_that_comes_with_fewstep_is_not_written_to(capsys) -> None:
     assert in_process("distill", "levels", "fashion-mnist-splam", "--write") == 2
     assert "copy its folder" in capsys.readouterr().err

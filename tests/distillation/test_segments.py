@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ from fewstep.distillation.metric import Elementwise, InFeatures, metric
 from fewstep.distillation.subject import subject
 from fewstep.distillation.teacher import stepper, walker
 from fewstep.distillation.trajectory import trajectory_losses
-from fewstep.models.students import CleanEnd, choices, edges, phase_levels, phased
+from fewstep.models.students import CleanEnd, a_budget, choices, edges, phase_levels, phased
 from fewstep.networks.features import load_feature_network
 from fewstep.networks.unet import UNet
 from fewstep.solver import get
@@ -287,6 +288,20 @@ def test_a_student_in_segments_stands_beside_others_at_its_budgets(tmp_path: Pat
             "phase_weight has no effect end to end",
         ),
         ({"method": "trajectory", "gamma_one": 0.5}, "no effect with method trajectory"),
+        ({"method": "trajectory", "target_decay": 0.5}, "target_decay has no effect with method"),
+        ({"method": "trajectory"}, "starts from noise; give none for the data"),
+        (
+            {"method": "trajectory", "end_to_end": True, "accumulate": 2, "loss": "fashion-a"},
+            "takes the means of the whole batch at once; leave accumulate",
+        ),
+        ({"phases": tuple(range(1, 65))}, "phases must divide a grid of at most 1024 sub-paths"),
+        ({"phases": 4.0}, "phases must be a whole number, got 4.0"),
+        ({"phases": True}, "phases must be a whole number, got True"),
+        ({"phases": (1, "2")}, "phases must be a whole number, got '2'"),
+        ({"phases": "4"}, "phases must be a whole number, got '4'"),
+        ({"start": 3}, "start must be text, got 3"),
+        ({"loss": 3}, "loss must be text, got 3"),
+        ({"teacher": 3}, "teacher must be text, got 3"),
         ({"data": None}, "only method trajectory needs none"),
         ({"loss": "vgg"}, "or a feature network by name or folder; there is no feature network"),
         ({"loss": "fashion-a"}, "loss fashion-a does not go with"),
@@ -445,6 +460,58 @@ def test_a_trajectory_has_a_teacher_whose_steps_look_back(tmp_path: Path) -> Non
         small(tmp_path / "no", method="trajectory", data=None, points=5, **how)
 
 
+def test_a_trajectory_has_no_target_and_no_pictures(tmp_path: Path) -> None:
+    how = {"method": "trajectory", "data": None, "phases": (1, 2)}
+    student = small(tmp_path / "a", **how)
+    assert student.card.about["data"] == {"pictures": 0, "sha256": "noise alone"}
+    kept = safetensors.torch.load_file(tmp_path / "a" / "checkpoint.safetensors")
+    assert any(name.startswith("weights.") for name in kept)
+    assert not any(name.startswith("target.") for name in kept)
+
+
+def test_a_start_may_move_and_must_be_told_in_the_same_order(tmp_path: Path) -> None:
+    """What a network is told is known by its place, so no other order is taken."""
+    small(tmp_path / "first", phases=(1, 2))
+    how = {"phases": (1, 2), "start": str(tmp_path / "first")}
+    small(tmp_path / "second", **how)
+    before = (tmp_path / "second" / "checkpoint.safetensors").read_bytes()
+    (tmp_path / "first").rename(tmp_path / "moved")
+    small(tmp_path / "second", **{**how, "start": str(tmp_path / "moved")})
+    assert (tmp_path / "second" / "checkpoint.safetensors").read_bytes() == before
+    with pytest.raises(ValueError, match=r"told phases, and this student guidance, phases"):
+        small(tmp_path / "no", **{**how, "start": str(tmp_path / "moved")}, guidance=(1.0, 3.0))
+    small(tmp_path / "ranged", guidance=(1.0, 3.0))
+    more = {"phases": (1, 2), "start": str(tmp_path / "ranged"), "guidance": (1.0, 3.0)}
+    student = small(tmp_path / "more", **more, lr=1e-9)
+    first: Any = fewstep.load(tmp_path / "ranged")
+    for name, weight in first.net.state_dict().items():
+        assert torch.allclose(weight, student.net.state_dict()[name], atol=1e-3), name
+
+
+def test_what_leads_beyond_an_edge_is_refused(tmp_path: Path) -> None:
+    student = small(tmp_path / "several", phases=(1, 2))
+    half = student.card.auto["2"].grid[1]
+    made = fewstep.sample(student, nfe=2, seeds=[0])
+    again = fewstep.sample(student, grid=(80.0, half, 0.0), solver="consistency-ode", seeds=[0])
+    assert np.array_equal(made.images, again.images)
+    inside = fewstep.sample(student, grid=(80.0, 2 * half, half, 0.0), seeds=[0])
+    assert inside.nfe == 3
+    with pytest.raises(ValueError, match=f"to the edge {half:g}, and not to"):
+        fewstep.sample(student, grid=(80.0, half / 2, 0.0), seeds=[0])
+    for solver in ("consistency", "dpmpp-2m", "consistency-kappa"):
+        with pytest.raises(ValueError, match="from edge to edge, which is sampler consistency-ode"):
+            fewstep.sample(student, solver=solver, nfe=2, seeds=[0])
+
+
+def test_the_budget_to_try_a_student_with_is_one_that_it_has(tmp_path: Path) -> None:
+    for phases, budget in ((8, 8), (2, 4), ((1, 2), 4)):
+        student = small(None, phases=phases)
+        assert a_budget(student.card) == budget
+        assert fewstep.sample(student, nfe=budget, seeds=[0]).nfe == budget
+    card = replace(student.card, auto={"1": student.card.auto["1"]})
+    assert a_budget(card) == 1
+
+
 def test_nearer_to_an_edge_than_a_twentieth_nothing_is_drawn() -> None:
     assert float(draw(Recipe(phases=2, gamma_one=0.0, batch=512), 0, 512, 8, ()).gamma.min()) == (
         NEAREST
@@ -481,12 +548,34 @@ def test_pipelines_have_students_in_segments_too(
         assert again.provenance["phases"] == 2
         preset = json.loads((out / "preset.json").read_text())
         assert preset["budgets"]["2"]["phases"] == 2
+        assert preset["budgets"]["2"]["guidance_scale"] == 2.0  # 1 + log2 of the number
         assert preset["diffusers"] == {"scheduler": "FewstepScheduler"}  # LCM's draws noise
         index = json.loads((out / "model_index.json").read_text())
         assert index["scheduler"][1] == "DDIMScheduler"
         assert np.array_equal(again.images, made.images)
         with pytest.raises(ValueError, match="leave guidance out"):
             fewstep.sample(student, nfe=2, seeds=[3], prompt="a cat", guidance=4.0)
+
+
+def test_the_decoder_sees_latents_at_its_own_scale(tmp_path: Path) -> None:
+    """With a mean and a standard deviation of each channel in its configuration too."""
+    model: Any = fewstep.load(pipelines.saved("sd", tmp_path / "sd"))
+    seen: list[Tensor] = []
+    conv = model.autoencoder.decoder.conv_in
+    conv.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    for statistics in (
+        {},
+        {"latents_mean": [0.5, -1.0, 0.2, 3.0], "latents_std": [2.0, 1, 0.5, 4]},
+    ):
+        model.autoencoder.register_to_config(**statistics)
+        distance = metric("decoder", model)
+        assert isinstance(distance, InFeatures)
+        with torch.no_grad():
+            distance.maps(x)
+            model.pictures(x)
+        ours, theirs = seen[-2:]
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_a_table_over_a_student_in_segments_is_trained_at_its_budget(tmp_path: Path) -> None:

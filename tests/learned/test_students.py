@@ -14,7 +14,7 @@ from fewstep.denoiser import Counted, Covariance
 from fewstep.evaluate.compare import load_students, read_comparison
 from fewstep.learned import Imitated, LearnedSolver, train
 from fewstep.learned.on_model import train_on_model
-from fewstep.learned.rivals import SAMPLERS, best_sampler
+from fewstep.learned.rivals import OF_STUDENTS, best_sampler
 from fewstep.learned.solver import trained_on
 from fewstep.models import teacher_of
 from fewstep.models.card import Card, Distilled
@@ -72,9 +72,9 @@ def gap(solver: Any, off: float = 0.1) -> float:
 def test_a_table_learns_the_teachers_end_and_not_the_students() -> None:
     solver = fit(fallback=False, trajectories=256)
     levels = (20.0, 3.0, 0.0)
-    own = [gap(get(name).on(levels)) for name in SAMPLERS[:2]]
+    own = [gap(get(name).on(levels)) for name in OF_STUDENTS[:2]]
     assert gap(solver) < 0.7 * min(own)
-    assert solver.validation["training_free"]["solver"] == SAMPLERS[own.index(min(own))]
+    assert solver.validation["training_free"]["solver"] == OF_STUDENTS[own.index(min(own))]
     assert solver.validation["error"] == pytest.approx(gap(solver), rel=0.5)
 
 

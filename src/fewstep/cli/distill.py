@@ -87,6 +87,7 @@ def distill_splam_command(
 
     from fewstep.distillation import distill
     from fewstep.models import load
+    from fewstep.models.students import a_budget
     from fewstep.report.terminal import TrainingBar
 
     if device == "cuda":  # under torchrun each process has a device of its own
@@ -113,10 +114,10 @@ def distill_splam_command(
             resumed=bar.resumed,
             **settings,
         )
-    budgets = ", ".join(student.card.auto)
+    budgets, some = ", ".join(student.card.auto), a_budget(student.card)
     if leads and recipe.train == "lora":
         told = f"{out}: adapters for {budgets} evaluations; "
-        print(clean(f"{told}try: fewstep sample {model} --lora {out} --nfe 4"))
+        print(clean(f"{told}try: fewstep sample {model} --lora {out} --nfe {some}"))
     elif leads:
         told = f"{out}: a model folder for {budgets} evaluations; "
-        print(clean(f"{told}try: fewstep sample {out} --nfe 2"))
+        print(clean(f"{told}try: fewstep sample {out} --nfe {some}"))

@@ -49,7 +49,7 @@ def distill_levels_command(
     """
     from fewstep.distillation.levels import best_of, choose_levels, write_levels
     from fewstep.models import builtin, load, teacher_of
-    from fewstep.networks.features import load_feature_network
+    from fewstep.networks.features import load_feature_folder
 
     budgets, names = parse_budgets(nfe), words(samplers, "samplers") if samplers else ()
     try:
@@ -66,7 +66,7 @@ def distill_levels_command(
     loaded = load(model, **machine)
     # its fine solutions are those of comparisons, which are kept, whatever the student's dtype
     teacher = teacher_of(loaded.card, teacher_model, device=machine["device"])
-    network = None if features is None else load_feature_network(str(features), machine["device"])
+    network = None if features is None else load_feature_folder(features)
     tries = choose_levels(
         loaded,
         teacher,

@@ -19,8 +19,8 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +41,7 @@ from fewstep.data.sources import Entry, Images, array_images, open_images, told
 from fewstep.data.training import IDX
 from fewstep.denoiser import Condition
 from fewstep.distillation.recipe import Encoding
+from fewstep.distillation.sets import claimed, make_room
 from fewstep.files import alone, open_folder, write_whole
 from fewstep.models.identity import of_component
 from fewstep.models.pipeline import PipelineModel
@@ -57,7 +58,6 @@ SMALL = 16  # numbers of a condition's row that stays in float32, such as sizes 
 NAMED = 5  # samples in a message
 SOLVER, SOLVES = "dpmpp-2m", 25  # by which the teacher makes starts of its own
 FIRST_SEED = 2_000_000  # of those for training
-GIB = 2**30
 Report = Callable[[str, int, int], None]  # what, how many are done, of how many
 
 
@@ -151,7 +151,7 @@ class Solved:
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """A whole set of the cache, as the trainer takes it.
+    """A whole set of the cache, as the trainer takes it. It is not removed as long as this lives.
 
     rows: (shard, row in it) of each sample, int64 [n, 2]; texts: the number of its text, int64 [n]
     known_texts: the distinct texts
@@ -208,18 +208,22 @@ def encoded(
     facts = [VERSION, source.digest, parts, model.facts(), ROWS]
     home = folder / _hash(facts)[:32]
     texts = None if source.texts is None else list(dict.fromkeys(source.texts))
-    if not _whole(home, source, texts):
-        open_folder(home)
-        with alone(home):
-            _make_room(home, source, texts, model, how)
-            _encode_pictures(home, source, texts, how, report)
-            if texts is not None:
-                _encode_texts(home, texts, model, report)
-    else:
-        _encode_pictures(home, source, texts, how, lambda *done: None)  # says what is left out
-    with contextlib.suppress(OSError):
-        os.utime(home)
-    return _opened(home, source, texts, how)
+    with claimed(home) as held:
+        if not _whole(home, source, texts):
+            open_folder(home)
+            with alone(home):
+                what = f"latents and texts of {len(source)} samples"
+                make_room(home, _needed(source, texts, model), how.cache_gib, what)
+                _encode_pictures(home, source, texts, how, report)
+                if texts is not None:
+                    _encode_texts(home, texts, model, report)
+        else:
+            _encode_pictures(home, source, texts, how, lambda *done: None)  # says what is left out
+        with contextlib.suppress(OSError):
+            os.utime(home)
+        found = _opened(home, source, texts, how)
+        weakref.finalize(found, held.pop_all().close)
+    return found
 
 
 def _source(
@@ -262,37 +266,13 @@ def _encoders(model: PipelineModel) -> dict[str, Any]:
     return {name: part for name, part in found.items() if part is not None}
 
 
-def _make_room(
-    home: Path, source: Source, texts: list[str] | None, model: PipelineModel, how: Encoding
-) -> None:
-    """Remove the sets that were not used for the longest until this one fits.
-
-    Raises:
-        ValueError: it does not fit alone, or on the disk.
-    """
+def _needed(source: Source, texts: list[str] | None, model: PipelineModel) -> int:
+    """Bytes of the whole set."""
     needed = len(source) * (2 * math.prod(model.shape) + 16)
     if texts is not None:
         row = _leaves(model.condition(texts[:1]))
         needed += len(texts) * sum(leaf.nbytes for leaf in map(_stored, row.values()))
-    limit = int(how.cache_gib * GIB)
-    if needed > limit:
-        raise ValueError(
-            f"latents and texts of {len(source)} samples need {needed / GIB:.2f} GiB on disk, and "
-            f"cache_gib is {how.cache_gib:g}; raise it, or give fewer"
-        )
-    sets = {one: _size(one) for one in home.parent.iterdir() if one.is_dir() and one != home}
-    for one in sorted(sets, key=lambda one: one.stat().st_mtime):
-        if needed + sum(sets.values()) <= limit:
-            break
-        with contextlib.suppress(ValueError, OSError), alone(one):  # one that is in use stays
-            shutil.rmtree(one)
-            del sets[one]
-    free = shutil.disk_usage(home).free + _size(home)
-    if needed > free:
-        raise ValueError(
-            f"{home.parent} needs {needed / GIB:.2f} GiB and has {free / GIB:.2f}; set "
-            "FEWSTEP_CACHE to a folder with more room"
-        )
+    return needed
 
 
 def _whole(home: Path, source: Source, texts: list[str] | None) -> bool:
@@ -303,10 +283,6 @@ def _whole(home: Path, source: Source, texts: list[str] | None) -> bool:
         for kind, count in wanted.items()
         for shard in range(math.ceil(count / ROWS))
     )
-
-
-def _size(folder: Path) -> int:
-    return sum(one.stat().st_size for one in folder.iterdir() if one.is_file())
 
 
 def _encode_pictures(

@@ -84,6 +84,19 @@ def _by_segments(known: Distilled, nfe: int) -> dict[int, tuple[float, ...]]:
     return found
 
 
+def _conditions(card: Card, seeds: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of the teacher's pictures, and of the student's, whose scale may be built in."""
+    scale = None if card.distilled is None else card.distilled.guidance
+    if scale is None or not card.classes:
+        return {}, {}
+    ranged = isinstance(scale, tuple)
+    middle = sum(scale) / 2 if ranged else scale
+    classes = tuple(range(len(card.classes)))
+    turns = [classes[i % len(classes)] for i in range(seeds)]
+    theirs = {"labels": classes, "guidance": middle}
+    return theirs, {"label": turns} | ({"guidance": middle} if ranged else {})
+
+
 def _told(student: Any, nfe: int, phases: int) -> Model:
     """The student, told a number of segments at a budget."""
     card = student.card
@@ -106,7 +119,7 @@ def choose_levels(
     """Try all levels and samplers at each budget.
 
     Args:
-        student: sampled without conditions
+        student: sampled without a class, and where it has guidance with all classes in turn
         teacher: see `fewstep.models.teacher_of`
         budgets: evaluations
         samplers: for consistency functions; that of the card for the budget where left out
@@ -119,12 +132,14 @@ def choose_levels(
         Every try; the best of a budget has the least excess.
 
     Raises:
-        ValueError: before any work, for a model that is no student, an unknown sampler, a budget
-            without levels, and where there is nothing to measure a distance by.
+        ValueError: before any work, for a model that is no student, or that takes text, an unknown
+            sampler, a budget without levels, and where there is nothing to measure a distance by.
     """
     card = student.card
     if card.distilled is None:
         raise ValueError(f"{card.name} is no student, so it has no levels to choose")
+    if getattr(getattr(student, "family", None), "encode", None) is not None:
+        raise ValueError(f"{card.name} takes text; levels are chosen of pictures without")
     if card.in_segments and set(samplers) - {CHORD}:
         raise ValueError(f"a student in segments has {CHORD} for its sampler, got {samplers[0]}")
     if seeds < LEAST:
@@ -138,7 +153,8 @@ def choose_levels(
         for sampler in samplers or (usual,):
             check_known(get(sampler).on(next(iter(options.values()))), student.denoiser())
             tries += [(nfe, sampler, name, levels) for name, levels in options.items()]
-    examined = Examination(teacher, seeds, features=features)
+    shown, told_scale = _conditions(card, seeds)
+    examined = Examination(teacher, seeds, features=features, **shown)
     distance = examined.distance
     if distance is None:
         raise ValueError(
@@ -148,7 +164,8 @@ def choose_levels(
     for nfe, sampler, name, levels in tries:
         told = int(name.removeprefix(SEGMENTS)) if "phases" in card.told else None
         known = student if told is None else _told(student, nfe, told)
-        made = sample(known, solver=sampler, seeds=examined.seeds, grid=levels).images
+        how = {"solver": sampler, "seeds": examined.seeds, "grid": levels, **told_scale}
+        made = sample(known, **how).images
         found.append(Tried(nfe, sampler, name, levels, distance(made) - floor, told))
         report(found[-1])
     return found

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fewstep.distillation.subpath import LOSSES
 from fewstep.models import Model
+from fewstep.models.components import latent_scale
 from fewstep.networks.features import FeatureNetwork, load_feature_folder, load_feature_network
 
 __all__ = ["Elementwise", "InFeatures", "metric"]
@@ -131,12 +132,11 @@ def _of_decoder(model: Any) -> InFeatures:
     decoder = getattr(vae, "decoder", None)
     if decoder is None or not hasattr(decoder, "mid_block"):
         raise ValueError(f"{model.card.name} has no decoder of latents; take huber, or a network")
-    config = vae.config
-    scale, shift = config.scaling_factor, getattr(config, "shift_factor", None) or 0.0
+    factor, shift = latent_scale(vae)
     before = vae.post_quant_conv if getattr(vae, "post_quant_conv", None) is not None else _same
 
     def maps(x: Tensor) -> list[Tensor]:
-        latents = (x / scale + shift).to(next(decoder.parameters()).dtype)
+        latents = (x / factor + shift).to(next(decoder.parameters()).dtype)
         first = decoder.conv_in(before(latents))
         return [first, decoder.mid_block(first)]
 

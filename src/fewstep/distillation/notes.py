@@ -6,12 +6,13 @@ README.md      the model card, in Markdown
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from fewstep.files import write_json, write_whole
 from fewstep.models.card import Card
-from fewstep.models.students import own_levels
+from fewstep.models.students import a_budget, own_levels
 from fewstep.schedule import Schedule
 from fewstep.text import clean
 
@@ -37,7 +38,9 @@ def preset(card: Card, schedule: Schedule) -> dict[str, Any]:
         levels = own_levels(card, int(nfe))
         times = [round(schedule.t(level), 4) for level in levels[:-1]]
         how = {"sampler": choice.solver, "sigmas": list(levels), "times": times}
-        budgets[nfe] = how | ({"phases": choice.phases} if choice.phases else {})
+        if choice.phases:  # in diffusers the input is told guidance_scale - 1
+            how |= {"phases": choice.phases, "guidance_scale": 1 + math.log2(choice.phases)}
+        budgets[nfe] = how
     told = isinstance(known.guidance, tuple)
     return {
         "budgets": budgets,
@@ -74,8 +77,10 @@ def model_card(card: Card, adapters: bool) -> str:
         "licence": licence,
     }
     lines = [f"# {code(card.name)}", ""]
-    lines += [f"A student of {code(known.teacher)} for 1 to 8 evaluations, by fewstep.", ""]
-    lines += ["```sh", f'{use} --prompt "..." --nfe 4', "```", "", "| | |", "|---|---|"]
+    budgets = ", ".join(card.auto)
+    lines += [f"A student of {code(known.teacher)}, by fewstep. Evaluations: {budgets}.", ""]
+    some = a_budget(card)
+    lines += ["```sh", f'{use} --prompt "..." --nfe {some}', "```", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {code(value)} |" for name, value in rows.items()]
     for title, values in (("Recipe", recipe), ("Last validation", figures)):
         if values:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from fewstep.arguments import text, whole
 
 __all__ = ["Encoding", "Recipe"]
 
@@ -15,6 +18,8 @@ OPTIMIZERS = ("adam", "adamw8bit")  # what `fewstep.train.optimiser` has
 RATE = 3e-4
 RULES = ("linear", "variance")  # what `subpath` has
 WEIGHTS = ("clean", "edge")
+MOST_PHASES = 64
+MOST_PATHS = 1_024  # sub-paths that numbers of segments may ask for
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,12 @@ class Recipe:
                         f"{name}={value} has no effect with method {self.method}, where gamma is 1 "
                         "throughout; leave it out"
                     )
+        for name in ("teacher", "loss"):
+            text(name, getattr(self, name))
+        if self.start is not None:
+            text("start", self.start)
         self._check_phases()
+        self._check_trajectory()
         for name in ("rank", "targets"):
             if self.train != "lora" and (value := getattr(self, name)) is not None:
                 raise ValueError(f"{name}={value} is of adapters; give train lora too")
@@ -135,8 +145,6 @@ class Recipe:
         if isinstance(self.guidance, list):  # as JSON has it
             object.__setattr__(self, "guidance", (low, high))
         for name, fine, rule in (
-            ("phases", all(1 <= k <= 64 for k in self.segments), "from 1 to 64"),
-            ("loss", bool(self.loss), "a name"),
             ("points", self.points is None or self.points >= 2, "at least 2"),
             ("substeps", self.substeps is None or self.substeps >= 1, "at least 1"),
             ("guidance", 0 <= low <= high < math.inf, "a scale >= 0, or two that rise"),
@@ -159,23 +167,36 @@ class Recipe:
 
     def _check_phases(self) -> None:
         """Raise ValueError for settings that do not go with the segments."""
-        phases = (self.phases,) if isinstance(self.phases, int) else self.phases
-        if phases is not None:  # lists, as JSON has them
-            object.__setattr__(self, "phases", tuple(phases))
+        if self.phases is not None:  # lists, as JSON has them
+            several = isinstance(self.phases, tuple | list)
+            given: Any = self.phases if several else (self.phases,)
+            phases = tuple(whole("phases", one) for one in given)
+            object.__setattr__(self, "phases", phases)
             if list(phases) != sorted(set(phases)) or not phases:
-                raise ValueError(f"phases must be numbers that rise, got {self.phases}")
+                raise ValueError(f"phases must be numbers that rise, got {given}")
+            if not 1 <= phases[0] <= phases[-1] <= MOST_PHASES:
+                raise ValueError(f"phases must be from 1 to {MOST_PHASES}, got {given}")
+            if math.lcm(*phases) > MOST_PATHS:
+                raise ValueError(
+                    f"phases must divide a grid of at most {MOST_PATHS} sub-paths, got {given}"
+                )
         if self.segments != (1,) and self.tell == "gamma":
             raise ValueError("phases go with tell level, for gamma is of the whole path")
         if self.phase_weight is not None and self.segments == (1,):
             raise ValueError("phase_weight has no effect without phases; leave it out")
+        if self.start is not None and self.train == "lora":
+            raise ValueError("start is a whole student, and adapters are trained; leave it out")
+
+    def _check_trajectory(self) -> None:
+        """Raise ValueError for settings that do not go with the method."""
         if self.end_to_end and self.method != "trajectory":
             raise ValueError(f"end_to_end is of method trajectory, not of {self.method}")
         if self.end_to_end and self.phase_weight is not None:
             raise ValueError("phase_weight has no effect end to end; leave it out")
-        if self.start is not None and self.train == "lora":
-            raise ValueError("start is a whole student, and adapters are trained; leave it out")
         if self.method == "trajectory" and self.compile:
             raise ValueError("compile does not go with method trajectory; leave it out")
+        if self.method == "trajectory" and self.target_decay != Recipe.target_decay:
+            raise ValueError("target_decay has no effect with method trajectory; leave it out")
 
     @property
     def segments(self) -> tuple[int, ...]:

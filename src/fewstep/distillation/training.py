@@ -30,6 +30,7 @@ from fewstep.distillation.metric import Elementwise, metric
 from fewstep.distillation.recipe import Encoding, Recipe
 from fewstep.distillation.students import student_card
 from fewstep.distillation.subject import Subject, Training, subject
+from fewstep.distillation.subpath import LOSSES
 from fewstep.distillation.teacher import Stepper, Walker, stepper, walker
 from fewstep.distillation.trajectory import trajectory_losses
 from fewstep.distillation.validation import SHEETS, examination, examined, read_judges
@@ -77,10 +78,11 @@ class Distillation:
         self.metric = metric or Elementwise(recipe.loss)
         self.levels = Levels.of(stepper.levels, subject.boundary, recipe.segments)
         self.shape = tuple(data.batch(torch.zeros(1, dtype=torch.int64))[0].shape[1:])
-        self.target = copy.deepcopy(subject.student).requires_grad_(False)
+        needed = recipe.method != "trajectory"
+        self.target = copy.deepcopy(subject.student).requires_grad_(False) if needed else None
         self.weights = {n: w for n, w in subject.student.named_parameters() if w.requires_grad}
-        slow = dict(self.target.named_parameters())
-        self.slow = {name: slow[name] for name in self.weights}
+        slow = dict(self.target.named_parameters()) if self.target else {}
+        self.slow = {name: slow[name] for name in self.weights if name in slow}
         self.adam = optimiser(recipe.optimizer, self.weights)
         self.average = Average(self.weights)
         tensors = {f"weights.{name}": w.detach() for name, w in self.weights.items()}
@@ -140,8 +142,10 @@ class Distillation:
             found = trajectory_losses(subject, step, levels, part, condition, recipe, metric)
         else:
             assert isinstance(step, Stepper)
+            target = self.target
+            assert target is not None
             given = step, levels, part, x_0.to(self.device), condition, recipe, metric
-            found = (subpath_losses(subject, self.target, *given) for _ in range(1))
+            found = (subpath_losses(subject, target, *given) for _ in range(1))
         while True:
             with _autocast(self.device, recipe.dtype):  # and no backward pass in it
                 losses = next(found, None)
@@ -238,6 +242,7 @@ def distill(
         place = None if out is None else Path(out)
         folder = Folder(place if together.leads else None, known.results, (SHEETS,))
         held.enter_context(folder)
+        _check_parts(recipe, together)
         with together.led(device):
             folder.look(_identity(recipe, _inputs(model, step)), recipe.total_steps)
             if together.leads:
@@ -245,7 +250,8 @@ def distill(
         if not together.leads:
             pictures = _read(data, model, recipe, encoding, encoding_report)
         card = _card(recipe, known, step, model.card, pictures, name, sampler)
-        check_known(get(next(iter(card.auto.values())).solver).on(step.levels), model.denoiser())
+        if sampler is not None:
+            check_known(get(sampler).on(step.levels), model.denoiser())
         distance = metric(recipe.loss, model)
         begun = _start(recipe, known, model)
         if lora_format == KOHYA:
@@ -284,7 +290,9 @@ def _read(
 ) -> Data:
     """The data, those of a pipeline encoded."""
     if model.card.kind != "pipeline":
-        if data is None and recipe.method == "trajectory" and encoding is None:
+        if recipe.method == "trajectory" and encoding is None:
+            if data is not None:
+                raise ValueError("method trajectory starts from noise; give none for the data")
             return NoData(tuple(model.prior([0]).shape[1:]), len(model.card.classes))
         if encoding is not None or data is None:
             raise ValueError(
@@ -314,9 +322,20 @@ def _inputs(model: Model, step: Stepper | Walker) -> dict[str, str]:
     }
 
 
+def _check_parts(recipe: Recipe, together: Team) -> None:
+    """Raise ValueError where a batch in parts would be another loss."""
+    parts = together.size > 1 or recipe.accumulate > 1
+    if recipe.end_to_end and recipe.loss not in LOSSES and parts:
+        raise ValueError(
+            "end_to_end with a loss in features takes the means of the whole batch at once; leave "
+            "accumulate and torchrun out"
+        )
+
+
 def _identity(recipe: Recipe, inputs: Mapping[str, str]) -> Identity:
-    """What tells a run from others; its length and the parts of a batch do not."""
-    free = ("pictures", "accumulate")
+    """What tells a run from others; its length and the parts of a batch do not, nor where the
+    student lies that it starts from: its weights do."""
+    free = ("pictures", "accumulate", "start")
     settings = {k: v for k, v in asdict(recipe).items() if k not in free}
     return Identity("a distillation", settings, inputs)
 
@@ -341,10 +360,11 @@ def _start(recipe: Recipe, known: Subject, model: Model) -> str:
     how = begun.card.distilled
     if how is None or how.teacher_weights != model.card.weights_sha256:
         raise ValueError(f"start {recipe.start} is no student of {model.card.name}")
-    told, has = (set(card.told) for card in (known.card, begun.card))
-    if not has <= told:
+    told, has = known.card.told, begun.card.told
+    if told[: len(has)] != has:  # their weights stand in this order
         raise ValueError(
-            f"start {recipe.start} is told {', '.join(has - told)}, which this student is not"
+            f"start {recipe.start} is told {', '.join(has)}, and this student "
+            f"{', '.join(told) or 'nothing'}"
         )
     weights = {name: tensor.float() for name, tensor in begun.net.state_dict().items()}
     missing, unknown = known.student.load_state_dict(weights, strict=False)
@@ -410,7 +430,8 @@ def _card(
         "teacher_step": f"{step.name}, {step.evaluations} evaluations",
         "phases": () if recipe.phases is None else recipe.segments,
     }
-    run = {"recipe": asdict(recipe), "data": {"pictures": len(data), "sha256": data.digest}}
+    count = 0 if isinstance(data, NoData) else len(data)
+    run = {"recipe": asdict(recipe), "data": {"pictures": count, "sha256": data.digest}}
     return student_card(known.card, step.levels, facts, run, name, sampler)
 
 

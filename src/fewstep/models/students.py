@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -33,6 +34,8 @@ __all__ = [
     "Boundary",
     "CleanEnd",
     "Consistency",
+    "a_budget",
+    "check_segments",
     "DiscreteEnd",
     "as_lcm",
     "choices",
@@ -48,6 +51,8 @@ __all__ = [
 
 BUDGETS = range(1, 9)  # evaluations for which a student's card has levels
 SAMPLERS = ("consistency", "consistency-ode", "consistency-kappa", "consistency-pca")
+CHORD = "ddim"  # the solver that consistency-ode is
+NEAR = 1e-6  # levels this near are one
 LCM_POINTS = 51  # of the published ones' training: 50 steps of 20 times
 
 
@@ -198,6 +203,39 @@ def choices(levels: Sequence[float], sampler: str, phases: Sequence[int] = ()) -
                 found[str(nfe)] = Choice(sampler, grid, phases=told)
                 break
     return found
+
+
+def check_segments(card: Card, nfe: int, solver: str, grid: Sequence[float]) -> None:
+    """Raise ValueError for what a student in segments cannot do: another solver than the step to
+    the edge, or a step beyond it.
+
+    Args:
+        solver: its name; nfe: from which follows in how many segments
+        grid: the levels that it goes through, 0 at the end
+    """
+    known = card.distilled
+    if known is None or not card.in_segments:
+        return
+    if solver != CHORD:
+        raise ValueError(
+            f"{card.name} goes its path in segments, from edge to edge, which is sampler "
+            f"consistency-ode; got {solver}"
+        )
+    told = card.phases(nfe) or known.phases[0]
+    marks = [known.levels[i] for i in edges(len(known.levels), told)[:-1]]
+    for t, s in pairwise(grid):
+        edge = max((mark for mark in marks if mark < t * (1 - NEAR)), default=0.0)
+        if s < edge * (1 - NEAR):
+            raise ValueError(
+                f"{card.name} in {told} segments goes from sigma {t:g} to the edge {edge:g}, and "
+                f"not to {s:g} beyond it; leave the grid out"
+            )
+
+
+def a_budget(card: Card) -> int:
+    """Evaluations to try a student with: 4, or the fewest above that it has levels for."""
+    have = sorted(map(int, card.auto))
+    return next((n for n in have if n >= 4), have[-1])
 
 
 def own_levels(card: Card, nfe: int) -> Sequence[float]:

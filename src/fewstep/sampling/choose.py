@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fewstep.grid import check_grid
 from fewstep.loop import check_mean_start, starts_at
-from fewstep.models.students import own_levels
+from fewstep.models.students import check_segments, own_levels
 from fewstep.plan import Plan, Program, gain
 from fewstep.sampling.settings import Filled, Settings
 from fewstep.schedule import PURE_NOISE
@@ -81,6 +81,8 @@ def choose(model: Model, settings: Settings, start: float | None = None) -> Fill
     if not isinstance(grid, str):
         grid = tuple(grid)
         spent = resolve(Settings(solver, nfe, grid, afs, final, end)).evaluations
+        named = get(solver) if isinstance(solver, str) else solver
+        check_segments(model.card, spent, named.name, grid)
         _check_start(model, grid[0], begin)
         return Filled(solver, spent, grid, afs, final, head_start=settings.head_start)
     if end is None:
