@@ -137,6 +137,15 @@ def test_two_words_for_alpha_are_refused(folder: Path, tmp_path: Path) -> None:
         fewstep.load(folder, loras=[(file, 1.0)])
 
 
+def test_one_layer_under_two_names_is_refused(folder: Path, tmp_path: Path) -> None:
+    file, short = tmp_path / "lora.safetensors", f"lora_unet_{LAYER.replace('.', '_')}"
+    down, up = torch.ones(2, 32), torch.ones(32, 2)
+    values = {f"unet.{LAYER}.lora_A.weight": down, f"unet.{LAYER}.lora_B.weight": up}
+    save_file({**values, f"{short}.lora_down.weight": down.clone()}, file)
+    with pytest.raises(ValueError, match="for a layer that has it under another name"):
+        fewstep.load(folder, loras=[(file, 1.0)])
+
+
 HUGE = torch.full((2, 32), 1e30)
 NUMBERS: dict[str, tuple[dict[str, torch.Tensor], str]] = {
     "two alphas": ({"alpha": torch.ones(2)}, "must have one finite number, got torch.float32 of"),

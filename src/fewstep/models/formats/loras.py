@@ -155,10 +155,8 @@ class Change:
     def finite(self) -> bool:
         """Whether no number of it is too large for the weight."""
         down, up = (float(one.float().abs().max()) for one in (self.down, self.up))
-        if (
-            abs(self.factor) * down * up * self.down.shape[0]
-            < torch.finfo(self.weight.dtype).max / 2
-        ):
+        largest, room = down * up * self.down.shape[0], torch.finfo(self.weight.dtype).max / 2
+        if abs(self.factor) * largest < room:
             return True
         return bool((self.weight + self.more()).isfinite().all())
 
@@ -179,6 +177,8 @@ def _read(lora: Lora, model: PipelineModel) -> tuple[list[Change], Card | None]:
                 f"{path} does not fit {model.card.name}: its key {shown(key)} {what}"
                 + (" there; is it for another model?" if part else "")
             )
+        if part in parts.get(place, {}):
+            raise ValueError(f"{path} has {shown(key)} for a layer that has it under another name")
         parts.setdefault(place, {})[part] = _checked(path, key, part, tensors[key])
         first.setdefault(place, key)
     known = _configurations(path, texts)
