@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import fewstep
 from fewstep.distillation import distill
-from fewstep.distillation.encoded import encoded
+from fewstep.distillation.encoded import EncodedTexts, encoded, encoded_texts
 from fewstep.distillation.recipe import Encoding
 from fewstep.distillation.sets import claimed, make_room
 from fewstep.distillation.students import Examination
@@ -256,6 +256,47 @@ def test_without_pictures_the_starts_are_the_teachers_own(tmp_path: Path) -> Non
     assert torch.equal(condition["encoder_hidden_states"][0], condition["encoder_hidden_states"][2])
     student = distill(loaded, None, encoding=how, guidance=2.0, **TINY, **QUIET)
     assert student.card.built_in_guidance == 2.0
+
+
+@pytest.mark.parametrize("pictures", [False, True])
+def test_texts_alone_are_those_of_the_encoder_and_nothing_is_solved_or_encoded(
+    pictures: bool, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fewstep.distillation.encoded.ROWS", 2)
+    loaded, file = model(tmp_path / "sd"), tmp_path / "texts.csv"
+    file.write_text("prompt\n" + "\n".join(TEXTS))
+    where = data(tmp_path / "data") if pictures else None
+    how = Encoding() if pictures else Encoding(captions=file, starts=5)
+    seen = count_calls(monkeypatch, loaded)
+    monkeypatch.setattr(loaded.net, "forward", None)  # not called
+    found = encoded_texts(where, loaded, how)
+    assert isinstance(found, EncodedTexts)
+    assert seen == {"pictures": 0, "texts": 3}  # one row, for its size, and two shards
+    assert (len(found), tuple(found.known_texts)) == (6 if pictures else 5, TEXTS)
+    x_0, condition = found.batch(torch.tensor([4, 0, 2]))
+    assert x_0.shape == (3, *loaded.shape)
+    pipe = pipelines.diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "sd")
+    words = [TEXTS[1], TEXTS[0], TEXTS[2]]
+    tokens = pipe.tokenizer(words, padding="max_length", truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        theirs = pipe.text_encoder(tokens.input_ids)[0]
+    assert isinstance(condition, dict)
+    torch.testing.assert_close(condition["encoder_hidden_states"], theirs, rtol=2e-3, atol=2e-3)
+    before = seen["texts"]
+    again = encoded_texts(where, loaded, how)
+    assert (again.digest, seen["texts"]) == (found.digest, before)
+    assert [one.suffix for one in found.folder.iterdir() if one.name != ".claim"] == [
+        ".safetensors"
+    ] * 2
+
+
+def test_without_text_what_starts_from_noise_needs_no_set(tmp_path: Path, cache: Path) -> None:
+    loaded = model(tmp_path / "ldm", "ldm")
+    found = encoded_texts(None, loaded, Encoding())
+    assert found.batch(torch.arange(2))[0].shape == (2, *loaded.shape)
+    assert not cache.exists()
+    with pytest.raises(ValueError, match="takes no text; leave out captions"):
+        encoded_texts(None, loaded, Encoding(captions=tmp_path / "texts.csv"))
 
 
 # --- training --------------------------------------------------------------------------------
