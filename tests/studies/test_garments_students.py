@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,8 @@ from studies.commands import ended
 from studies.garments_students import FIELDS, Sampler
 from studies.rows import same
 
-RESULTS = Path(__file__).parents[2] / "results" / "garments" / "students.json"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "results" / "garments" / "students.json"
 SIGMAS = {2: (80.0, 1.0, 0.002), 4: (80.0, 15.0, 4.0, 0.7, 0.002)}
 
 
@@ -120,6 +122,41 @@ def test_every_row_of_the_results_names_what_was_sampled() -> None:
         assert ("adapter" in row) == (row["row"] == "lora")
         assert ("solver" in row) == (row["row"] == "tuned")
         assert sum(same(one, row, FIELDS) for one in rows) == 1
+
+
+NAMES = {
+    "SPLAM, whole": "splam",
+    "LCM, whole": "lcm",
+    "SPLAM, adapters of rank 64": "lora",
+    "SPLAM in segments, `--loss decoder`": "phases",
+    "`dpmpp-2m`": "dpmpp-2m",
+    "`unipc`": "unipc",
+    "`tuned`, 640 trajectories": "tuned",
+}
+
+
+def rounded(value: Decimal, step: str) -> str:
+    """Halves go up."""
+    return str(value.quantize(Decimal(step), ROUND_HALF_UP))
+
+
+def test_the_table_of_the_page_is_the_file() -> None:
+    found = json.loads(RESULTS.read_text(), parse_float=Decimal)["rows"]
+    rows = {(row["row"], row["nfe"]): row for row in found}
+
+    def cell(name: str, nfe: int) -> str:
+        if (name, nfe) not in rows:
+            return "-"
+        row = rows[name, nfe]
+        share, error = (rounded(100 * row[key], "0.1") for key in ("all", "error"))
+        return f"{share} ± {error}, {rounded(row['frechet'] - row['frechet_bias'], '0.01')}"
+
+    page = (ROOT / "docs" / "garments.md").read_text()
+    table = page.split("| | 1 | 2 | 4 | 8 |")[1].split("\n\n")[0].splitlines()[2:]
+    assert len(table) == len(NAMES)
+    for line in table:
+        name, *cells = (part.strip() for part in line.strip("|").split("|"))
+        assert cells == [cell(NAMES[name], nfe) for nfe in (1, 2, 4, 8)]
 
 
 @pytest.mark.slow
