@@ -1,17 +1,21 @@
-"""Commands that a study runs, and the end of its time."""
+"""Commands that a study runs, its end and the end of its time, and numbers of its options."""
 
 from __future__ import annotations
 
 import argparse
 import math
+import os
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from types import FrameType
 
-__all__ = ["positive", "run", "stop_after"]
+from fewstep.text import clean
+
+__all__ = ["at_least", "ended", "positive", "run", "stop_after"]
 
 _running: list[subprocess.Popen[bytes]] = []
 
@@ -29,6 +33,34 @@ def run(command: Sequence[str]) -> None:
         _running.remove(process)
     if code:
         raise SystemExit(code)
+
+
+def ended(study: Callable[[], object]) -> int:
+    """The exit code of a study; what a user can mend is one line, and 2. FEWSTEP_DEBUG in the
+    environment shows where it was raised."""
+    try:
+        study()
+    except (ValueError, OSError) as error:
+        if os.environ.get("FEWSTEP_DEBUG"):
+            traceback.print_exc()
+        text: object = error
+        if isinstance(error, OSError) and error.filename is not None:
+            text = f"{os.fsdecode(error.filename)}: {error.strerror}"
+        print(f"error: {clean(text)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an option that is a whole number, from this one on."""
+
+    def whole(text: str) -> int:
+        if not text.isdecimal() or len(text) > 12 or int(text) < least:
+            rule = f"must be a whole number, at least {least}"
+            raise argparse.ArgumentTypeError(f"{rule}, got {clean(text)!r}")
+        return int(text)
+
+    return whole
 
 
 def positive(text: str) -> float:

@@ -26,13 +26,15 @@ import argparse
 import json
 import math
 import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
+from pydantic import TypeAdapter
 from safetensors import safe_open
 
 import fewstep
@@ -44,7 +46,8 @@ from fewstep.files import write_json
 from fewstep.models import read_card
 from fewstep.report import terminal as show
 from fewstep.report.tables import seeds_table, short_names, training_seed
-from studies.commands import positive, run, stop_after
+from fewstep.text import clean
+from studies.commands import at_least, ended, positive, run, stop_after
 
 METHODS: dict[str, dict[str, Any]] = {
     "splam": {},  # the linear rule, told the level
@@ -357,9 +360,26 @@ def setting(text: str) -> tuple[str, Any]:
         known = ", ".join(free)
         raise argparse.ArgumentTypeError(f"must be NAME=VALUE, NAME one of {known}, got {text!r}")
     try:
-        return name, json.loads(value)
+        read: Any = json.loads(value)
     except ValueError:
-        return name, value
+        read = value
+    kind = get_type_hints(Recipe)[name]
+    try:
+        TypeAdapter(kind).validate_json(json.dumps(read), strict=True)
+    except ValueError:
+        rule = f"{name} must be {getattr(kind, '__name__', kind)}"
+        raise argparse.ArgumentTypeError(f"{rule}, got {clean(value)!r}") from None
+    return name, read
+
+
+def check(common: dict[str, Any]) -> None:
+    """Raise ValueError for settings that a run of the study cannot have."""
+    changed = {name: {**METHODS[method], **change} for name, (method, change) in ABLATIONS.items()}
+    for name, own in {**METHODS, **changed}.items():
+        try:
+            Recipe(**{**common, **own})
+        except ValueError as error:
+            raise ValueError(f"--set: {error} ({name})") from None
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -374,13 +394,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--only", default="", help="stages or runs, with commas and wildcards")
     add("--minutes", type=positive, help="stop then; the same command goes on from there")
     add("--status", action="store_true", help="say what is left, and end")
-    add("--pictures", type=int, default=500_000, help="of a whole run")
-    add("--training-seeds", type=int, default=3)
-    add("--validation-seeds", type=int, default=500)
+    add("--pictures", type=at_least(1), default=500_000, help="of a whole run")
+    add("--training-seeds", type=at_least(1), default=3)
+    add("--validation-seeds", type=at_least(1), default=500)
     add("--set", nargs="+", type=setting, default=[], help="of every run, such as batch=64")
     add("--solvers", default=FREE, help="of the frozen network, to compare with")
     add("--compare", default="--seeds 0-4999", help="more options of fewstep compare")
     options = parser.parse_args(arguments)
+    try:
+        check(dict(options.set))
+    except ValueError as error:
+        parser.error(clean(error))
     options.only = [part.strip() for part in options.only.split(",") if part.strip()]
     return options
 
@@ -420,4 +444,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ended(main))

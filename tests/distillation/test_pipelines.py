@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,14 @@ from safetensors.torch import load_file, save_file
 
 import fewstep
 from fewstep.distillation import distill
-from fewstep.distillation.encoded import encoded
+from fewstep.distillation.encoded import EncodedTexts, encoded, encoded_texts
 from fewstep.distillation.recipe import Encoding
+from fewstep.distillation.sets import claimed, make_room
 from fewstep.distillation.students import Examination
 from fewstep.distillation.validation import read_judges
 from fewstep.evaluate.agreement import agreement
 from fewstep.evaluate.compare.run import load_students
+from fewstep.files import alike
 from fewstep.integrations.diffusers import FewstepScheduler
 from fewstep.models.formats.loras import DIFFUSERS, KOHYA
 from fewstep.networks.lora import TARGETS, adapted_modules
@@ -181,8 +185,59 @@ def test_the_cache_is_bounded_and_the_oldest_sets_make_room(tmp_path: Path, cach
     size = sum(one.stat().st_size for one in first.folder.iterdir())
     with pytest.raises(ValueError, match="raise it, or give fewer"):
         encoded(data(tmp_path / "two"), loaded, Encoding(cache_gib=1e-6))
-    second = encoded(tmp_path / "two", loaded, Encoding(cache_gib=1.2 * size / 2**30))
+    tight = Encoding(cache_gib=1.2 * size / 2**30)
+    again = encoded(tmp_path / "one", loaded, Encoding())  # a second run with the same set
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"of which sets in use have .* wait until the others"):
+            encoded(tmp_path / "two", loaded, tight)
+        first = again
+        assert len(first.batch(torch.arange(6))[0]) == 6
+    del first, again
+    second = encoded(tmp_path / "two", loaded, tight)
     assert {one.name for one in (cache / "latents").iterdir()} == {second.folder.name}
+
+
+HOLDS = """
+import fcntl, sys
+file = open(sys.argv[1], "w")
+file.write("using")
+file.flush()
+fcntl.flock(file, fcntl.LOCK_SH)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_set_that_another_process_uses_stays_until_that_ends(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    home, other = tmp_path / "new", tmp_path / "old"
+    home.mkdir()
+    other.mkdir()
+    (other / "pictures-00000.safetensors").write_bytes(bytes(600))
+    room = 1000 / 2**30
+    run = [sys.executable, "-S", "-c", HOLDS, str(other / ".claim")]
+    with subprocess.Popen(run, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match="sets in use have"):
+            make_room(home, 900, room, "new numbers")
+        assert (other / "pictures-00000.safetensors").stat().st_size == 600
+        process.kill()
+    make_room(home, 900, room, "new numbers")
+    assert not other.exists()
+
+
+def test_a_set_that_is_removed_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "set"
+    home.mkdir()
+    monkeypatch.setattr("fewstep.distillation.sets.WAIT", 0.001)
+    with alike(home, "removing"), pytest.raises(ValueError, match="another process removes"):
+        claimed(home)
+    with claimed(home), claimed(home):
+        assert [one.name for one in home.iterdir()] == [".claim"]
+    assert not list(home.iterdir())
 
 
 @pytest.mark.slow
@@ -201,6 +256,47 @@ def test_without_pictures_the_starts_are_the_teachers_own(tmp_path: Path) -> Non
     assert torch.equal(condition["encoder_hidden_states"][0], condition["encoder_hidden_states"][2])
     student = distill(loaded, None, encoding=how, guidance=2.0, **TINY, **QUIET)
     assert student.card.built_in_guidance == 2.0
+
+
+@pytest.mark.parametrize("pictures", [False, True])
+def test_texts_alone_are_those_of_the_encoder_and_nothing_is_solved_or_encoded(
+    pictures: bool, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fewstep.distillation.encoded.ROWS", 2)
+    loaded, file = model(tmp_path / "sd"), tmp_path / "texts.csv"
+    file.write_text("prompt\n" + "\n".join(TEXTS))
+    where = data(tmp_path / "data") if pictures else None
+    how = Encoding() if pictures else Encoding(captions=file, starts=5)
+    seen = count_calls(monkeypatch, loaded)
+    monkeypatch.setattr(loaded.net, "forward", None)  # not called
+    found = encoded_texts(where, loaded, how)
+    assert isinstance(found, EncodedTexts)
+    assert seen == {"pictures": 0, "texts": 3}  # one row, for its size, and two shards
+    assert (len(found), tuple(found.known_texts)) == (6 if pictures else 5, TEXTS)
+    x_0, condition = found.batch(torch.tensor([4, 0, 2]))
+    assert x_0.shape == (3, *loaded.shape)
+    pipe = pipelines.diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "sd")
+    words = [TEXTS[1], TEXTS[0], TEXTS[2]]
+    tokens = pipe.tokenizer(words, padding="max_length", truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        theirs = pipe.text_encoder(tokens.input_ids)[0]
+    assert isinstance(condition, dict)
+    torch.testing.assert_close(condition["encoder_hidden_states"], theirs, rtol=2e-3, atol=2e-3)
+    before = seen["texts"]
+    again = encoded_texts(where, loaded, how)
+    assert (again.digest, seen["texts"]) == (found.digest, before)
+    assert [one.suffix for one in found.folder.iterdir() if one.name != ".claim"] == [
+        ".safetensors"
+    ] * 2
+
+
+def test_without_text_what_starts_from_noise_needs_no_set(tmp_path: Path, cache: Path) -> None:
+    loaded = model(tmp_path / "ldm", "ldm")
+    found = encoded_texts(None, loaded, Encoding())
+    assert found.batch(torch.arange(2))[0].shape == (2, *loaded.shape)
+    assert not cache.exists()
+    with pytest.raises(ValueError, match="takes no text; leave out captions"):
+        encoded_texts(None, loaded, Encoding(captions=tmp_path / "texts.csv"))
 
 
 # --- training --------------------------------------------------------------------------------
@@ -273,6 +369,28 @@ def test_adapters_leave_their_teacher_as_it_is_and_share_its_network(tmp_path: P
     assert np.array_equal(fewstep.sample(loaded, **asked).images, plain.images)
     changed = fewstep.sample(student, **{**asked, "solver": "auto"})
     assert not np.array_equal(changed.images, plain.images)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_adapters_of_a_base_in_bfloat16_train_in_its_arithmetic(
+    checkpointing: bool, tmp_path: Path
+) -> None:
+    base = fewstep.load(pipelines.saved("sd", tmp_path / "sd"), dtype="bfloat16")
+    assert base.dtype == torch.bfloat16  # type: ignore[attr-defined]
+    how = {**TINY, **QUIET, **FEW, "checkpointing": checkpointing}
+    student: Any = distill(base, data(tmp_path / "data"), **how)
+    layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    down, up = student.forward.tensors()[layer]
+    assert (down.dtype, up.dtype) == (torch.float32, torch.float32)
+    with torch.no_grad(), student.forward.switch.on(student.forward):
+        ours = base.net.get_submodule(layer)(x)  # type: ignore[attr-defined]
+    weight = base.net.get_submodule(layer).weight  # type: ignore[attr-defined]
+    theirs = x @ weight.T + (x @ down.bfloat16().T) @ up.bfloat16().T
+    assert float(up.abs().max()) > 0
+    torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)  # 2^-8 of each sum
+    asked = {"seeds": range(2), "prompt": "a cat", "nfe": 2}
+    assert np.isfinite(fewstep.sample(student, **asked).images).all()
 
 
 def test_what_is_kept_of_adapters_is_the_adapters(tmp_path: Path) -> None:
@@ -415,9 +533,6 @@ assert not [name for name in sys.modules if name.startswith("fewstep")]
 def test_adapters_give_the_same_picture_in_a_process_without_fewstep(
     name: str, tmp_path: Path
 ) -> None:
-    import subprocess
-    import sys
-
     from fewstep.noise import normal
 
     pytest.importorskip("peft")
@@ -569,9 +684,6 @@ def test_two_processes_give_the_student_of_one_in_the_same_parts(
     train: str, tmp_path: Path
 ) -> None:
     """To the bit, the cache that they share included."""
-    import subprocess
-    import sys
-
     pipelines.saved("sd", tmp_path / "sd")
     folder = data(tmp_path / "data")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

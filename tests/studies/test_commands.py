@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 
 import pytest
 
 from studies import distill_study, learned_study
+from studies.commands import at_least, ended
 
 LONG = ["timeit", "-n", "1", "-r", "1", "import time; time.sleep(60)"]
 
@@ -40,3 +42,18 @@ def test_other_minutes_are_refused(study, given, capsys) -> None:  # type: ignor
         study.parse(["--data", "x", "--out", "y", "--minutes", given])
     assert ended.value.code == 2
     assert "above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "many", "", "9" * 13])
+def test_a_whole_number_that_is_too_small_is_refused(text) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="a whole number, at least 1, got"):
+        at_least(1)(text)
+
+
+def test_what_a_user_can_mend_is_one_line(capsys) -> None:
+    def refuse() -> None:
+        raise ValueError("nfe must be\n1, got \x1b[31m")
+
+    assert ended(refuse) == 2
+    assert capsys.readouterr().err == "error: nfe must be 1, got \\x1b[31m\n"
+    assert ended(lambda: at_least(1)("1")) == 0

@@ -166,6 +166,37 @@ def test_what_the_study_sets_itself_is_refused(text: str) -> None:
         distill_study.setting(text)
 
 
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (["--set", "batch=0"], "batch must be positive, got 0"),
+        (["--set", "end_to_end=true"], "end_to_end is of method trajectory"),
+        (["--set", "compile=true"], "compile does not go with method trajectory; leave it out"),
+        (["--set", "batch=many"], "batch must be int, got 'many'"),
+        (["--set", "batch=[1]"], "batch must be int, got '[1]'"),
+        (["--set", "warmup=true"], "warmup must be float, got 'true'"),
+        (["--set", "substeps=1.5"], "substeps must be int | None, got '1.5'"),
+        (["--set", "guidance=a"], "guidance must be float | tuple[float, float] | None"),
+        (["--pictures", "0"], "must be a whole number, at least 1, got '0'"),
+        (["--training-seeds", "0"], "must be a whole number, at least 1, got '0'"),
+        (["--validation-seeds", "few"], "must be a whole number, at least 1, got 'few'"),
+    ],
+)
+def test_settings_that_no_run_can_have_are_refused(given, message, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        distill_study.main(["--data", "nowhere", "--out", "nowhere", *given])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [("batch=64", 64), ("guidance=[1, 2]", [1, 2]), ("teacher=ddim", "ddim"), ("warmup=0", 0)],
+)
+def test_a_setting_is_what_json_has(text, value) -> None:
+    assert distill_study.setting(text) == (text.partition("=")[0], value)
+
+
 def test_the_table_over_training_seeds_by_hand() -> None:
     def row(sampler: str, nfe: int, excess: float, seed: int | None = None) -> dict[str, Any]:
         how: dict[str, Any] = {} if seed is None else {"student": {"recipe": {"seed": seed}}}

@@ -6,6 +6,8 @@ autoencoder, the text encoders, the size. It holds shards of 256 rows, in float1
     pictures-00000.safetensors    latents, the row of the data, the number of the text
     texts-00000.safetensors       the conditions of the distinct texts
 
+Of what starts from noise there are texts alone.
+
 Each shard is written whole, and its rows do not depend on the others. So work that was killed goes
 on at the first shard that is missing, and ends in the same bytes. Samples that cannot be read are
 named in their shard. Training reads rows from the files, so its memory does not grow with the data.
@@ -19,8 +21,8 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,9 +40,10 @@ from fewstep.data.captions import read_captions
 from fewstep.data.idx import load_idx_folder
 from fewstep.data.images import fit_picture
 from fewstep.data.sources import Entry, Images, array_images, open_images, told
-from fewstep.data.training import IDX
+from fewstep.data.training import IDX, NoData
 from fewstep.denoiser import Condition
 from fewstep.distillation.recipe import Encoding
+from fewstep.distillation.sets import claimed, make_room
 from fewstep.files import alone, open_folder, write_whole
 from fewstep.models.identity import of_component
 from fewstep.models.pipeline import PipelineModel
@@ -48,7 +51,7 @@ from fewstep.solving import solve
 from fewstep.tensors import read_header, read_metadata
 from fewstep.text import clean
 
-__all__ = ["Encoded", "Report", "encoded"]
+__all__ = ["Encoded", "EncodedTexts", "Report", "encoded", "encoded_texts"]
 
 VERSION = 1  # rises when the same key stands for other numbers
 ROWS = 256  # of a shard
@@ -57,7 +60,6 @@ SMALL = 16  # numbers of a condition's row that stays in float32, such as sizes 
 NAMED = 5  # samples in a message
 SOLVER, SOLVES = "dpmpp-2m", 25  # by which the teacher makes starts of its own
 FIRST_SEED = 2_000_000  # of those for training
-GIB = 2**30
 Report = Callable[[str, int, int], None]  # what, how many are done, of how many
 
 
@@ -149,9 +151,23 @@ class Solved:
         return list(range(first, end)), torch.cat(states), []
 
 
+@dataclass(frozen=True)
+class Unread:
+    """The source of texts alone, whose pictures nobody reads."""
+
+    digest: str
+    texts: Sequence[str] | None = None
+
+    def __len__(self) -> int:
+        return 0
+
+    def read(self, first: int, end: int) -> tuple[list[int], Tensor, list[tuple[str, str]]]:
+        return [], torch.empty(0), []
+
+
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """A whole set of the cache, as the trainer takes it.
+    """A whole set of the cache, as the trainer takes it. It is not removed as long as this lives.
 
     rows: (shard, row in it) of each sample, int64 [n, 2]; texts: the number of its text, int64 [n]
     known_texts: the distinct texts
@@ -169,19 +185,43 @@ class Encoded:
 
     def batch(self, chosen: Tensor, /) -> tuple[Tensor, Condition]:
         pairs = self.rows[chosen].tolist()
-        x_0 = torch.stack([self._row("pictures", shard, row, "x") for shard, row in pairs])
+        x_0 = torch.stack([self.shards("pictures", i).get_slice("x")[row] for i, row in pairs])
         if self.texts is None:
             return x_0.float(), None
-        places = [divmod(int(self.texts[i]), ROWS) for i in chosen]
-        names = list(self.shards("texts", places[0][0]).keys())
-        leaves = {
-            name: torch.stack([self._row("texts", shard, row, name) for shard, row in places])
-            for name in names
-        }
-        return x_0.float(), _tree({name: leaf.float() for name, leaf in leaves.items()})
+        return x_0.float(), _conditions(self.shards, self.texts[chosen])
 
-    def _row(self, kind: str, shard: int, row: int, name: str) -> Tensor:
-        return self.shards(kind, shard).get_slice(name)[row]
+
+@dataclass(frozen=True, eq=False)
+class EncodedTexts:
+    """A set of texts alone, which is not removed as long as this lives. States are zeros.
+
+    texts: the number of its text for each sample, int64 [n]; known_texts: the distinct texts
+    """
+
+    folder: Path
+    digest: str
+    shape: tuple[int, ...]
+    texts: Tensor
+    known_texts: Sequence[str]
+    shards: Callable[[str, int], Any] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def batch(self, chosen: Tensor, /) -> tuple[Tensor, Condition]:
+        x_0 = torch.zeros(1).expand(len(chosen), *self.shape)
+        return x_0, _conditions(self.shards, self.texts[chosen])
+
+
+def _conditions(shards: Callable[[str, int], Any], numbers: Tensor) -> dict[str, Any]:
+    """Of texts by their numbers, in float32."""
+    places = [divmod(number, ROWS) for number in numbers.tolist()]
+    names = list(shards("texts", places[0][0]).keys())
+    leaves = {
+        name: torch.stack([shards("texts", shard).get_slice(name)[row] for shard, row in places])
+        for name in names
+    }
+    return _tree({name: leaf.float() for name, leaf in leaves.items()})
 
 
 def encoded(
@@ -203,15 +243,66 @@ def encoded(
             room. OSError: a file cannot be read or written.
     """
     source = _source(data, model, how, guidance)
-    folder = cache_folder() / "latents"
+    texts = None if source.texts is None else list(dict.fromkeys(source.texts))
+    home = _home(model, source)
+    with claimed(home) as held:
+        _encode(home, source, texts, model, how, report)
+        found = _opened(home, source, texts)
+        weakref.finalize(found, held.pop_all().close)
+    return found
+
+
+def encoded_texts(
+    data: Path | str | None,
+    model: PipelineModel,
+    how: Encoding,
+    report: Report = lambda what, done, count: None,
+) -> EncodedTexts | NoData:
+    """The texts of the data alone, for what starts from noise: no picture is read, made or encoded.
+
+    Args:
+        data: as of `encoded`
+
+    Raises:
+        ValueError: there is no text, or the cache has no room. OSError: as `encoded`.
+    """
+    shape, said = tuple(model.shape), _source(data, model, how, None).texts
+    if said is None:
+        return NoData(shape)
+    texts = list(dict.fromkeys(said))
+    number = {text: i for i, text in enumerate(texts)}
+    rows = [number[text] for text in said]
+    source = Unread(_hash(texts))
+    home = _home(model, source)
+    digest = _hash([home.name, rows])
+    with claimed(home) as held:
+        _encode(home, source, texts, model, how, report)
+        found = EncodedTexts(home, digest, shape, torch.tensor(rows), texts, _reader(home))
+        weakref.finalize(found, held.pop_all().close)
+    return found
+
+
+def _home(model: PipelineModel, source: Source) -> Path:
+    """The folder of a set."""
     parts = {n: of_component(p) for n, p in _encoders(model).items()}
     facts = [VERSION, source.digest, parts, model.facts(), ROWS]
-    home = folder / _hash(facts)[:32]
-    texts = None if source.texts is None else list(dict.fromkeys(source.texts))
+    return cache_folder() / "latents" / _hash(facts)[:32]
+
+
+def _encode(
+    home: Path,
+    source: Source,
+    texts: list[str] | None,
+    model: PipelineModel,
+    how: Encoding,
+    report: Report,
+) -> None:
+    """What is missing of a set. Raises: as `encoded`."""
     if not _whole(home, source, texts):
         open_folder(home)
         with alone(home):
-            _make_room(home, source, texts, model, how)
+            what = f"{len(source)} latents and {len(texts or ())} texts"
+            make_room(home, _needed(source, texts, model), how.cache_gib, what)
             _encode_pictures(home, source, texts, how, report)
             if texts is not None:
                 _encode_texts(home, texts, model, report)
@@ -219,7 +310,6 @@ def encoded(
         _encode_pictures(home, source, texts, how, lambda *done: None)  # says what is left out
     with contextlib.suppress(OSError):
         os.utime(home)
-    return _opened(home, source, texts, how)
 
 
 def _source(
@@ -262,37 +352,13 @@ def _encoders(model: PipelineModel) -> dict[str, Any]:
     return {name: part for name, part in found.items() if part is not None}
 
 
-def _make_room(
-    home: Path, source: Source, texts: list[str] | None, model: PipelineModel, how: Encoding
-) -> None:
-    """Remove the sets that were not used for the longest until this one fits.
-
-    Raises:
-        ValueError: it does not fit alone, or on the disk.
-    """
+def _needed(source: Source, texts: list[str] | None, model: PipelineModel) -> int:
+    """Bytes of the whole set."""
     needed = len(source) * (2 * math.prod(model.shape) + 16)
     if texts is not None:
         row = _leaves(model.condition(texts[:1]))
         needed += len(texts) * sum(leaf.nbytes for leaf in map(_stored, row.values()))
-    limit = int(how.cache_gib * GIB)
-    if needed > limit:
-        raise ValueError(
-            f"latents and texts of {len(source)} samples need {needed / GIB:.2f} GiB on disk, and "
-            f"cache_gib is {how.cache_gib:g}; raise it, or give fewer"
-        )
-    sets = {one: _size(one) for one in home.parent.iterdir() if one.is_dir() and one != home}
-    for one in sorted(sets, key=lambda one: one.stat().st_mtime):
-        if needed + sum(sets.values()) <= limit:
-            break
-        with contextlib.suppress(ValueError, OSError), alone(one):  # one that is in use stays
-            shutil.rmtree(one)
-            del sets[one]
-    free = shutil.disk_usage(home).free + _size(home)
-    if needed > free:
-        raise ValueError(
-            f"{home.parent} needs {needed / GIB:.2f} GiB and has {free / GIB:.2f}; set "
-            "FEWSTEP_CACHE to a folder with more room"
-        )
+    return needed
 
 
 def _whole(home: Path, source: Source, texts: list[str] | None) -> bool:
@@ -303,10 +369,6 @@ def _whole(home: Path, source: Source, texts: list[str] | None) -> bool:
         for kind, count in wanted.items()
         for shard in range(math.ceil(count / ROWS))
     )
-
-
-def _size(folder: Path) -> int:
-    return sum(one.stat().st_size for one in folder.iterdir() if one.is_file())
 
 
 def _encode_pictures(
@@ -337,7 +399,7 @@ def _encode_pictures(
             )
         report("encoding pictures", end, len(source))
     if bad:
-        warnings.warn(f"{len(bad)} samples are left out: {_some(bad)}", stacklevel=3)
+        warnings.warn(f"{len(bad)} samples are left out: {_some(bad)}", stacklevel=4)
 
 
 def _encode_texts(home: Path, texts: list[str], model: PipelineModel, report: Report) -> None:
@@ -356,14 +418,19 @@ def _encode_texts(home: Path, texts: list[str], model: PipelineModel, report: Re
             write_whole(path, safetensors.torch.save(stored, {"bad": "[]"}))
         report("encoding texts", end, len(texts))
     if cut:
-        warnings.warn(f"{cut} captions are longer than a text encoder reads", stacklevel=3)
+        warnings.warn(f"{cut} captions are longer than a text encoder reads", stacklevel=4)
 
 
-def _opened(home: Path, source: Source, texts: list[str] | None, how: Encoding) -> Encoded:
+def _reader(home: Path) -> Callable[[str, int], Any]:
     @functools.lru_cache(maxsize=64)
     def shards(kind: str, shard: int) -> Any:
         return safetensors.safe_open(_shard(home, kind, shard), "pt")
 
+    return shards
+
+
+def _opened(home: Path, source: Source, texts: list[str] | None) -> Encoded:
+    shards = _reader(home)
     count = math.ceil(len(source) / ROWS)
     places, numbers, order = [], [], []
     for shard in range(count):

@@ -71,7 +71,7 @@ def subject(model: PipelineModel, told: tuple[str, ...], seed: int, how: Trainin
     if how.checkpointing:
         one: Any = model.net if adapters else student
         one.enable_gradient_checkpointing(student.checkpointed if adapters else None)
-    taken = Taken(model, student, told)
+    taken = Taken(model, student, told, model.dtype if adapters else torch.float32)
     plain: Any = _denoiser(model, teacher_net, model.dtype)
     if process.clip is not None:
         plain = Clipped(plain, -process.clip, process.clip)
@@ -132,19 +132,22 @@ def whole(net: Any, told: tuple[str, ...]) -> nn.Module:
 
 @dataclass(frozen=True, eq=False)
 class Taken:
-    """A pipeline and the student that was made of it."""
+    """A pipeline and the student that was made of it, whose network computes in dtype where
+    autocast does not choose."""
 
     model: PipelineModel
     student: Any
     told: tuple[str, ...]
+    dtype: torch.dtype
 
     def denoise(
         self, net: Any, x: Tensor, sigma: Tensor, condition: Condition, told: Tensor | None
     ) -> Tensor:
-        rows = _cast(condition, torch.float32)
+        dtype = torch.float32 if torch.is_autocast_enabled(x.device.type) else self.dtype
+        rows = _cast(condition, dtype)
         if told is not None:
             rows = rows | guidance_embedding(net, told[:, 0])
-        return _denoiser(self.model, net, torch.float32)(x, sigma, rows)
+        return _denoiser(self.model, net, dtype)(x, sigma, rows)
 
     def bind(self, net: Any, card: Card) -> PipelineModel:
         """The pipeline with that network in place of its own; the other parts are shared."""

@@ -6,16 +6,22 @@
     kohya       lora_unet_X.lora_down.weight, .lora_up.weight, .alpha, with X's dots as underscores;
                 of SDXL also by the names of sgm. lora_te_, lora_te1_, lora_te2_ for text encoders
 
-What is added to a weight is alpha / rank up down; alpha is the rank where a file names none. A
-kohya name is found among the network's own names, and never split at its underscores.
+What is added to a weight is alpha / rank up down; alpha is the rank where a file names none. Where
+diffusers has written the configuration of peft beside the tensors, alpha is that of the layer, and
+divided by the root of the rank where it says so (rsLoRA). A kohya name is found among the network's
+own names, and never split at its underscores.
+
+Source: Kalajdzievski 2023 (rsLoRA), arXiv:2312.03732.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +51,13 @@ PARTS = {  # ends of keys
 }
 NETWORKS = ("unet", "transformer")
 ENCODERS = {"lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"}
+CONFIG = "lora_adapter_metadata"  # the configuration of peft, among the texts of a file
+ALPHA = 8.0  # that of peft, where a configuration names none
+INITIAL = (None, True, False, "gaussian", "eva", "orthogonal")  # the others change the base
+OTHERS = (  # fields that change what is added, or where
+    "use_dora", "lora_bias", "layer_replication", "target_parameters", "use_qalora", "use_bdlora",
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config",
+)  # fmt: skip
 RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -61,6 +74,10 @@ class Lora:
 
     path: Path
     scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale):
+            raise ValueError(f"the scale of {self.path} must be a finite number, got {self.scale}")
 
     @property
     def file(self) -> Path:
@@ -79,14 +96,16 @@ def with_loras(model: PipelineModel, loras: Sequence[Lora]) -> PipelineModel:
             named. Nothing has changed then.
         OSError: a file cannot be read.
     """
-    found = [(lora, *_read(lora.file, model)) for lora in loras]
-    students = [card for _, _, card in found if card is not None]
+    found = [_read(lora, model) for lora in loras]
+    students = [card for _, card in found if card is not None]
     if len(students) > 1:
         raise ValueError("two of the LoRAs are students, each with levels of its own; give one")
-    for lora, deltas, _ in found:
-        for weight, down, up, factor in deltas:
-            more = (up.flatten(1).float() @ down.flatten(1).float()).reshape(weight.shape)
-            weight.add_((lora.scale * factor * more).to(weight))
+    known = [
+        {"file": one.file.name, "sha256": file_hash(one.file), "scale": one.scale} for one in loras
+    ]
+    for changes, _ in found:
+        for change in changes:
+            change.weight.add_(change.more())
     model.texts.clear()
     card = model.card
     if students:
@@ -95,9 +114,6 @@ def with_loras(model: PipelineModel, loras: Sequence[Lora]) -> PipelineModel:
         card = replace(
             card, name=said.name, auto=said.auto, distilled=said.distilled, network=network
         )
-    known = [
-        {"file": one.file.name, "sha256": file_hash(one.file), "scale": one.scale} for one in loras
-    ]
     return replace(model, card=card, loras=(*model.loras, *known))
 
 
@@ -123,11 +139,31 @@ def save_lora(
     write_tensors(path, layout, values.items, texts)
 
 
-Change = tuple[Tensor, Tensor, Tensor, float]  # a weight, down, up, alpha / rank
+@dataclass(frozen=True, eq=False)
+class Change:
+    """What one layer's weight gets: factor up down."""
+
+    weight: Tensor
+    down: Tensor
+    up: Tensor
+    factor: float
+
+    def more(self) -> Tensor:
+        product = self.up.flatten(1).float() @ self.down.flatten(1).float()
+        return (self.factor * product.reshape(self.weight.shape)).to(self.weight)
+
+    def finite(self) -> bool:
+        """Whether no number of it is too large for the weight."""
+        down, up = (float(one.float().abs().max()) for one in (self.down, self.up))
+        largest, room = down * up * self.down.shape[0], torch.finfo(self.weight.dtype).max / 2
+        if abs(self.factor) * largest < room:
+            return True
+        return bool((self.weight + self.more()).isfinite().all())
 
 
-def _read(path: Path, model: PipelineModel) -> tuple[list[Change], Card | None]:
+def _read(lora: Lora, model: PipelineModel) -> tuple[list[Change], Card | None]:
     """What a file adds to which weights, and the card of a student. Raises: ValueError, OSError."""
+    path = lora.file
     texts, tensors = read_metadata(path), load_tensors(path)
     find = _finder(model)
     parts: dict[tuple[str, str], dict[str, Tensor]] = {}
@@ -141,9 +177,11 @@ def _read(path: Path, model: PipelineModel) -> tuple[list[Change], Card | None]:
                 f"{path} does not fit {model.card.name}: its key {shown(key)} {what}"
                 + (" there; is it for another model?" if part else "")
             )
-        parts.setdefault(place, {})[part] = tensors[key]
+        if part in parts.get(place, {}):
+            raise ValueError(f"{path} has {shown(key)} for a layer that has it under another name")
+        parts.setdefault(place, {})[part] = _checked(path, key, part, tensors[key])
         first.setdefault(place, key)
-    alphas = _alphas(texts)
+    known = _configurations(path, texts)
     changes = []
     for place, found in parts.items():
         if "down" not in found or "up" not in found:
@@ -162,9 +200,35 @@ def _read(path: Path, model: PipelineModel) -> tuple[list[Change], Card | None]:
                 f"{list(down.shape)} beside {list(up.shape)}, and the layer's weight "
                 f"{list(weight.shape)}"
             )
-        alpha = float(found["alpha"]) if "alpha" in found else alphas.get(place[0], float(rank))
-        changes.append((weight, down, up, alpha / rank))
+        if "alpha" in found and place[0] in known:
+            raise ValueError(
+                f"{path} has {CONFIG} and its key {shown(first[place])}, which both say alpha; "
+                "remove one"
+            )
+        own = known.get(place[0], Peft(float(rank)))
+        factor = found["alpha"].item() / rank if "alpha" in found else own.factor(place[1], rank)
+        change = Change(weight, down, up, lora.scale * factor)
+        if not change.finite():
+            raise ValueError(
+                f"{path} adds numbers to the layer of its key {shown(first[place])} that are too "
+                f"large for {weight.dtype}; its factor is {lora.scale * factor:g}"
+            )
+        changes.append(change)
     return changes, _student(path, texts)
+
+
+def _checked(path: Path, key: str, part: str, value: Tensor) -> Tensor:
+    """The tensor. Raises: ValueError where it is no finite number, of an alpha, or no numbers."""
+    alpha, found = part == "alpha", f"{value.dtype} of shape {list(value.shape)}"
+    whole = alpha and not value.is_complex() and value.dtype != torch.bool
+    right = (value.is_floating_point() or whole) and (value.numel() == 1 or not alpha)
+    if right and value.double().isfinite().all():
+        return value
+    raise ValueError(
+        f"{path} cannot be used: its key {shown(key)} must have "
+        f"{'one finite number' if alpha else 'finite floating point numbers'}, got "
+        f"{'NaN or infinity in ' if right else ''}{found}"
+    )
 
 
 def _shapes_of(weight: Tensor, ndim: int) -> list[tuple[int, ...]]:
@@ -234,14 +298,81 @@ def _sgm(name: str, net: Any) -> str | None:
     return f"output_blocks.{block * (layers + 1) + index}.{int(attends)}.{inner}"
 
 
-def _alphas(texts: Mapping[str, str]) -> dict[str, float]:
-    """alpha by component, where diffusers has written the configuration of peft."""
-    try:
-        said = parse(texts.get("lora_adapter_metadata", "{}"))
-    except ValueError:
+@dataclass(frozen=True)
+class Peft:
+    """What the configuration of peft says of the adapters in one component.
+
+    alphas: (place, alpha) by the ends of layers' names, or whole names behind a ^; of those that
+        fit, the one of the first place holds
+    root: alpha is divided by the root of the rank
+    """
+
+    alpha: float
+    alphas: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+    root: bool = False
+
+    def factor(self, layer: str, rank: int) -> float:
+        parts = layer.removeprefix("text_model.").split(".")  # which some versions leave out
+        names = [".".join(parts[i:]) for i in range(len(parts))]
+        long = f"text_model.{names[0]}"
+        fits = {*names, long, f"^{names[0]}", f"^{long}"}
+        fitting = (self.alphas[one] for one in fits if one in self.alphas)
+        _, alpha = min(fitting, default=(0, self.alpha))
+        return alpha / (math.sqrt(rank) if self.root else rank)
+
+
+def _configurations(path: Path, texts: Mapping[str, str]) -> dict[str, Peft]:
+    """By component, where diffusers has written any. Raises: ValueError."""
+    if not texts.get(CONFIG):
         return {}
-    named = {part: said.get(f"{part}.lora_alpha") for part in (*NETWORKS, *ENCODERS.values())}
-    return {part: float(a) for part, a in named.items() if type(a) in (int, float) and a > 0}
+    try:
+        said = parse(texts[CONFIG], "it")
+        if not isinstance(said, dict):
+            raise ValueError(f"it must be a table, got {shown(said)}")
+        found = {}
+        for part in dict.fromkeys((*NETWORKS, *ENCODERS.values())):
+            own = {k: v for k, v in said.items() if k.startswith(f"{part}.")}
+            if own:
+                found[part] = _configuration(part, own)
+    except ValueError as error:
+        raise ValueError(f"{path} has {CONFIG} that cannot be used: {error}") from None
+    return found
+
+
+def _configuration(part: str, said: Mapping[str, Any]) -> Peft:
+    """Of one component. Raises: ValueError, that names the field."""
+
+    def of(name: str, default: Any = None) -> Any:
+        return said.get(f"{part}.{name}", default)
+
+    unknown = [name for name in OTHERS if of(name)]
+    unknown += ["bias"] * (of("bias") not in (None, "none"))
+    unknown += ["init_lora_weights"] * (of("init_lora_weights") not in INITIAL)
+    if unknown:
+        name, value = f"{part}.{unknown[0]}", of(unknown[0])
+        raise ValueError(f"{name} is {shown(value)}, a kind of adapter that fewstep does not add")
+    root, pattern = of("use_rslora"), of("alpha_pattern")
+    if root not in (None, True, False):
+        raise ValueError(f"{part}.use_rslora must be true or false, got {shown(root)}")
+    if not isinstance(pattern, dict | None):
+        raise ValueError(f"{part}.alpha_pattern must be a table, got {shown(pattern)}")
+    alphas: dict[str, tuple[int, float]] = {}
+    for at, (key, value) in enumerate((pattern or {}).items()):
+        plain = key.replace("\\.", ".").removesuffix("$")
+        if not re.fullmatch(r"\^?[\w.-]+", plain):
+            raise ValueError(
+                f"{part}.alpha_pattern must have names of layers, or their ends, got {shown(key)}"
+            )
+        alphas.setdefault(plain, (at, _finite(f"{part}.alpha_pattern {shown(key)}", value)))
+    alpha = _finite(f"{part}.lora_alpha", of("lora_alpha", ALPHA))
+    return Peft(alpha, alphas, bool(root))
+
+
+def _finite(name: str, value: Any) -> float:
+    with contextlib.suppress(OverflowError):
+        if type(value) in (int, float) and math.isfinite(number := float(value)):
+            return number
+    raise ValueError(f"{name} must be a finite number, got {shown(value)}")
 
 
 def _student(path: Path, texts: Mapping[str, str]) -> Card | None:
@@ -250,6 +381,8 @@ def _student(path: Path, texts: Mapping[str, str]) -> Card | None:
         return None
     try:
         card = Card(**parse(texts[PRESET], "its card"))
+        if card.network.get("told"):
+            raise ValueError("its network is told numbers, and adapters have no input for any")
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} has a card that cannot be read ({error})") from None
     return card if card.distilled else None
