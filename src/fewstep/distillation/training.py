@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fewstep.data.training import Data, NoData, mapped, read_data
 from fewstep.denoiser import Condition
-from fewstep.distillation.encoded import Report, encoded
+from fewstep.distillation.encoded import Report, encoded, encoded_texts
 from fewstep.distillation.losses import Draw, Levels, Metric, draw, subpath_losses
 from fewstep.distillation.metric import Elementwise, metric
 from fewstep.distillation.recipe import Encoding, Recipe
@@ -303,6 +303,8 @@ def _read(
         return read_data(data, model, recipe.dropout)
     if data is not None and not isinstance(data, str | Path):
         return read_data(data, model, 1.0)
+    if recipe.method == "trajectory":
+        return encoded_texts(data, model, encoding or Encoding(), report)  # type: ignore[arg-type]
     low, high = recipe.scales
     guidance = None if (low, high) == (1.0, 1.0) else (low + high) / 2
     return encoded(data, model, encoding or Encoding(), guidance, report)  # type: ignore[arg-type]
