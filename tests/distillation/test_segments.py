@@ -483,7 +483,11 @@ def test_a_start_may_move_and_must_be_told_in_the_same_order(tmp_path: Path) -> 
     small(tmp_path / "ranged", guidance=(1.0, 3.0))
     more = {"phases": (1, 2), "start": str(tmp_path / "ranged"), "guidance": (1.0, 3.0)}
     student = small(tmp_path / "more", **more, lr=1e-9)
+    start = student.card.about["start"]
     first: Any = fewstep.load(tmp_path / "ranged")
+    assert start["weights"] == first.card.weights_sha256
+    assert start["recipe"]["guidance"] == [1.0, 3.0]
+    assert str(tmp_path) not in (tmp_path / "more" / "card.json").read_text()
     for name, weight in first.net.state_dict().items():
         assert torch.allclose(weight, student.net.state_dict()[name], atol=1e-3), name
 

@@ -254,6 +254,8 @@ def distill(
             check_known(get(sampler).on(step.levels), model.denoiser())
         distance = metric(recipe.loss, model)
         begun = _start(recipe, known, model)
+        if begun is not None:
+            card = replace(card, about={**card.about, "start": _lineage(begun)})
         if lora_format == KOHYA:
             card = replace(card, about={**card.about, "lora_format": lora_format})
         judges["prompts"] = judges["prompts"] or getattr(pictures, "known_texts", ())
@@ -263,7 +265,7 @@ def distill(
         with together.led(device):
             folder.check()
         inputs = {"data": pictures.digest, **_inputs(model, step)}
-        inputs |= {"loss": distance.digest, "start": begun}
+        inputs |= {"loss": distance.digest, "start": begun.weights_sha256 if begun else ""}
         task = Distillation(recipe, known, step, pictures, inputs, together, metric=distance)
         task.resume(folder)
         if together.leads:
@@ -350,14 +352,14 @@ def _recipe(settings: dict[str, Any]) -> Recipe:
     return Recipe(**settings)
 
 
-def _start(recipe: Recipe, known: Subject, model: Model) -> str:
-    """Give the student the weights of the recipe's start; their hash, "" where there is none.
+def _start(recipe: Recipe, known: Subject, model: Model) -> Card | None:
+    """Give the student the weights of the recipe's start; its card, None where there is none.
 
     Raises:
         ValueError: that is no student of this model, or has another network.
     """
     if recipe.start is None:
-        return ""
+        return None
     begun: Any = load(recipe.start)
     how = begun.card.distilled
     if how is None or how.teacher_weights != model.card.weights_sha256:
@@ -372,7 +374,21 @@ def _start(recipe: Recipe, known: Subject, model: Model) -> str:
     missing, unknown = known.student.load_state_dict(weights, strict=False)
     if unknown or (missing and told == has):
         raise ValueError(f"start {recipe.start} has another network than {model.card.name}")
-    return begun.card.weights_sha256
+    return begun.card
+
+
+def _lineage(card: Card) -> dict[str, Any]:
+    """What a card tells of the student that another one started from."""
+    about = {name: value for name, value in card.about.items() if name != "teacher"}
+    return {"name": card.name, "weights": card.weights_sha256, **about}
+
+
+def _told_recipe(recipe: Recipe) -> dict[str, Any]:
+    """The settings for a card, without the folders in which somebody's files lie."""
+    settings = asdict(recipe)
+    for name in ("start", "teacher", "loss"):
+        settings[name] = settings[name] and Path(settings[name]).name
+    return settings
 
 
 def _checked(recipe: Recipe, known: Subject, model: Model) -> Stepper | Walker:
@@ -433,7 +449,7 @@ def _card(
         "phases": () if recipe.phases is None else recipe.segments,
     }
     count = 0 if isinstance(data, NoData) else len(data)
-    run = {"recipe": asdict(recipe), "data": {"pictures": count, "sha256": data.digest}}
+    run = {"recipe": _told_recipe(recipe), "data": {"pictures": count, "sha256": data.digest}}
     return student_card(known.card, step.levels, facts, run, name, sampler)
 
 
