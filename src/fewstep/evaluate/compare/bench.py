@@ -151,7 +151,8 @@ class Workbench:
 
     @torch.inference_mode()
     def _sample(self, settings: Filled, seeds: tuple[int, ...]) -> dict[str, np.ndarray]:
-        network = f"{self.model.card.weights_sha256} {self.model.dtype}"
+        told = getattr(self.model, "phases", None)  # of which its first evaluation depends
+        network = f"{self.model.card.weights_sha256} {self.model.dtype} {told}"
         program = resolve(settings, self.denoiser())
         to_zero = settings.final or program.sigmas[-1] == 0
         exact = self.references.endpoints(seeds)
