@@ -129,6 +129,8 @@ NAMES = {
     "LCM, whole": "lcm",
     "SPLAM, adapters of rank 64": "lora",
     "SPLAM in segments, `--loss decoder`": "phases",
+    "trajectories from there, 6,400": "trajectories",
+    "trajectories, 8,960 more": "further",
     "`dpmpp-2m`": "dpmpp-2m",
     "`unipc`": "unipc",
     "`tuned`, 640 trajectories": "tuned",
