@@ -120,7 +120,7 @@ def test_every_row_of_the_results_names_what_was_sampled() -> None:
     rows = json.loads(RESULTS.read_text())["rows"]
     for row in rows:
         assert ("adapter" in row) == (row["row"] == "lora")
-        assert ("solver" in row) == (row["row"] == "tuned")
+        assert ("solver" in row) == (row["row"] in ("tuned", "amed-plugin"))
         assert sum(same(one, row, FIELDS) for one in rows) == 1
 
 
@@ -134,6 +134,7 @@ NAMES = {
     "`dpmpp-2m`": "dpmpp-2m",
     "`unipc`": "unipc",
     "`tuned`, 640 trajectories": "tuned",
+    "`amed-plugin`, 640 trajectories": "amed-plugin",
 }
 
 
