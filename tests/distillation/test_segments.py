@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import fewstep
 from fewstep.distillation import Recipe, distill
 from fewstep.distillation.levels import choose_levels, family, write_levels
-from fewstep.distillation.losses import NEAREST, Levels, draw, subpath_losses
+from fewstep.distillation.losses import NEAREST, Levels, draw, guided, subpath_losses
 from fewstep.distillation.metric import Elementwise, InFeatures, metric
 from fewstep.distillation.subject import subject
 from fewstep.distillation.teacher import stepper, walker
@@ -463,6 +463,22 @@ def test_a_trajectory_has_a_teacher_whose_steps_look_back(tmp_path: Path) -> Non
         small(tmp_path / "no", method="trajectory", data=None, points=5, **how)
 
 
+def test_a_teacher_may_start_from_the_mean_of_the_network(tmp_path: Path) -> None:
+    """As the tables that ship do; guided, that mean is guided too."""
+    model = tiny_model()
+    model.stats["far_mean"].copy_(torch.arange(4.0)[:, None, None, None].expand(4, 1, 8, 8))
+    known, rows = subject(model, (), 0), torch.tensor([2, 0])
+    alone = guided(known, rows, torch.ones(2), Recipe())
+    assert torch.equal(alone.far_mean, model.stats["far_mean"][rows])
+    both = guided(known, rows, torch.full((2,), 3.0), Recipe(guidance=3.0))
+    assert both.far_mean[:, 0, 0, 0].tolist() == [3 + 3 * (2 - 3), 3 + 3 * (0 - 3)]
+    plan = fewstep.solver.get("ipndm-2").plan((80.0, 9.0, 2.0, 0.5, 0.002), afs="mean")
+    (tmp_path / "teacher.json").write_text(plan.to_json())
+    how = {"teacher": str(tmp_path / "teacher.json"), "phases": (1, 2)}
+    student = small(None, method="trajectory", data=None, **how)
+    assert fewstep.sample(student, nfe=2, seeds=[0]).nfe == 2
+
+
 def test_a_trajectory_has_no_target_and_no_pictures(tmp_path: Path) -> None:
     how = {"method": "trajectory", "data": None, "phases": (1, 2)}
     student = small(tmp_path / "a", **how)
@@ -505,6 +521,10 @@ def test_what_leads_beyond_an_edge_is_refused(tmp_path: Path) -> None:
     assert inside.nfe == 3
     with pytest.raises(ValueError, match=f"to the edge {half:g}, and not to"):
         fewstep.sample(student, grid=(80.0, half / 2, 0.0), seeds=[0])
+    with pytest.raises(
+        ValueError, match="whose edges are levels of its own; leave grid karras out"
+    ):
+        fewstep.sample(student, grid="karras", nfe=2, seeds=[0])
     for solver in ("consistency", "dpmpp-2m", "consistency-kappa"):
         with pytest.raises(ValueError, match="from edge to edge, which is sampler consistency-ode"):
             fewstep.sample(student, solver=solver, nfe=2, seeds=[0])

@@ -164,11 +164,14 @@ def subpath_losses(
 
 def guided(subject: Subject, condition: Condition, scale: Tensor, recipe: Recipe) -> Any:
     """The teacher under its conditions; both passes of guidance are one batched call."""
+    far = subject.far_mean
     if recipe.scales == (1.0, 1.0):
-        return Bound(subject.teacher, condition)
+        return Bound(subject.teacher, condition, far(condition))
     if recipe.scales == (0.0, 0.0):
-        return Bound(subject.teacher, subject.none)
-    return Guided(subject.teacher, scale, condition, subject.none)
+        return Bound(subject.teacher, subject.none, far(subject.none))
+    means = far(condition), far(subject.none)
+    both = None if means[0] is None or means[1] is None else (means[0], means[1])
+    return Guided(subject.teacher, scale, condition, subject.none, both)
 
 
 def told_of(recipe: Recipe, drawn: Draw, gamma: Tensor, x: Tensor) -> Tensor | None:

@@ -63,6 +63,7 @@ class Subject:
     in_memory: the finished student is the bound one, and not read back from its folder
     close: undoes what was done to the model
     noise: standard deviation of the noise that sampling starts from
+    far_mean: of a condition, the mean of the teacher's D at sigma_max, where that is known
     """
 
     student: nn.Module
@@ -83,6 +84,7 @@ class Subject:
     in_memory: bool = False
     close: Callable[[], None] = lambda: None
     noise: float = 0.0
+    far_mean: Callable[[Condition], Tensor | None] = lambda condition: None
 
     def __post_init__(self) -> None:
         if not self.noise:

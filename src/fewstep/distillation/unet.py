@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fewstep.denoiser import Condition
 from fewstep.distillation.subject import Subject
 from fewstep.models.card import Card
 from fewstep.models.formats.native import save_folder
@@ -42,7 +43,12 @@ def subject(model: NetworkModel, told: tuple[str, ...], seed: int) -> Subject:
     def save(folder: Path, net: UNet, card: Card) -> Card:
         return save_folder(folder, card, net, model.stats)
 
+    def far_mean(rows: Condition) -> Tensor | None:
+        known = model.stats.get("far_mean")
+        return None if known is None or not isinstance(rows, Tensor) else known[rows]
+
     return Subject(
+        far_mean=far_mean,
         student=student,
         denoise=answer,
         teacher=Conditional(model),

@@ -216,11 +216,6 @@ def check_segments(card: Card, nfe: int, solver: str, grid: Sequence[float]) -> 
     known = card.distilled
     if known is None or not card.in_segments:
         return
-    if solver != CHORD:
-        raise ValueError(
-            f"{card.name} goes its path in segments, from edge to edge, which is sampler "
-            f"consistency-ode; got {solver}"
-        )
     told = card.phases(nfe) or known.phases[0]
     marks = [known.levels[i] for i in edges(len(known.levels), told)[:-1]]
     for t, s in pairwise(grid):
@@ -230,6 +225,11 @@ def check_segments(card: Card, nfe: int, solver: str, grid: Sequence[float]) -> 
                 f"{card.name} in {told} segments goes from sigma {t:g} to the edge {edge:g}, and "
                 f"not to {s:g} beyond it; leave the grid out"
             )
+    if solver != CHORD:
+        raise ValueError(
+            f"{card.name} goes its path in segments, from edge to edge, which is sampler "
+            f"consistency-ode; got {solver}"
+        )
 
 
 def a_budget(card: Card) -> int:

@@ -78,6 +78,11 @@ def choose(model: Model, settings: Settings, start: float | None = None) -> Fill
     if afs == "mean":
         level = model.card.sigma_max if begin is None else begin
         check_mean_start(level if isinstance(grid, str) else grid[0], model.card.sigma_max)
+    if isinstance(grid, str) and model.card.in_segments:
+        raise ValueError(
+            f"{model.card.name} goes its path in segments, whose edges are levels of its own; "
+            f"leave grid {grid} out"
+        )
     if not isinstance(grid, str):
         grid = tuple(grid)
         spent = resolve(Settings(solver, nfe, grid, afs, final, end)).evaluations
